@@ -1,0 +1,44 @@
+"""Store K and V into blocks, attend over a block table: one signature, three implementations.
+
+    reference.py   the specification, plain torch, any device
+    cpu.py         torch's flash attention over zero-copy views of the blocks
+    triton_*.py    the GPU: store, split-KV decode, prefill
+
+Tensors choose by where they live. See `reference.py` for what the arguments mean.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..plan import LayerStore, Plan
+from . import cpu
+
+
+def store_kv(key: Tensor, value: Tensor, layer: LayerStore, slot_mapping: Tensor) -> None:
+    """Write this step's K and V, [T, Hkv, D] each, into the slots [T]; slot -1 writes nothing. See `reference`."""
+    if key.is_cuda:
+        from .triton_store import store_kv as store_on_gpu  # Triton is there only where a GPU is
+
+        store_on_gpu(key, value, layer, slot_mapping)
+    else:
+        cpu.store_kv(key, value, layer, slot_mapping)
+
+
+def attention(
+    query: Tensor,
+    layer: LayerStore,
+    plan: Plan,
+    *,
+    scaling: float,
+    window: int = 0,
+    sinks: int = 0,
+    sink_query: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of the queries [T, Hq, D] over what the block tables hold -> [T, Hq, D]. See `reference`."""
+    options = {"scaling": scaling, "window": window, "sinks": sinks, "sink_query": sink_query}
+    if query.is_cuda:
+        from .gpu import attention as attention_on_gpu
+
+        return attention_on_gpu(query, layer, plan, **options)
+    return cpu.attention(query, layer, plan, **options)

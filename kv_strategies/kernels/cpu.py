@@ -1,0 +1,210 @@
+"""The CPU path: torch's flash attention over the blocks where they lie.
+
+On a CPU the pool keeps a head's blocks one after the other, so consecutive block ids are consecutive tokens and a *run*
+of them is a plain strided view [Hkv, n, D], read in place:
+
+    block table   7 8 9 10 | 3 | 21 22 23 ...        three runs
+    attention     (out, lse) of each part, merged:   out = sum_i softmax(lse)_i out_i
+
+A call costs about as much as copying a few hundred tokens, so runs shorter than that are gathered into one part
+together. The parts depend on the block tables alone: they are found once a plan, not once a layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import LayerStore, Plan
+from . import reference
+
+#: Runs shorter than this many tokens are gathered: below it, one more call costs more than the copy (measured with
+#: SmolLM2's heads on two cores: 15 to 20 us a call and its share of the merge, 0.06 us a token copied in float32).
+MIN_RUN = 256
+#: Tokens of an 8-bit store dequantised at a time, so that no full copy of a context ever exists.
+CODE_TILE = 512
+#: Queries of a windowed prefill computed at a time.
+QUERY_TILE = 128
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def store_kv(key: Tensor, value: Tensor, layer: LayerStore, slot_mapping: Tensor) -> None:
+    """See `reference.store_kv`."""
+    if not len(slot_mapping):
+        return
+    if layer.k_scale is not None or slot_mapping.min() < 0 or not (is_flat(layer.k) and is_flat(layer.v)):
+        return reference.store_kv(key, value, layer, slot_mapping)
+    for tensor, store in ((key, layer.k), (value, layer.v)):
+        all_tokens = view(store, 0, 0, store.shape[0] * store.shape[2])[0]  # [Hkv, N * block_size, D]
+        all_tokens.index_copy_(1, slot_mapping, tensor.transpose(0, 1).to(store.dtype))
+
+
+def attention(
+    query: Tensor,
+    layer: LayerStore,
+    plan: Plan,
+    *,
+    scaling: float,
+    window: int = 0,
+    sinks: int = 0,
+    sink_query: Tensor | None = None,
+) -> Tensor:
+    """See `reference.attention`."""
+    num_heads, head_dim = query.shape[1:]
+    num_kv_heads = layer.k.shape[1]
+    if not window and sink_query is None:
+        sinks = 0  # all is visible anyhow
+    # The query heads of one K/V head become queries of that head: nothing is repeated for grouped queries.
+    dtype = query.dtype if layer.k_scale is None else torch.float32
+    shape = (-1, 1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    grouped = query.to(dtype).reshape(shape)  # [T, 1, Hkv, G, D]
+    sink_grouped = grouped if sink_query is None else sink_query.to(dtype).reshape(shape)
+
+    outs = []  # one [n, Hkv, G, D] a row
+    begin = 0
+    for row, (query_len, context_len) in enumerate(zip(plan.query_lens, plan.row_lens, strict=True)):
+        end = begin + query_len
+        first = max(sinks, context_len - window) if window else sinks
+        if query_len == 1 and context_len:
+            partials = [
+                flash(grouped[begin], k, v, scale=scaling) for k, v in parts(layer, plan, row, first, context_len)
+            ]
+            for k, v in parts(layer, plan, row, 0, min(sinks, context_len)):
+                partials.append(flash(sink_grouped[begin], k, v, scale=scaling))
+            outs.append(merge(partials))
+        elif query_len and (sinks or 0 < window < context_len):
+            queries, sink_queries = grouped[begin:end, 0], sink_grouped[begin:end, 0]
+            outs.append(windowed_prefill(queries, sink_queries, layer, plan, row, scaling, window, sinks))
+        elif query_len and context_len:
+            outs.append(prefill(grouped[begin:end, 0], layer, plan, row, scaling))
+        else:
+            outs.append(torch.zeros_like(grouped[begin:end, 0]))
+        begin = end
+    if begin < len(query):  # tokens that pad the plan belong to no row
+        outs.append(torch.zeros_like(grouped[begin:, 0]))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return out.view(query.shape).to(query.dtype)
+
+
+def prefill(query: Tensor, layer: LayerStore, plan: Plan, row: int, scaling: float) -> Tensor:
+    """Queries [n, Hkv, G, D] of one row: the past without a mask, their own tokens causally, merged. No mask is built."""
+    query_len, num_kv_heads, group, head_dim = query.shape
+    context_len = plan.row_lens[row]
+    past = context_len - query_len
+    heads = query.permute(1, 2, 0, 3)  # [Hkv, G, n, D]: a K/V head is one batch entry, shared by its G query heads
+    ((k, v),) = parts(layer, plan, row, past, context_len, whole=True)  # [1, Hkv, n, D]
+    shared = (num_kv_heads, group, query_len, head_dim)
+    partials = [flash(heads, k[0, :, None].expand(shared), v[0, :, None].expand(shared), 0.0, True, scale=scaling)]
+    if past:
+        for k, v in parts(layer, plan, row, 0, past):
+            shared = (num_kv_heads, group, k.shape[2], head_dim)
+            partials.append(flash(heads, k[0, :, None].expand(shared), v[0, :, None].expand(shared), scale=scaling))
+    return merge(partials).permute(2, 0, 1, 3)  # [n, Hkv, G, D]
+
+
+def windowed_prefill(
+    query: Tensor, sink_query: Tensor, layer: LayerStore, plan: Plan, row: int, scaling: float, window: int, sinks: int
+) -> Tensor:
+    """Queries [n, Hkv, G, D] of one row, a tile at a time over the sinks and the tokens in any window of the tile."""
+    query_len, context_len = plan.query_lens[row], plan.row_lens[row]
+    table = plan.block_tables[row]
+    out = torch.empty(query.shape, dtype=query.dtype)
+    for begin in range(0, query_len, QUERY_TILE):
+        end = min(begin + QUERY_TILE, query_len)
+        position = torch.arange(context_len - query_len + begin, context_len - query_len + end)  # [m]
+        last = int(position[-1]) + 1
+        first = max(sinks, int(position[0]) + 1 - window) if window else sinks
+        index = torch.cat((torch.arange(min(sinks, last)), torch.arange(first, max(first, last))))  # [s]
+        k = reference.gather(layer.k, layer.k_scale, table, index)[:, None]  # [Hkv, 1, s, D] float32
+        v = reference.gather(layer.v, layer.v_scale, table, index)[:, None]
+        num_sinks = min(sinks, last)
+        sink_scores = sink_query[begin:end].permute(1, 2, 0, 3).float() @ k[:, :, :num_sinks].mT
+        scores = query[begin:end].permute(1, 2, 0, 3).float() @ k[:, :, num_sinks:].mT
+        visible = index <= position[:, None]  # [m, s]
+        if window:
+            visible &= (index > position[:, None] - window) | (index < sinks)
+        scores = (torch.cat((sink_scores, scores), -1) * scaling).masked_fill(~visible, float("-inf"))
+        out[begin:end] = (scores.softmax(-1) @ v).permute(2, 0, 1, 3).to(out.dtype)
+    return out
+
+
+def merge(partials: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Attention over the union of disjoint parts, from each part's output [.., D] and log-sum-exp [..] (float32)."""
+    if len(partials) == 1:
+        return partials[0][0]
+    outs, lses = zip(*partials, strict=True)
+    weights = torch.stack(lses).softmax(0)[..., None]  # [P, .., 1]
+    return (torch.stack(outs) * weights).sum(0).to(outs[0].dtype)
+
+
+def parts(layer: LayerStore, plan: Plan, row: int, begin: int, end: int, whole: bool = False):
+    """K and V of the tokens begin:end of a row, pairs of [1, Hkv, n, D] in no particular order: views where possible.
+
+    `whole` asks for one piece in token order.
+    """
+    if begin >= end:
+        return []
+    if layer.k_scale is not None:
+        return dequantised(layer, plan.block_tables[row], begin, end, end - begin if whole else CODE_TILE)
+    name = ("parts", row, begin, end, whole)
+    if name not in plan.scratch:
+        plan.scratch[name] = find_parts(plan.block_tables[row], layer, begin, end, whole)
+    runs, gathered = plan.scratch[name]
+    pieces = [(view(layer.k, *run), view(layer.v, *run)) for run in runs]
+    if gathered is not None:
+        pieces.append((copied(layer.k, *gathered), copied(layer.v, *gathered)))
+    return pieces
+
+
+def find_parts(table: Tensor, layer: LayerStore, begin: int, end: int, whole: bool):
+    """Split tokens begin:end of a block table -> (runs to read in place, what to gather or None).
+
+    A run is (block, offset, tokens). What is gathered is (block ids, skip, tokens): only the first of its blocks may
+    lack tokens at its start and only the last at its end.
+    """
+    block_size = layer.block_size
+    first = begin // block_size
+    blocks = table[first : (end - 1) // block_size + 1].long()
+    if is_flat(layer.k) and is_flat(layer.v):
+        edges = [0, *((blocks[1:] != blocks[:-1] + 1).nonzero().flatten() + 1).tolist(), len(blocks)]
+    else:
+        edges = list(range(len(blocks) + 1))
+    runs, short, skip, num_short = [], [], 0, 0
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        start, stop = max(begin, (first + low) * block_size), min(end, (first + high) * block_size)
+        if len(edges) == 2 or (stop - start >= MIN_RUN and not whole):
+            runs.append((int(blocks[low]), start % block_size, stop - start))
+            continue
+        if not short:
+            skip = start % block_size
+        short.append(blocks[low:high])
+        num_short += stop - start
+    return runs, (torch.cat(short), skip, num_short) if short else None
+
+
+def dequantised(layer: LayerStore, table: Tensor, begin: int, end: int, step: int):
+    """The tokens begin:end of an 8-bit store, decoded `step` tokens at a time."""
+    for low in range(begin, end, step):
+        index = torch.arange(low, min(low + step, end))
+        k = reference.gather(layer.k, layer.k_scale, table, index)
+        yield k[None], reference.gather(layer.v, layer.v_scale, table, index)[None]
+
+
+def is_flat(store: Tensor) -> bool:
+    """Whether consecutive block ids are consecutive tokens of every head."""
+    return store.stride(0) == store.shape[2] * store.stride(2)
+
+
+def view(store: Tensor, block: int, offset: int, count: int) -> Tensor:
+    """`count` tokens of [N, Hkv, block_size, D] from `offset` in `block` on, as a view [1, Hkv, count, D]."""
+    _, num_heads, _, head_dim = store.shape
+    block_stride, head_stride, token_stride, _ = store.stride()
+    start = store.storage_offset() + block * block_stride + offset * token_stride
+    return store.as_strided((1, num_heads, count, head_dim), (0, head_stride, token_stride, 1), start)
+
+
+def copied(store: Tensor, blocks: Tensor, skip: int, count: int) -> Tensor:
+    """Blocks of [N, Hkv, block_size, D] one after the other, without the first `skip` tokens -> [1, Hkv, count, D]."""
+    data = store.transpose(0, 1).index_select(1, blocks)  # [Hkv, n, block_size, D]
+    return data.view(1, data.shape[0], -1, data.shape[3])[:, :, skip : skip + count]

@@ -1,0 +1,120 @@
+"""The specification: what storing K and V and attending over a block table mean, in plain torch.
+
+Slow on purpose, and short. Every other implementation in this folder has these two signatures and is tested against
+them. All arithmetic is float32, whatever the store holds.
+
+    store_kv:   token t of the step  ->  slot_mapping[t] = block * block_size + offset
+    attention:  token j of row b     ->  block_tables[b, j // block_size], offset j % block_size
+
+The softmax is spelt out, one row of the batch after the other:
+
+    out[i] = sum_j p[i, j] v[j]    with    p[i, :] = softmax over the visible j of (scaling * q[i] . k[j])
+
+Shapes: T packed query tokens of B rows, Hq query heads in groups over Hkv heads of K and V, D numbers a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import LayerStore, Plan
+
+#: Largest magnitude of an 8-bit code: a scale is absmax / CODE_MAX, so that the largest number maps to the last code.
+CODE_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def store_kv(key: Tensor, value: Tensor, layer: LayerStore, slot_mapping: Tensor) -> None:
+    """Write the K and V of this step's tokens into their slots.
+
+    Args:
+        key, value: [T, Hkv, D], any strides but the last.
+        layer: the store of one layer; 8-bit stores get a scale for each token and head as well.
+        slot_mapping: [T] int64, block * block_size + offset; -1 (NULL_SLOT) writes nothing.
+    """
+    written = slot_mapping >= 0
+    slots = slot_mapping[written]
+    block, offset = slots // layer.block_size, slots % layer.block_size
+    for tensor, store, scales in ((key, layer.k, layer.k_scale), (value, layer.v, layer.v_scale)):
+        data = tensor[written]
+        if scales is not None:
+            data, scale = quantise(data, store.dtype, scales.dtype)
+            scales[block, :, offset] = scale
+        store[block, :, offset] = data.to(store.dtype)
+
+
+def quantise(tensor: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """[.., D] -> (codes [.., D] in `dtype`, scale [..]) with tensor ~ codes * scale, rounded to nearest, ties to even.
+
+    A vector of zeros gets scale 0. The scale is rounded to its stored type first, so that both sides use the same one.
+    """
+    code_max = CODE_MAX[dtype]
+    tensor = tensor.float()
+    scale = (tensor.abs().amax(-1) / code_max).to(scale_dtype)
+    codes = tensor / torch.where(scale == 0, 1.0, scale.float())[..., None]
+    codes = codes.clamp(-code_max, code_max)
+    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
+
+
+def attention(
+    query: Tensor,
+    layer: LayerStore,
+    plan: Plan,
+    *,
+    scaling: float,
+    window: int = 0,
+    sinks: int = 0,
+    sink_query: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of each row's queries over the tokens its block table holds.
+
+    The token at index p of its row sees the indices j <= p; with a window only those with j > p - window or j < sinks.
+
+    Args:
+        query: [T, Hq, D], Hq a multiple of Hkv; the query heads of one K/V head lie next to each other.
+        layer: the store of one layer. Slots that no visible token owns may hold anything, NaN included.
+        plan: where the tokens are. Its row b owns the queries cu_seqlens_q[b]:cu_seqlens_q[b + 1], its last tokens.
+        scaling: factor on q . k.
+        window: tokens seen back from p, itself included; 0 sees everything.
+        sinks: tokens at the start of a row that stay visible however far the window has moved (StreamingLLM).
+        sink_query: [T, Hq, D], the query to use against the tokens j < sinks instead: rotated to where those keys
+            would stand if they came right before the window. One softmax runs over both parts.
+
+    Returns:
+        [T, Hq, D] in the query's type; zeros for rows of context 0.
+    """
+    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    starts, context_lens = plan.cu_seqlens_q.tolist(), plan.context_lens.tolist()
+    for row, context_len in enumerate(context_lens):
+        begin, end = starts[row], starts[row + 1]
+        if context_len == 0 or begin == end:
+            continue
+        position = torch.arange(context_len - (end - begin), context_len, device=query.device)[:, None]  # [n, 1]
+        index = torch.arange(context_len, device=query.device)  # [context]
+        visible = index <= position  # [n, context]
+        if window:
+            visible &= (index > position - window) | (index < sinks)
+        seen = visible.any(0)  # tokens out of every window may be gone: their blocks are never read
+
+        k = gather(layer.k, layer.k_scale, plan.block_tables[row], index[seen])  # [Hkv, seen, D]
+        v = gather(layer.v, layer.v_scale, plan.block_tables[row], index[seen])
+        group = query.shape[1] // k.shape[0]
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)  # [Hq, seen, D]
+
+        scores = query[begin:end].transpose(0, 1).float() @ k.mT  # [Hq, n, seen]
+        if sink_query is not None:
+            sink_scores = sink_query[begin:end].transpose(0, 1).float() @ k.mT
+            scores = torch.where(index[seen] < sinks, sink_scores, scores)
+        scores = (scores * scaling).masked_fill(~visible[:, seen], float("-inf"))
+        out[begin:end] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)  # [n, Hq, D]
+    return out
+
+
+def gather(store: Tensor, scales: Tensor | None, table: Tensor, index: Tensor) -> Tensor:
+    """Tokens `index` [n] of one row from [N, Hkv, block_size, D], as float32 [Hkv, n, D], dequantised."""
+    block_size = store.shape[2]
+    block, offset = table[index // block_size].long(), index % block_size
+    data = store[block, :, offset].float()  # [n, Hkv, D]
+    if scales is not None:
+        data = data * scales[block, :, offset].float()[..., None]
+    return data.transpose(0, 1)
