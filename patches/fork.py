@@ -5,8 +5,8 @@
     upstream.txt ──fetch──> archive ──unpack──> commit, tag `upstream` ──git am──> one commit a patch
          patches/*.patch, series  <──────────────refresh (git format-patch)──────────────┘
 
-The tree, `transformers-dev/`, has a git repository of its own. It is built beside its place and moved there whole, so an
-interrupted run leaves what was there before. A tree that holds work of yours (an uncommitted edit, a commit that the
+The tree, `transformers-dev/`, has a git repository of its own. It is built beside its place and moved there whole, so
+an interrupted run leaves what was there before. A tree that holds work of yours (an uncommitted edit, a commit that the
 series lacks, another branch, a stash) is never replaced. Identity and dates are fixed: the same pin and series give
 the same commit ids on every machine, and import followed by export gives the same bytes.
 
@@ -35,9 +35,10 @@ TREE = "transformers-dev"
 
 # What a patch file looks like is fixed here, whatever the user's git is set to.
 FORMAT_PATCH = (
-    "format-patch --no-numbered --zero-commit --no-signature --full-index --no-renames --no-color --no-ext-diff "
-    "--no-textconv --no-attach --no-thread --diff-algorithm=myers --unified=3 --stat=72 --src-prefix=a/ --dst-prefix=b/"
-).split()
+    *("format-patch", "--no-numbered", "--zero-commit", "--no-signature", "--full-index", "--no-renames", "--no-color"),
+    *("--no-ext-diff", "--no-textconv", "--no-attach", "--no-thread", "--diff-algorithm=myers", "--unified=3"),
+    *("--stat=72", "--src-prefix=a/", "--dst-prefix=b/"),
+)
 
 
 class ForkError(Exception):
@@ -142,8 +143,8 @@ class Fork:
             if work:
                 raise ForkError(
                     f"{TREE} holds work that a rebuild would lose:\n{indent(work)}\n"
-                    f"To keep it: commit it there, then `make refresh`. To drop it: `rm -rf {TREE}/.git {TREE}/[!.]*`,\n"
-                    "then `make patch`. Nothing was changed."
+                    "Nothing was changed. To keep it: commit it there, then `make refresh`.\n"
+                    f"To drop it: `rm -rf {TREE}/.git {TREE}/[!.]*`, then `make patch`."
                 )
             if self.recorded("inputs") == self.inputs():
                 print(f"{TREE}: {pin} with {len(self.series())} patches, up to date")
