@@ -147,7 +147,8 @@ class Fork:
                     f"To drop it: `rm -rf {TREE}/.git {TREE}/[!.]*`, then `make patch`."
                 )
             if self.recorded("inputs") == self.inputs():
-                print(f"{TREE}: {pin} with {len(self.series())} patches, up to date")
+                if not keep_edits:
+                    print(f"{TREE}: {pin} with {len(self.series())} patches, up to date")
                 return
             archive = self.fetch(pin, sdist)
             self.build(pin, archive)

@@ -1,0 +1,92 @@
+# Two commands do the work: `make patch && make bench`, and `make test`. `make help` lists the rest.
+#
+#   PYTHON=INTERPRETER  use this interpreter as it is, with the torch it has, in place of a virtual environment in .venv;
+#                       nothing is installed into it
+#   SDIST=FILE          the upstream archive, already on disk, in place of the package index
+#   CONSTRAINTS=FILE    other versions than constraints.txt for what pip installs
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+JOBS ?= 2
+ARGS ?= tests
+CONSTRAINTS ?= constraints.txt
+# Two test processes on two cores: each keeps to one thread, or they take turns.
+TEST_THREADS ?= 1
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+ifdef PYTHON
+  python := $(PYTHON)
+  venv :=
+  installed :=
+  # .cache/site holds the wheels of a bundle, if this checkout came from one.
+  export PYTHONPATH := $(CURDIR)/transformers-dev/src:$(CURDIR):$(CURDIR)/.cache/site
+else
+  python := .venv/bin/python
+  venv := .venv/bin/python
+  installed := .venv/.installed
+  # The first interpreter that is new enough and can make a virtual environment.
+  find_python = for p in python3 python3.12 python3.11 python3.13; do \
+      $$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; \
+    echo 'make: no Python 3.11 or later with venv found; install python3.11 and python3.11-venv, or set PYTHON=' >&2; exit 1
+endif
+
+.PHONY: help patch tree install model test test-upstreams lint bench report refresh bundle clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
+	@sed -n '/^#   /p; /^SHELL/q' Makefile | cut -c 2-
+
+patch: $(venv)  ## unpack the pinned upstream into transformers-dev, apply the patches, install [SDIST=]
+	@$(python) patches/fork.py patch $(if $(SDIST),--sdist '$(SDIST)')
+	@$(MAKE) install
+
+install: tree $(installed)  ## install the patched tree and the package into .venv (part of the others)
+
+# Like `patch`, but a tree with work of yours in it is used as it is.
+tree: $(venv)
+	@$(python) patches/fork.py patch --keep-edits $(if $(SDIST),--sdist '$(SDIST)')
+
+.venv/bin/python:
+	@python=$$($(find_python)); echo "making .venv with $$python"; rm -rf .venv; $$python -m venv .venv
+
+.venv/.installed: pyproject.toml $(CONSTRAINTS) patches/upstream.txt | tree
+	@echo 'installing transformers-dev and kv_strategies into .venv (a few minutes at first)'
+	@.venv/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) \
+	  --editable transformers-dev --editable '.[bench,test]'
+	@touch $@
+
+model: install  ## bring the default model and the text for the benches
+	@$(python) -m kv_strategies.models fetch
+
+test: install model  ## run the tests [ARGS=tests/test_paged.py] [JOBS=2]
+	OMP_NUM_THREADS=$(TEST_THREADS) $(python) -m pytest $(if $(filter-out 0,$(JOBS)),-n $(JOBS) --dist worksteal) $(ARGS)
+
+test-upstreams: install model  ## run the equality tests on every upstream of patches/upstreams.txt
+	@$(python) patches/fork.py upstreams --into build/upstreams
+	@for tree in build/upstreams/*; do echo "== $$tree"; \
+	  PYTHONPATH=$(CURDIR)/$$tree/src:$${PYTHONPATH:-$(CURDIR)} OMP_NUM_THREADS=$(TEST_THREADS) \
+	    $(python) -m pytest -m upstream $(if $(filter-out 0,$(JOBS)),-n $(JOBS)) $(ARGS); done
+
+lint: install  ## check style with ruff
+	@$(python) -m ruff check . && $(python) -m ruff format --check .
+
+bench: install model  ## measure every strategy and the native caches [MODEL=] [SUITE=]
+	@$(python) -m bench $(if $(MODEL),--model '$(MODEL)') $(if $(SUITE),--suite '$(SUITE)')
+
+report: install  ## write bench/results/comparison_table.md and the plots from the results
+	@$(python) -m bench report
+
+refresh: $(venv)  ## export the commits of transformers-dev into patches/ [CHECK=1] [FORCE=1]
+	@$(python) patches/fork.py refresh $(if $(CHECK),--check) $(if $(FORCE),--force)
+
+bundle: install model  ## write build/bundle/: everything a host without a network needs, in parts of at most 56 MiB
+	@$(python) patches/bundle.py
+
+clean:  ## remove .venv, build, caches and the patched tree (not the downloads, nor work of yours in the tree)
+	@if [ -d transformers-dev/.git ]; then $(or $(PYTHON),python3) patches/fork.py clean; fi
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
