@@ -8,16 +8,24 @@ stands at token index `context_lens[b] - n + i` of that row and sees all tokens 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .paged import BlockTable
 
 #: Stands in a block table where a block was freed (out of the window). Never read: the kernels mask by token index.
 NULL_BLOCK = -1
 #: Stands in a slot mapping where a token must not be stored (the padding rows of a CUDA graph).
 NULL_SLOT = -1
+#: The tensors of a plan, in the order of `Plan`.
+PLAN_TENSORS = ("cu_seqlens_q", "context_lens", "positions", "slot_mapping", "block_tables")
 
 
 class LayerStore(NamedTuple):
@@ -49,6 +57,7 @@ class Plan:
     query_lens: list[int]  # [B] on the host
     row_lens: list[int]  # [B] on the host: upper bounds of context_lens (equal to them outside a CUDA graph)
     num_decodes: int  # the first num_decodes rows have exactly one query each; the rest have any number
+    scratch: dict = field(default_factory=dict)  # what a kernel derives from the plan once and every layer uses
 
     @property
     def num_tokens(self) -> int:
@@ -58,3 +67,92 @@ class Plan:
     @property
     def device(self) -> torch.device:
         return self.positions.device
+
+
+class PlanBuffer:
+    """The memory of a plan on one device: filled by numpy on the host, sent in one copy.
+
+    Keep the buffer and fill it again for a CUDA graph, whose addresses may not change; make a new one of the exact
+    size otherwise.
+
+    Args:
+        num_rows, num_tokens, max_blocks: B, T and the width of the block tables.
+        extra: further integers that travel along, name -> number of int64 values (the runner's token ids, say).
+    """
+
+    def __init__(
+        self, device: torch.device, num_rows: int, num_tokens: int, max_blocks: int, extra: dict[str, int] | None = None
+    ):
+        self.device = device
+        self.fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "positions": ((num_tokens,), torch.int64),
+            "slot_mapping": ((num_tokens,), torch.int64),
+            **{name: ((size,), torch.int64) for name, size in (extra or {}).items()},
+            "cu_seqlens_q": ((num_rows + 1,), torch.int32),
+            "context_lens": ((num_rows,), torch.int32),
+            "block_tables": ((num_rows, max_blocks), torch.int32),
+        }
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.fields.values())
+        self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
+        self.tensors = self._views(self._bytes)
+
+    def fill(self, rows: Sequence[tuple[BlockTable, int]], extra: dict[str, object] | None = None) -> Plan:
+        """The plan of a forward over the last `query_len` tokens of each table, which already has room for them.
+
+        Rows with one query come first. Rows and tokens that the buffer has beyond those given are padding: they read
+        nothing and store nothing.
+
+        Args:
+            rows: (table, query_len) a row.
+            extra: values for the fields declared as extra, array-likes; shorter ones are padded with their last value.
+        """
+        on_host = self._bytes
+        if self.device.type == "cuda":  # torch's pinned allocator keeps the memory until the copy has ended
+            on_host = torch.empty(self._bytes.shape, dtype=torch.uint8, pin_memory=True)
+        arrays = {name: view.numpy() for name, view in self._views(on_host).items()}
+        num_rows, num_tokens = len(arrays["context_lens"]), len(arrays["positions"])
+        query_lens = [query_len for _, query_len in rows]
+        total = sum(query_lens)
+        assert len(rows) <= num_rows and total <= num_tokens, "the plan does not fit its buffer"
+
+        ends = np.cumsum(query_lens, dtype=np.int64)
+        arrays["cu_seqlens_q"][0] = 0
+        arrays["cu_seqlens_q"][1 : len(rows) + 1] = ends
+        arrays["cu_seqlens_q"][len(rows) + 1 :] = total
+        arrays["context_lens"][len(rows) :] = 0
+        arrays["block_tables"].fill(NULL_BLOCK)
+        arrays["positions"][total:] = 0
+        arrays["slot_mapping"][total:] = NULL_SLOT
+        begin = 0
+        for index, (table, query_len) in enumerate(rows):
+            stop, end = table.num_tokens, begin + query_len
+            arrays["context_lens"][index] = stop
+            arrays["block_tables"][index, : len(table.blocks)] = table.blocks
+            if query_len == 1:  # a decode row: scalars, since a numpy call costs more than the arithmetic
+                arrays["positions"][begin] = stop - 1
+                arrays["slot_mapping"][begin] = table.last_slot()
+            else:
+                arrays["positions"][begin:end] = np.arange(stop - query_len, stop)
+                arrays["slot_mapping"][begin:end] = table.slots(stop - query_len, stop)
+            begin = end
+        for name, values in (extra or {}).items():
+            array, values = arrays[name], np.asarray(values)
+            array[: len(values)] = values
+            array[len(values) :] = values[-1]
+        if on_host is not self._bytes:
+            self._bytes.copy_(on_host, non_blocking=True)
+
+        return Plan(
+            **{name: self.tensors[name] for name in PLAN_TENSORS},
+            query_lens=query_lens,
+            row_lens=[table.num_tokens for table, _ in rows],
+            num_decodes=next((i for i, query_len in enumerate(query_lens) if query_len != 1), len(rows)),
+        )
+
+    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
+        views, offset = {}, 0
+        for name, (shape, dtype) in self.fields.items():  # int64 fields first, so that all are aligned
+            size = math.prod(shape) * dtype.itemsize
+            views[name] = buffer[offset : offset + size].view(dtype).view(shape)
+            offset += size
+        return views

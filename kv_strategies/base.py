@@ -1,0 +1,302 @@
+"""What a strategy is: a block pool and four policies, each the answer to one question.
+
+| policy      | question                          | null object here | answered in    |
+|-------------|-----------------------------------|------------------|----------------|
+| `Sharing`   | who already holds these tokens?   | nobody           | `prefix.py`    |
+| `Retention` | which blocks may still be seen?   | all of them      | `window.py`    |
+| `Placement` | which tier holds these bytes?     | the model's own  | `offload.py`   |
+| `Codec`     | what bytes encode K and V?        | as they come     | `quantized.py` |
+
+The fifth question, where is token t, is the pool's own (`paged.py`). No policy asks what another one is.
+`build.py` puts strategies together by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .kernels import attention, store_kv
+from .paged import BlockPool, BlockTable, OutOfBlocks
+from .plan import LayerStore, Plan
+from .store import BlockStore, block_bytes
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from .cache import StrategyCache
+
+
+class Sharing:
+    """Who already holds these tokens? Here: nobody, every request computes its own."""
+
+    def match(self, token_ids: Sequence[int], salt: str) -> tuple[list[int], int]:
+        """The blocks that hold the start of `token_ids`, one reference each to the caller, and how many tokens."""
+        return [], 0
+
+    def publish(self, token_ids: Sequence[int], table: BlockTable, salt: str) -> None:
+        """Offer the full blocks of `table`, which hold the first `table.num_tokens` of `token_ids`, to others."""
+
+    def evict(self, num_blocks: int) -> int:
+        """Give back up to `num_blocks` blocks that no request uses. Returns how many."""
+        return 0
+
+    def num_evictable(self) -> int:
+        """How many blocks `evict` could give back."""
+        return 0
+
+    def held_blocks(self) -> list[int]:
+        """The blocks kept for later hits, one entry a reference."""
+        return []
+
+    def clear(self) -> None:
+        """Forget everything, and give all held blocks back."""
+
+
+class Retention:
+    """Which blocks may still be seen? Here: all of them."""
+
+    window = 0  # tokens that a query sees, itself included; 0 for all
+    sinks = 0  # first tokens of the row that stay visible
+
+    def dead(self, num_tokens: int, block_size: int) -> tuple[int, int]:
+        """First and last + 1 table position of the blocks that no query from token `num_tokens` on can see."""
+        return 0, 0
+
+
+class Codec:
+    """What bytes encode K and V? Here: the model's own dtype."""
+
+    def planes(self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> dict:
+        """Name -> (shape of one layer of one block, dtype), see `BlockStore`."""
+        shape = (num_kv_heads, block_size, head_dim)
+        return {"k": (shape, dtype), "v": (shape, dtype)}
+
+    def write(self, layer: LayerStore, slot_mapping: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store K and V [T, Hkv, D] of the tokens at their slots."""
+        store_kv(key, value, layer, slot_mapping)
+
+
+class Placement:
+    """Which tier holds these bytes? Here: the device of each layer, K and V alike."""
+
+    def allocate(self, num_blocks: int, planes: dict, layer_devices: list[torch.device]) -> None:
+        self.stores: dict[torch.device, BlockStore] = {}
+        self._layers: list[LayerStore] = []
+        for device in dict.fromkeys(layer_devices):
+            self.stores[device] = BlockStore(num_blocks, layer_devices.count(device), planes, device)
+        seen = dict.fromkeys(self.stores, 0)
+        for device in layer_devices:
+            self._layers.append(self.stores[device].layer(seen[device]))
+            seen[device] += 1
+
+    def open(self, layer_idx: int, plan: Plan) -> LayerStore:
+        """The K and V of a layer, ready to be written and read."""
+        return self._layers[layer_idx]
+
+    def close(self, layer_idx: int, plan: Plan) -> None:
+        """The attention of this layer has been launched."""
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy (source, destination) blocks of all layers."""
+        for store in self.stores.values():
+            store.copy_blocks([source for source, _ in copies], [destination for _, destination in copies])
+
+    def bytes_per_tier(self) -> dict[str, int]:
+        """Bytes that the blocks take, for every tier in use."""
+        tiers: dict[str, int] = {}
+        for device, store in self.stores.items():
+            tiers[device.type] = tiers.get(device.type, 0) + store.num_bytes
+        return tiers
+
+
+@dataclass
+class Spec:
+    """What a strategy is built from. It starts as a plain block pool, and each part of the name changes its answer."""
+
+    block_size: int = 16
+    sharing: Sharing = field(default_factory=Sharing)
+    retention: Retention = field(default_factory=Retention)
+    placement: Placement = field(default_factory=Placement)
+    codec: Codec = field(default_factory=Codec)
+
+
+class Strategy:
+    """A block pool, its memory and its policies, for one model. Long-lived: it outlives requests and calls.
+
+    Use `build`. Two doors lead in: `cache()` for `model.generate()`, and `Runner` for batches of requests.
+    """
+
+    def __init__(self, name: str, model: LlamaForCausalLM, spec: Spec, num_blocks: int):
+        self.name = name
+        self.model = model
+        self.sharing, self.retention = spec.sharing, spec.retention
+        self.placement, self.codec = spec.placement, spec.codec
+        self.shape = KVShape.of(model)
+        self.pool = BlockPool(num_blocks, spec.block_size)
+        self.placement.allocate(num_blocks, self.shape.planes(self.codec, spec.block_size), self.shape.layer_devices)
+        self.num_hit_tokens = 0
+        self.num_evictions = 0
+
+    @property
+    def block_size(self) -> int:
+        return self.pool.block_size
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest context that the pool can hold when a request has it alone."""
+        return self.pool.num_blocks * self.pool.block_size
+
+    # --- the doors
+
+    def cache(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> StrategyCache:
+        """A cache for one call of `generate()`: `model.generate(ids, past_key_values=strategy.cache())`.
+
+        It gives its blocks back when it is no longer referenced.
+
+        Args:
+            input_ids: [B, n] the prompt, so that tokens another request has computed are skipped.
+            attention_mask: [B, n] 1 for a token, 0 for padding; as given to `generate()`.
+        """
+        from .cache import StrategyCache
+
+        return StrategyCache(self, input_ids, attention_mask)
+
+    def open_table(self, token_ids: Sequence[int], salt: str = "") -> BlockTable:
+        """A block table for a new request, with the blocks that already hold the start of `token_ids`.
+
+        At least the last token is left to compute, since its logits are wanted.
+        """
+        blocks, num_tokens = self.sharing.match(token_ids[:-1], salt) if len(token_ids) > 1 else ([], 0)
+        self.num_hit_tokens += num_tokens
+        return BlockTable(self.pool, blocks, num_tokens)
+
+    def has_room(self, table: BlockTable, num_tokens: int) -> bool:
+        """Whether `reserve` would find room for `num_tokens` more tokens in this table alone."""
+        needed = table.num_new_blocks(num_tokens)
+        return needed <= self.pool.num_free or needed <= self.pool.num_free + self.sharing.num_evictable()
+
+    def reserve(self, rows: Sequence[tuple[BlockTable, int]]) -> None:
+        """Make room in each table for so many more tokens: free dead blocks, evict, allocate, copy on write.
+
+        Raises:
+            OutOfBlocks: there is not enough room, and no table was changed but for its dead blocks.
+        """
+        self.retire([table for table, _ in rows])
+        needed = sum(table.num_new_blocks(num_tokens) for table, num_tokens in rows)
+        if needed > self.pool.num_free:
+            self.num_evictions += self.sharing.evict(needed - self.pool.num_free)
+        if needed > self.pool.num_free:
+            raise OutOfBlocks(
+                f"{needed} more blocks of {self.block_size} tokens are needed and {self.pool.num_free} of "
+                f"{self.pool.num_blocks} are free"
+            )
+        copies = [copy for table, num_tokens in rows for copy in table.append(num_tokens)]
+        if copies:
+            self.placement.copy_blocks(copies)
+
+    def retire(self, tables: Sequence[BlockTable]) -> None:
+        """Give back the blocks that no further query of these tables can see."""
+        for table in tables:
+            first, last = self.retention.dead(table.num_tokens, self.block_size)
+            if last > max(first, table.num_dead):
+                table.drop(first, last)
+
+    # --- the data plane: once a layer, tensors only
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float) -> Tensor:
+        """Store the new K and V, and attend to everything the row may see.
+
+        Args:
+            query: [T, Hq, D] packed; key, value: [T, Hkv, D]. Keys arrive rotated.
+            scaling: factor of the scores before the softmax.
+
+        Returns:
+            [T, Hq, D]
+        """
+        layer = self.placement.open(layer_idx, plan)
+        self.codec.write(layer, plan.slot_mapping, key, value)
+        retention = self.retention
+        out = attention(query, layer, plan, scaling=scaling, window=retention.window, sinks=retention.sinks)
+        self.placement.close(layer_idx, plan)
+        return out
+
+    # --- looking after it
+
+    def stats(self) -> dict[str, object]:
+        """What the pool holds and what has moved. Bytes are what the allocators have set aside for blocks."""
+        held = self.sharing.held_blocks()
+        num_cached = sum(self.pool.ref_counts[block] == 1 for block in set(held))
+        live = [table for table in self.pool.tables if table.num_tokens]
+        tokens = sum(table.num_tokens for table in live)
+        places = sum(int((table.blocks >= 0).sum()) for table in live) * self.block_size
+        kv_bytes = self.placement.bytes_per_tier()
+        return {
+            "strategy": self.name,
+            "block_size": self.block_size,
+            "num_blocks": self.pool.num_blocks,
+            "blocks_used": self.pool.num_used - num_cached,
+            "blocks_free": self.pool.num_free,
+            "blocks_cached": num_cached,
+            "tokens_stored": tokens,
+            "token_places": places,
+            "kv_bytes": sum(kv_bytes.values()),
+            "kv_bytes_per_tier": kv_bytes,
+            "bytes_per_token": self.shape.bytes_per_token(self.codec, self.block_size),
+            "hit_tokens": self.num_hit_tokens,
+            "evictions": self.num_evictions,
+        }
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where the books of the pool do not balance (a bug of ours)."""
+        self.pool.check_integrity(self.sharing.held_blocks())
+
+    def reset(self) -> None:
+        """Forget everything that is cached. Requests and caches in use must have ended.
+
+        Raises:
+            RuntimeError: some are still in use.
+        """
+        in_use = sum(table.num_tokens > 0 for table in self.pool.tables)
+        if in_use:
+            raise RuntimeError(f"{in_use} block tables are in use; finish their requests or drop their caches first")
+        self.sharing.clear()
+        self.num_hit_tokens = self.num_evictions = 0
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What a model's K and V look like, read from its weights: tensor parallelism leaves fewer heads than the config."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    layer_devices: list[torch.device]
+
+    @classmethod
+    def of(cls, model: LlamaForCausalLM) -> KVShape:
+        attentions = [layer.self_attn for layer in model.model.layers]
+        weight = attentions[0].k_proj.weight
+        local = weight.to_local() if hasattr(weight, "to_local") else weight
+        head_dim = attentions[0].head_dim
+        return cls(
+            num_kv_heads=local.shape[0] // head_dim,
+            head_dim=head_dim,
+            dtype=model.dtype,
+            layer_devices=[attn.k_proj.weight.device for attn in attentions],
+        )
+
+    def planes(self, codec: Codec, block_size: int) -> dict:
+        return codec.planes(self.num_kv_heads, block_size, self.head_dim, self.dtype)
+
+    def block_bytes(self, codec: Codec, block_size: int) -> int:
+        planes = self.planes(codec, block_size)
+        devices = self.layer_devices
+        return sum(block_bytes(devices.count(device), planes) for device in dict.fromkeys(devices))
+
+    def bytes_per_token(self, codec: Codec, block_size: int) -> float:
+        return self.block_bytes(codec, block_size) / block_size

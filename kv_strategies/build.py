@@ -1,0 +1,161 @@
+"""Strategies by name: `build("paged", model)`, `build("prefix+offload+int8", model, ...)`.
+
+A name is a sum of parts. Each part changes one answer of a plain block pool (`base.Spec`); a new strategy is one
+function here and one entry in `STRATEGIES`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .base import KVShape, Spec, Strategy
+from .baseline import Baseline
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One name: what it is, and what it changes. `apply(spec, model, **options)` takes its options as keywords."""
+
+    summary: str
+    apply: Callable[..., None]
+    alone: bool = False  # cannot be part of a sum
+
+    @property
+    def options(self) -> list[str]:
+        return list(inspect.signature(self.apply).parameters)[2:]
+
+
+def _paged(spec: Spec, model: LlamaForCausalLM) -> None:
+    """Nothing to change: every strategy stands on the block pool."""
+
+
+def _contiguous(spec: Spec, model: LlamaForCausalLM, max_length: int | None = None) -> None:
+    spec.block_size = max_length or model.config.max_position_embeddings
+
+
+STRATEGIES: dict[str, Preset] = {
+    "baseline": Preset("native DynamicCache, untouched: the oracle", _paged, alone=True),
+    "contiguous": Preset("one block of maximal length a request", _contiguous, alone=True),
+    "paged": Preset("blocks of 16 tokens behind a block table (PagedAttention)", _paged),
+}
+
+
+def build(
+    name: str,
+    model: LlamaForCausalLM,
+    *,
+    num_blocks: int | None = None,
+    memory_fraction: float | None = None,
+    block_size: int | None = None,
+    **options: object,
+) -> Strategy | Baseline:
+    """Build a strategy for `model` and set its memory aside.
+
+    Args:
+        name: names of `STRATEGIES` joined by "+".
+        num_blocks: blocks in the pool.
+        memory_fraction: instead of `num_blocks`, the share of the free memory of each device to fill with blocks.
+            Without either: 0.8 of a GPU; on a CPU 0.25, and not more than 16 contexts of full length.
+        block_size: tokens a block, 16 unless told.
+        options: those of the parts, see `STRATEGIES[...].options`.
+
+    Raises:
+        ValueError: an unknown name or option, parts that cannot work together, a model this cannot serve, a pool
+            that cannot hold a single block.
+        RuntimeError: transformers is installed without the patches.
+    """
+    parts = name.split("+")
+    unknown = [part for part in parts if part not in STRATEGIES]
+    if unknown:
+        raise ValueError(f"unknown strategy {unknown[0]!r}; known are {', '.join(STRATEGIES)}, joined by '+'")
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"{name!r} names a strategy twice")
+    for part in parts:
+        if STRATEGIES[part].alone and len(parts) > 1:
+            raise ValueError(f"{part!r} stands alone and cannot be combined, as {name!r} asks")
+    known = {option for part in parts for option in STRATEGIES[part].options}
+    if stray := set(options) - known:
+        takes = f"takes {', '.join(sorted(known))}" if known else "takes no options of its own"
+        raise ValueError(f"unknown option {', '.join(sorted(stray))}: {name!r} {takes}")
+    _check_model(model)
+    if name == "baseline":
+        return Baseline(model)
+
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    if block_size is not None and name == "contiguous":
+        raise ValueError("contiguous has blocks of maximal length: give max_length instead of block_size")
+    spec = Spec() if block_size is None else Spec(block_size=block_size)
+    for part in parts:
+        preset = STRATEGIES[part]
+        preset.apply(spec, model, **{option: options[option] for option in preset.options if option in options})
+    if num_blocks is None:
+        num_blocks = _blocks_that_fit(model, spec, memory_fraction)
+    elif memory_fraction is not None:
+        raise ValueError("give num_blocks or memory_fraction, not both")
+    elif num_blocks < 1:
+        raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+    return Strategy(name, model, spec, num_blocks)
+
+
+def _check_model(model: LlamaForCausalLM) -> None:
+    """Raises where the model is not one whose attention the patches hand over."""
+    import transformers
+    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM
+
+    if not isinstance(model, LlamaForCausalLM):
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise ValueError(
+            f"the model is of type {kind!r}, and only LlamaForCausalLM is patched; "
+            "kv_strategies.models.load_model converts Qwen and Qwen2 weights"
+        )
+    if "attend" not in LlamaAttention.forward.__code__.co_names:
+        raise RuntimeError(
+            f"transformers {transformers.__version__} is installed without the patches; "
+            "run `make patch`, or `pip install -e transformers-dev`"
+        )
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if getattr(config, "sliding_window", None) is not None:
+        kinds.add("sliding_attention")
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"unsupported layer type {', '.join(sorted(kinds - {'full_attention'}))}: Llama layers attend to all "
+            "tokens, and how many a query sees is the strategy's to say"
+        )
+
+
+def _blocks_that_fit(model: LlamaForCausalLM, spec: Spec, memory_fraction: float | None) -> int:
+    if memory_fraction is not None and not 0 < memory_fraction <= 1:
+        raise ValueError(f"memory_fraction must be in (0, 1], got {memory_fraction}")
+    shape = KVShape.of(model)
+    bytes_per_block = shape.block_bytes(spec.codec, spec.block_size)
+    share_of_layers = max(shape.layer_devices.count(device) for device in set(shape.layer_devices))
+    bytes_per_block = bytes_per_block * share_of_layers // len(shape.layer_devices)
+    if shape.layer_devices[0].type == "cuda":
+        free = min(
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+            for device in set(shape.layer_devices)
+        )
+        num_blocks = int(free * (memory_fraction or 0.8)) // bytes_per_block
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        num_blocks = int(free * (memory_fraction or 0.25)) // bytes_per_block
+        if memory_fraction is None:
+            num_blocks = min(num_blocks, -(-16 * model.config.max_position_embeddings // spec.block_size))
+    if num_blocks < 1:
+        raise ValueError(
+            f"one block of {spec.block_size} tokens takes {bytes_per_block / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
+        )
+    return num_blocks

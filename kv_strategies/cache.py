@@ -1,0 +1,187 @@
+"""The door for `model.generate()`: a Transformers `Cache` that hands attention to a strategy.
+
+Upstream asks a cache for K and V as two dense tensors (`update`), which a paged store cannot give without copying all
+of it. The patched model asks differently, twice: `plan_forward` once a forward, in place of building a mask, and
+`attend` once a layer, in place of `update` and attention.
+
+`generate()` thinks in columns: all rows of a batch are equally long, shorter prompts padded on the left. The store
+keeps tokens only, so a row of the batch is a block table without its padding.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.utils import output_capturing
+
+from .base import Strategy
+from .paged import BlockTable, OutOfBlocks
+from .plan import Plan, PlanBuffer
+
+
+class AttendingCache(Cache):
+    """What the patched model sees: a cache that attends. The plan says to what."""
+
+    def __init__(self, strategy: Strategy):
+        super().__init__(layers=[])
+        self.strategy = strategy
+        self.plan: Plan | None = None
+
+    @property
+    def decoder_layers(self):
+        """The stack that `LlamaModel` runs."""
+        return self.strategy.model.model.layers
+
+    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
+        """Called in place of `create_causal_mask`: nothing to do where the plan is there already."""
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Store K and V of the new tokens and attend to all tokens of the row.
+
+        Args:
+            query: [B, Hq, n, D]; key, value: [B, Hkv, n, D], keys rotated.
+
+        Returns:
+            [B, n, Hq * D]
+        """
+        num_rows, _, num_columns, _ = query.shape
+        packed = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # [B * n, H, D], views
+        out = self.strategy.attend(layer_idx, *packed, self.plan, scaling)
+        return out.reshape(num_rows, num_columns, -1)
+
+    def update(self, *args, **kwargs):
+        raise RuntimeError(
+            f"a {self.strategy.name!r} cache has no dense K and V to return: this model's attention is not patched. "
+            "It serves the LlamaForCausalLM that the strategy was built for"
+        )
+
+    @property
+    def is_compileable(self) -> bool:
+        return False  # else generate() would compile the forward by itself
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+
+class StrategyCache(AttendingCache):
+    """The cache of one `generate()` call: a block table a row. Made by `Strategy.cache`."""
+
+    def __init__(self, strategy: Strategy, input_ids: Tensor | None = None, attention_mask: Tensor | None = None):
+        super().__init__(strategy)
+        self.tables: list[BlockTable] = []
+        self.num_columns = 0  # tokens and padding that generate() believes to be cached
+        self._packing: Tensor | None = None  # [T] where the tokens stand among B * n columns, if there is padding
+        # The tables live in a list of their own, so that the finalizer does not keep the cache alive.
+        weakref.finalize(self, _release, self.tables)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.num_columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
+        """Find room for the new tokens and say where everything lives. Same keywords as `create_causal_mask`."""
+        self._check_supported(attention_mask)
+        num_rows, num_columns = inputs_embeds.shape[:2]
+        if not self.tables:
+            self.tables.extend(self.strategy.open_table(()) for _ in range(num_rows))
+        if len(self.tables) != num_rows:
+            raise ValueError(f"the cache holds {len(self.tables)} rows and the input has {num_rows}")
+        is_token = self._new_tokens(attention_mask, num_rows, num_columns)
+        query_lens = [num_columns] * num_rows if is_token is None else is_token.sum(dim=1).tolist()
+        rows = list(zip(self.tables, query_lens, strict=True))
+        try:
+            self.strategy.reserve(rows)
+        except OutOfBlocks as error:
+            held = sum(table.num_tokens for table in self.tables)
+            raise OutOfBlocks(
+                f"the pool of {self.strategy.max_tokens} tokens is too small: this call holds {held} tokens in "
+                f"{num_rows} rows and adds {sum(query_lens)}. Build the strategy with a larger num_blocks ({error})"
+            ) from None
+        self._packing = None
+        if is_token is not None and not is_token.all():
+            self._packing = is_token.flatten().nonzero().squeeze(1).to(inputs_embeds.device)
+        buffer = PlanBuffer(
+            inputs_embeds.device, num_rows, sum(query_lens), max(1, *(len(table.blocks) for table in self.tables))
+        )
+        self.plan = buffer.fill(rows)
+        self.num_columns += num_columns
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        if self._packing is None:
+            return super().attend(layer_idx, query, key, value, scaling)
+        num_rows, num_heads, num_columns, head_dim = query.shape
+        packed = (states.transpose(1, 2).flatten(0, 1)[self._packing] for states in (query, key, value))
+        out = query.new_zeros(num_rows * num_columns, num_heads, head_dim)  # padding attends to nothing
+        out[self._packing] = self.strategy.attend(layer_idx, *packed, self.plan, scaling)
+        return out.view(num_rows, num_columns, -1)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest columns: a negative count of them, or (older releases) the positive length to keep."""
+        keep = tokens_to_remove if tokens_to_remove > 0 else self.num_columns + tokens_to_remove
+        removed = self.num_columns - keep
+        if removed <= 0:
+            return
+        for table in self.tables:  # padding is on the left, so the newest columns are tokens
+            table.truncate(max(0, table.num_tokens - removed))
+        self.num_columns = max(0, keep)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i continues from row beam_idx[i]: tables are forked, no K or V moves."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        chosen = [self.tables[index].fork() for index in indices.tolist()]
+        _release(self.tables)
+        self.tables[:] = chosen
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(len(self.tables)).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Give all blocks back; the cache can be used again."""
+        _release(self.tables)
+        self.tables.clear()
+        self.num_columns = 0
+
+    def _new_tokens(self, attention_mask: Tensor | None, num_rows: int, num_columns: int) -> Tensor | None:
+        """[B, n] bool on the host: which of the new columns are tokens; None for all, and nothing is read back."""
+        if attention_mask is None:
+            return None
+        expected = (num_rows, self.num_columns + num_columns)
+        if tuple(attention_mask.shape) != expected:
+            raise ValueError(
+                f"the attention mask has shape {tuple(attention_mask.shape)}; with {self.num_columns} cached columns "
+                f"and {num_columns} new ones it must be {expected}"
+            )
+        seen = attention_mask != 0
+        on_host = torch.cat([seen.sum(dim=1, keepdim=True), seen[:, self.num_columns :].long()], dim=1).cpu()
+        is_token = on_host[:, 1:].bool()
+        stored = torch.tensor([table.num_tokens for table in self.tables])
+        if not torch.equal(on_host[:, 0] - is_token.sum(dim=1), stored):
+            raise ValueError("the attention mask shows or hides columns otherwise than when they were stored")
+        return is_token
+
+    def _check_supported(self, attention_mask) -> None:
+        model = self.strategy.model
+        if model.training:
+            raise ValueError(f"a {self.strategy.name!r} cache serves inference: call model.eval() first")
+        if attention_mask is not None and (not torch.is_tensor(attention_mask) or attention_mask.dim() != 2):
+            raise ValueError(
+                "a strategy takes a 2-D attention mask [B, columns]; it plans from tokens, not from scores"
+            )
+        wanted = output_capturing._active_collector.get()  # set by upstream while a forward records outputs
+        if wanted is not None and "attentions" in wanted:
+            raise ValueError(
+                "output_attentions is not supported: attention weights are never materialised by a strategy"
+            )
+
+
+def _release(tables: list[BlockTable]) -> None:
+    for table in tables:
+        table.release()

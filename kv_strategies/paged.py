@@ -1,0 +1,233 @@
+"""Paged: where is token t?
+
+A cache that keeps every request in one piece of memory must reserve its longest possible length, and most of that is
+never used. PagedAttention (Kwon et al., SOSP 2023, arXiv 2309.06180) cuts the memory into blocks of a few tokens and
+gives a request a *block table* instead: token `t` lives in block `table[t // block_size]` at offset `t % block_size`,
+as in a page table.
+
+    request A, 37 tokens    table A: [ 4, 7, 1 ]        pool: [ . A . . A . . A ]   block_size 16
+    token 20 -> block table[1] = 7, offset 4 -> slot 7 * 16 + 4 = 116
+
+Saves: only the last block of a request is partly empty (under 4 % waste at block_size 16 and usual lengths), and
+requests that share tokens share blocks by reference count; the first to write into a shared block copies it (copy on
+write), so parallel samples and beams cost one block each, not one prompt each. Costs: one indirection a block in the
+attention kernel.
+
+Everything here is Python integers, once a step. The tensors live in `BlockStore`.
+
+    python -m kv_strategies.paged      prints block tables as two samples grow out of one prompt
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+import numpy as np
+
+from .plan import NULL_BLOCK
+
+
+class OutOfBlocks(RuntimeError):
+    """The pool has fewer free blocks than a forward needs. Nothing was changed."""
+
+
+class BlockPool:
+    """`num_blocks` blocks of `block_size` tokens: which are free, and how many hold on to each of the others.
+
+    A block is free when its reference count is 0. Tables hold references, and so may a sharing policy (a cached
+    prefix). Allocation prefers the block after the one given, which keeps neighbours in memory where it costs nothing.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int):
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"a pool needs at least one block of one token, got {num_blocks} blocks of {block_size}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.ref_counts = [0] * num_blocks
+        self.tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
+        self._free = dict.fromkeys(range(num_blocks))  # an ordered set: first in, first out
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def allocate(self, after: int = NULL_BLOCK) -> int:
+        """A free block, now with one reference; the one following `after` if that is free."""
+        if not self._free:
+            raise OutOfBlocks(f"all {self.num_blocks} blocks are in use")
+        block = after + 1 if after != NULL_BLOCK and after + 1 in self._free else next(iter(self._free))
+        del self._free[block]
+        self.ref_counts[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        assert self.ref_counts[block] > 0, f"block {block} is free"
+        self.ref_counts[block] += 1
+
+    def release(self, block: int) -> None:
+        assert self.ref_counts[block] > 0, f"block {block} is free already"
+        self.ref_counts[block] -= 1
+        if self.ref_counts[block] == 0:
+            self._free[block] = None
+
+    def check_integrity(self, other_holders: Iterable[int] = ()) -> None:
+        """Every reference is held by somebody, and every free block by nobody.
+
+        Args:
+            other_holders: blocks held by others than tables (a prefix cache), one entry a reference.
+
+        Raises:
+            AssertionError: an invariant is broken; this is a bug of ours.
+        """
+        counts = [0] * self.num_blocks
+        for table in self.tables:
+            assert len(table.blocks) == -(-table.num_tokens // self.block_size), "a table is longer than its tokens"
+            for block in table.blocks:
+                if block != NULL_BLOCK:
+                    counts[block] += 1
+        for block in other_holders:
+            counts[block] += 1
+        assert counts == self.ref_counts, "reference counts differ from the references held"
+        assert set(self._free) == {b for b, count in enumerate(counts) if count == 0}, "the free list is wrong"
+
+
+class BlockTable:
+    """The blocks of one request, in the order of its tokens, and how many tokens they hold."""
+
+    def __init__(self, pool: BlockPool, blocks: Iterable[int] = (), num_tokens: int = 0):
+        """Takes over one reference to each of `blocks`, which hold `num_tokens` tokens."""
+        self.pool = pool
+        self.num_tokens = num_tokens
+        self._ids = np.array(list(blocks), dtype=np.int32)
+        self._size = len(self._ids)
+        self.num_dead = 0  # leading blocks known to be given back, sinks apart (see `drop`)
+        pool.tables.add(self)
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """[num_blocks] int32, NULL_BLOCK where freed. A view: valid until the table changes."""
+        return self._ids[: self._size]
+
+    def num_new_blocks(self, num_tokens: int) -> int:
+        """Blocks that `append(num_tokens)` will take from the pool."""
+        if num_tokens == 0:
+            return 0
+        wanted = -(-(self.num_tokens + num_tokens) // self.pool.block_size) - self._size
+        return wanted + self._must_copy_last()
+
+    def append(self, num_tokens: int) -> list[tuple[int, int]]:
+        """Make room for `num_tokens` more tokens.
+
+        Returns:
+            (source, destination) blocks to copy before writing: the copy on write of a shared last block.
+
+        Raises:
+            OutOfBlocks: not enough free blocks; the table is as it was.
+        """
+        pool = self.pool
+        if self.num_new_blocks(num_tokens) > pool.num_free:
+            raise OutOfBlocks(
+                f"{num_tokens} more tokens need {self.num_new_blocks(num_tokens)} blocks, {pool.num_free} are free"
+            )
+        copies = []
+        if num_tokens and self._must_copy_last():
+            shared = int(self._ids[self._size - 1])
+            own = pool.allocate(after=shared)
+            pool.release(shared)
+            self._ids[self._size - 1] = own
+            copies.append((shared, own))
+        self.num_tokens += num_tokens
+        wanted = -(-self.num_tokens // pool.block_size)
+        if wanted > len(self._ids):
+            grown = np.full(max(wanted, 2 * len(self._ids), 8), NULL_BLOCK, dtype=np.int32)
+            grown[: self._size] = self._ids[: self._size]
+            self._ids = grown
+        while self._size < wanted:
+            last = int(self._ids[self._size - 1]) if self._size else NULL_BLOCK
+            self._ids[self._size] = pool.allocate(after=last)
+            self._size += 1
+        return copies
+
+    def slots(self, start: int, stop: int) -> np.ndarray:
+        """[stop - start] int64: where tokens start..stop - 1 live, block * block_size + offset."""
+        tokens = np.arange(start, stop, dtype=np.int64)
+        return self._ids[tokens // self.pool.block_size].astype(np.int64) * self.pool.block_size + (
+            tokens % self.pool.block_size
+        )
+
+    def last_slot(self) -> int:
+        """Where the last token lives."""
+        index, offset = divmod(self.num_tokens - 1, self.pool.block_size)
+        return int(self._ids[index]) * self.pool.block_size + offset
+
+    def fork(self) -> BlockTable:
+        """A second table over the same blocks (parallel sample, beam). The first to write copies."""
+        for block in self.blocks:
+            if block != NULL_BLOCK:
+                self.pool.share(int(block))
+        twin = BlockTable(self.pool, self.blocks, self.num_tokens)
+        twin.num_dead = self.num_dead
+        return twin
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget all tokens after the first `num_tokens`."""
+        if not 0 <= num_tokens <= self.num_tokens:
+            raise ValueError(f"cannot keep {num_tokens} of {self.num_tokens} tokens")
+        wanted = -(-num_tokens // self.pool.block_size)
+        self._release(wanted, self._size)
+        self._size = wanted
+        self.num_tokens = num_tokens
+
+    def drop(self, first: int, last: int) -> None:
+        """Give back the blocks at table positions first..last - 1; their tokens are never read again."""
+        self._release(max(first, self.num_dead), last)
+        self._ids[first:last] = NULL_BLOCK
+        self.num_dead = max(self.num_dead, last)
+
+    def release(self) -> None:
+        """Give everything back. May be called twice."""
+        self.truncate(0)
+
+    def _must_copy_last(self) -> bool:
+        """Whether the next token falls into a block that somebody else holds as well."""
+        if self.num_tokens % self.pool.block_size == 0:
+            return False
+        return self.pool.ref_counts[self._ids[self._size - 1]] > 1
+
+    def _release(self, first: int, last: int) -> None:
+        for block in self._ids[first:last]:
+            if block != NULL_BLOCK:
+                self.pool.release(int(block))
+
+
+def main() -> None:
+    pool = BlockPool(num_blocks=8, block_size=4)
+
+    def show(event: str, **tables: BlockTable) -> None:
+        rows = "   ".join(f"{name}: {table.num_tokens:2} tokens in {table.blocks}" for name, table in tables.items())
+        print(f"{event:<34} {rows}   free {pool.num_free}")
+
+    print("A pool of 8 blocks, 4 tokens each.\n")
+    a = BlockTable(pool)
+    a.append(10)
+    show("A: a prompt of 10 tokens", A=a)
+    b = a.fork()
+    show("B: a second sample, nothing copied", A=a, B=b)
+    copies = b.append(1)
+    show(f"B writes: copy on write {copies}", A=a, B=b)
+    a.append(3)
+    show("A grows by 3, in place", A=a, B=b)
+    a.release()
+    show("A ends; B keeps the shared blocks", A=a, B=b)
+    stored, reserved = b.num_tokens, len(b.blocks) * pool.block_size
+    print(f"\nWaste: {reserved - stored} of {reserved} token places, never more than a block less one token a request.")
+    pool.check_integrity()
+
+
+if __name__ == "__main__":
+    main()

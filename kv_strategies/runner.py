@@ -1,0 +1,450 @@
+"""Runner: continuous batching over a strategy, without a serving engine.
+
+    submit -> waiting -> admit (prefix hit -> block table) -> prefill in chunks -> decode -> finished
+                 ^                                                  |
+                 +------ preempt the youngest when blocks run out --+
+
+Every step packs one token of each decoding sequence and a chunk of at most one long prompt into a single forward
+[1, T], without padding. The next step is scheduled and launched before the tokens of this one are read back: its
+inputs are taken from the device, and only stop tokens are noticed a step late. A step that only decodes replays a
+CUDA graph.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Strategy
+from .baseline import Baseline
+from .cache import AttendingCache
+from .graphs import DecodeGraphs
+from .paged import BlockTable, OutOfBlocks
+from .plan import Plan, PlanBuffer
+from .requests import Event, Output, Request, Result
+from .sampling import sample
+
+
+class Runner:
+    """Runs requests on `model` through `strategy`.
+
+    Args:
+        max_num_seqs: sequences in a step, samples counted.
+        max_batch_tokens: tokens in a forward; longer prompts are prefilled in chunks.
+        cuda_graphs: replay decode steps as CUDA graphs; None for yes on a GPU.
+    """
+
+    def __init__(
+        self,
+        model,
+        strategy: Strategy | Baseline,
+        *,
+        max_num_seqs: int = 64,
+        max_batch_tokens: int = 2048,
+        cuda_graphs: bool | None = None,
+    ):
+        if strategy.model is not model:
+            raise ValueError("the strategy was built for another model")
+        if max_num_seqs < 1 or max_batch_tokens <= max_num_seqs:
+            raise ValueError(
+                f"max_batch_tokens must exceed max_num_seqs, so that a prompt can advance while all others decode; "
+                f"got {max_batch_tokens} and {max_num_seqs}"
+            )
+        self.model = model
+        self.strategy = strategy
+        self.max_num_seqs = max_num_seqs
+        self.max_batch_tokens = max_batch_tokens
+        self.device = model.device
+        self.num_preemptions = 0
+        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []  # oldest first; at most the last one is still prefilling
+        self._in_flight: _Step | None = None
+        self._events: list[Event] = []
+        if isinstance(strategy, Baseline):
+            return
+        on_gpu = self.device.type == "cuda"
+        self._lookahead = on_gpu  # launch a step before reading the last one; on a CPU a launch is the work itself
+        self._cache = AttendingCache(strategy)
+        self._free_slots = list(range(max_num_seqs))
+        # The newest token of each sequence, by slot; one more slot for the padding rows of a graph.
+        self._last_token = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
+        self._graphs = None
+        if on_gpu if cuda_graphs is None else cuda_graphs:
+            self._graphs = DecodeGraphs(model, self._cache, self._last_token, max_num_seqs)
+
+    # --- whole runs
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request | Sequence[int]]) -> list[Result]:
+        """Run all requests to their end.
+
+        Returns:
+            one result a sample, in the order of the requests.
+
+        Raises:
+            ValueError: a request that can never run; nothing was started.
+        """
+        requests = [Request.of(request, i) for i, request in enumerate(requests)]
+        order = {request.request_id: i for i, request in enumerate(requests)}
+        results = [event.result for event in self.stream(requests) if event.result is not None]
+        return sorted(results, key=lambda result: (order[result.request_id], result.sample_index))
+
+    @torch.inference_mode()
+    def stream(self, requests: Sequence[Request | Sequence[int]]) -> Iterator[Event]:
+        """Run all requests and yield their tokens as they come. Stopping early cancels what is left."""
+        requests = [Request.of(request, i) for i, request in enumerate(requests)]
+        if isinstance(self.strategy, Baseline):
+            self._check(requests)
+            yield from self.strategy.stream(requests)
+            return
+        self.submit(requests)
+        ids = {request.request_id for request in requests}
+        try:
+            while any(seq.request.request_id in ids for seq in self._unfinished()):
+                yield from (event for event in self.step() if event.request_id in ids)
+        finally:
+            for request_id in ids:
+                self.cancel(request_id)
+
+    # --- step by step
+
+    def submit(self, requests: Sequence[Request | Sequence[int]]) -> None:
+        """Queue requests, all of them or, where one of them can never run, none.
+
+        Raises:
+            ValueError: says which request, why, and what would fit.
+        """
+        requests = [Request.of(request, i) for i, request in enumerate(requests)]
+        self._check(requests)
+        now = time.perf_counter()
+        self._waiting.extend(_Sequence(request, 0, now) for request in requests)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One forward, if there is work. Returns the tokens that became known."""
+        step = self._launch(*self._schedule())
+        if step is None and self._in_flight is None and self._waiting:
+            raise OutOfBlocks(
+                f"request {self._waiting[0].request.request_id!r} waits for blocks and nothing runs that could give "
+                f"some back: {self.strategy.stats()}"
+            )
+        self._collect()
+        self._in_flight = step
+        if not self._lookahead:
+            self._collect()
+        events, self._events = self._events, []
+        return events
+
+    def cancel(self, request_id: str | int) -> None:
+        """Drop a request and give its blocks back. Unknown or finished ids are ignored."""
+        for seq in [seq for seq in self._unfinished() if seq.request.request_id == request_id]:
+            if seq in self._running:
+                self._leave(seq)
+            else:
+                self._waiting.remove(seq)
+            seq.finished = True
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    # --- scheduling: integers only
+
+    def _schedule(self) -> tuple[list[_Sequence], list[tuple[_Sequence, int]]]:
+        """Who decodes, and who prefills how many tokens; with room reserved for all of them."""
+        while True:
+            decoding = [seq for seq in self._running if seq.is_decoding and seq.wants_more]
+            try:
+                self.strategy.reserve([(seq.table, 1) for seq in decoding])
+                break
+            except OutOfBlocks:
+                if self._in_flight is not None:  # a sequence may have ended, and a preempted one must know its tokens
+                    self._collect()
+                elif len(self._running) > 1:
+                    self._preempt(self._running[-1])
+                else:
+                    raise
+        budget = self.max_batch_tokens - len(decoding)
+        prefilling = []
+        while budget > 0:
+            seq = self._next_to_prefill()
+            if seq is None:
+                break
+            num_tokens = min(seq.num_uncomputed, budget)
+            try:
+                self.strategy.reserve([(seq.table, num_tokens)])
+            except OutOfBlocks:  # the decoding ones are ahead of it; it goes on when they give blocks back
+                if decoding or prefilling or self._in_flight is not None:
+                    break
+                raise
+            prefilling.append((seq, num_tokens))
+            budget -= num_tokens
+        return decoding, prefilling
+
+    def _next_to_prefill(self) -> _Sequence | None:
+        """The sequence that is in the middle of its prompt, else the next waiting one that fits."""
+        if self._running and not self._running[-1].is_decoding:
+            return self._running[-1]
+        if not self._waiting or len(self._free_slots) < self._waiting[0].num_samples:
+            return None
+        seq = self._waiting[0]
+        table = self.strategy.open_table(seq.tokens, seq.request.salt)
+        if not self.strategy.has_room(table, len(seq.tokens) - table.num_tokens):
+            table.release()
+            return None
+        self._waiting.popleft()
+        seq.admit(table, [self._free_slots.pop() for _ in range(seq.num_samples)])
+        self._running.append(seq)
+        return seq
+
+    def _preempt(self, seq: _Sequence) -> None:
+        """Take the blocks of a sequence away; it waits at the head of the queue and is computed again."""
+        self.num_preemptions += 1
+        self._leave(seq)
+        self._waiting.appendleft(seq)
+
+    def _leave(self, seq: _Sequence) -> None:
+        self._running.remove(seq)
+        seq.table.release()
+        seq.table = None
+        self._free_slots += seq.slots
+
+    # --- launching: everything the forward needs in one upload
+
+    def _launch(self, decoding: list[_Sequence], prefilling: list[tuple[_Sequence, int]]) -> _Step | None:
+        if not decoding and not prefilling:
+            return None
+        rows = [(seq.table, 1) for seq in decoding] + [(seq.table, n) for seq, n in prefilling]
+        if self._graphs is not None and not prefilling:
+            logits = self._graphs.run(rows, [seq.slot for seq in decoding])
+            sampling = list(range(len(decoding)))
+        else:
+            logits, sampling = self._forward(rows, decoding, prefilling)
+        sequences = [(decoding + [seq for seq, _ in prefilling])[row] for row in sampling]
+        source = list(range(len(sequences)))
+        for row, seq in enumerate(list(sequences)):  # a prompt with n samples: its siblings start from the same logits
+            for sibling in self._fork(seq):
+                sequences.append(sibling)
+                source.append(row)
+        for seq, _ in prefilling:
+            self.strategy.sharing.publish(seq.tokens, seq.table, seq.request.salt)
+        self.strategy.retire([table for table, _ in rows])
+        if not sequences:
+            return _Step([], None, None)
+        if len(source) > logits.shape[0]:
+            logits = logits[torch.tensor(source, device=self.device)]
+        tokens = sample(logits, [seq.sampling for seq in sequences], [seq.num_issued for seq in sequences])
+        slots = torch.tensor([seq.slot for seq in sequences], device=self.device)
+        self._last_token[slots] = tokens
+        for seq in sequences:
+            seq.num_issued += 1
+        return _Step(sequences, *_start_copy(tokens))
+
+    def _forward(self, rows, decoding, prefilling) -> tuple[Tensor, list[int]]:
+        """Logits [R, V] of the rows that have computed all their tokens, and which rows those are."""
+        num_decoding = len(decoding)
+        input_ids = [0] * num_decoding
+        for seq, n in prefilling:
+            stop = seq.table.num_tokens
+            input_ids += seq.tokens[stop - n : stop]
+        ends, end = [], 0
+        for _, n in rows:
+            end += n
+            ends.append(end)
+        sampling = [
+            i for i, (table, _) in enumerate(rows) if i < num_decoding or prefilling[i - num_decoding][0].is_decoding
+        ]
+        max_blocks = max(len(table.blocks) for table, _ in rows)
+        extra = {"input_ids": len(input_ids), "slots": max(1, num_decoding), "last": max(1, len(sampling))}
+        buffer = PlanBuffer(self.device, len(rows), len(input_ids), max_blocks, extra)
+        values = {
+            "input_ids": input_ids,
+            "slots": [seq.slot for seq in decoding] or [0],
+            "last": [ends[row] - 1 for row in sampling] or [0],
+        }
+        plan = buffer.fill(rows, values)
+        device_ids = buffer.tensors["input_ids"]
+        if num_decoding:
+            device_ids[:num_decoding] = self._last_token[buffer.tensors["slots"]]
+        self._cache.plan = plan
+        logits = forward(self.model, self._cache, plan, device_ids, buffer.tensors["last"])
+        return logits, sampling
+
+    def _fork(self, seq: _Sequence) -> list[_Sequence]:
+        """The other samples of a request whose prompt has just been computed: same blocks, own seeds."""
+        siblings = []
+        while len(seq.slots) > 1:
+            index = len(seq.slots) - 1
+            sibling = _Sequence(seq.request, index, seq.submitted)
+            sibling.admit(seq.table.fork(), [seq.slots.pop()])
+            siblings.append(sibling)
+        at = self._running.index(seq) + 1
+        self._running[at:at] = siblings
+        return siblings
+
+    # --- reading tokens back
+
+    def _collect(self) -> None:
+        """Wait for the tokens of the step in flight, and end the sequences that are done."""
+        step, self._in_flight = self._in_flight, None
+        if step is None:
+            return
+        tokens = step.tokens()
+        now = time.perf_counter()
+        for seq, token in zip(step.sequences, tokens, strict=True):
+            if seq.finished:
+                continue
+            event = seq.output.receive(token, now)
+            self._events.append(event)
+            if event.result is not None:
+                seq.finished = True
+                self.strategy.sharing.publish(seq.tokens[:-1], seq.table, seq.request.salt)  # the last was never fed
+                self._leave(seq)
+
+    def _unfinished(self) -> Iterator[_Sequence]:
+        yield from self._running
+        yield from self._waiting
+
+    # --- refusing what can never run
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        active = {seq.request.request_id for seq in self._unfinished()}
+        vocab_size = self.model.config.vocab_size
+        max_context = self.model.config.max_position_embeddings
+        for request in requests:
+            name = f"request {request.request_id!r}"
+            if request.request_id in active:
+                raise ValueError(f"{name}: this request id is in use already")
+            active.add(request.request_id)
+            num_prompt, num_new = len(request.token_ids), request.max_new_tokens
+            if num_prompt == 0:
+                raise ValueError(f"{name}: the prompt is empty")
+            low, high = min(request.token_ids), max(request.token_ids)
+            if low < 0 or high >= vocab_size:
+                raise ValueError(
+                    f"{name}: token id {low if low < 0 else high} is outside the vocabulary (0 to {vocab_size - 1})"
+                )
+            if num_new < 1:
+                raise ValueError(f"{name}: max_new_tokens must be at least 1, got {num_new}")
+            if request.temperature < 0 or request.top_k < 0 or not 0 < request.top_p <= 1:
+                raise ValueError(
+                    f"{name}: needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+                    f"{request.temperature}, {request.top_k} and {request.top_p}"
+                )
+            if not 1 <= request.n <= self.max_num_seqs:
+                raise ValueError(f"{name}: n must be from 1 to max_num_seqs = {self.max_num_seqs}, got {request.n}")
+            if not isinstance(request.salt, str):
+                raise ValueError(f"{name}: the salt must be a str, got {type(request.salt).__name__}")
+            limits = {"the model's context": max_context}
+            if isinstance(self.strategy, Strategy):
+                limits["the pool"] = self.strategy.max_tokens
+            for what, limit in limits.items():
+                if num_prompt + num_new - 1 > limit:
+                    fits = (
+                        f"with this prompt at most {limit - num_prompt + 1} new tokens fit"
+                        if num_prompt <= limit
+                        else "the prompt alone does not fit"
+                    )
+                    raise ValueError(
+                        f"{name}: {num_prompt} prompt and {num_new} new tokens exceed {what} of {limit} tokens; {fits}"
+                    )
+
+
+def forward(model, cache: AttendingCache, plan: Plan, input_ids: Tensor, last: Tensor) -> Tensor:
+    """Logits [R, V] of the packed tokens at `last`, from ordinary modules.
+
+    Args:
+        input_ids: [T]; last: [R] indices into T.
+    """
+    output = model(
+        input_ids=input_ids[None],
+        position_ids=plan.positions[None],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=last,
+    )
+    return output.logits[0]
+
+
+class _Sequence:
+    """One sample of one request on its way."""
+
+    def __init__(self, request: Request, sample_index: int, submitted: float):
+        self.request = request
+        self.sample_index = sample_index
+        self.submitted = submitted
+        self.sampling = request.sampling(sample_index)
+        self.output = Output(request, sample_index, submitted)  # tokens read back
+        self.num_issued = 0  # tokens drawn, those still on the device included
+        self.table: BlockTable | None = None
+        self.slots: list[int] = []  # its own, and until the prompt is computed those of its other samples
+        self.num_to_prefill = 0
+        self.finished = False
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and output, as far as the host knows them."""
+        return [*self.request.token_ids, *self.output.token_ids]
+
+    @property
+    def slot(self) -> int:
+        return self.slots[0]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that this sequence stands for when it is admitted."""
+        return self.request.n if self.sample_index == 0 and not self.num_issued else 1
+
+    def admit(self, table: BlockTable, slots: list[int]) -> None:
+        """Start, or start again, with all tokens known so far to compute but those that `table` holds."""
+        self.table, self.slots = table, slots
+        self.num_to_prefill = len(self.tokens)
+        if not self.num_issued:
+            self.output.num_cached_tokens = table.num_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens to prefill before the next one can be drawn."""
+        return self.num_to_prefill - self.table.num_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the next token to compute is one that was drawn since admission, on the device."""
+        return self.num_uncomputed <= 0
+
+    @property
+    def wants_more(self) -> bool:
+        return self.num_issued < self.request.max_new_tokens
+
+
+@dataclass
+class _Step:
+    """A launched forward: which sequences drew a token, and where the tokens will be."""
+
+    sequences: list[_Sequence]
+    on_host: Tensor | None
+    ready: torch.cuda.Event | None
+
+    def tokens(self) -> list[int]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        return [] if self.on_host is None else self.on_host.tolist()
+
+
+def _start_copy(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    if tokens.device.type != "cuda":
+        return tokens, None
+    on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    on_host.copy_(tokens, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return on_host, ready

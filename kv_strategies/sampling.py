@@ -1,0 +1,75 @@
+"""From logits to the next token, on the device, every row by its own rules and its own seed.
+
+Sampling uses the Gumbel-max trick: argmax(logits / temperature + Gumbel noise) is a sample of the softmax. The noise
+is a hash of (seed, step, token id), not the state of a generator, so a row draws the same token whatever batch it is
+in, and again after a preemption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def sample(logits: Tensor, params: list[SamplingParams], steps: list[int]) -> Tensor:
+    """One token a row.
+
+    Args:
+        logits: [R, V], any float dtype.
+        params, steps: [R]; `steps` counts the tokens a row has drawn so far.
+
+    Returns:
+        [R] int64
+    """
+    logits = logits.float()
+    if all(p.temperature == 0 for p in params):
+        return logits.argmax(dim=-1)
+    device = logits.device
+    temperature = torch.tensor([p.temperature for p in params], device=device)[:, None]
+    scores = logits / temperature.masked_fill(temperature == 0, 1.0)
+    if any(p.top_k or p.top_p < 1 for p in params):
+        top_k = torch.tensor([p.top_k or logits.shape[-1] for p in params], device=device)[:, None]
+        top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
+        scores = _keep_top(scores, top_k, top_p)
+    keys = torch.tensor([_mix(_mix(p.seed) ^ step) for p, step in zip(params, steps, strict=True)], device=device)
+    drawn = (scores + _gumbel(keys, logits.shape[-1])).argmax(dim=-1)
+    return torch.where(temperature[:, 0] == 0, logits.argmax(dim=-1), drawn)
+
+
+def _keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """-inf for all but the k best tokens, and of those all but the fewest whose probability reaches p."""
+    ordered, order = scores.sort(dim=-1, descending=True)
+    ranks = torch.arange(scores.shape[-1], device=scores.device)
+    ordered = ordered.masked_fill(ranks >= top_k, -torch.inf)
+    probs = ordered.softmax(dim=-1)
+    before = probs.cumsum(dim=-1) - probs
+    ordered = ordered.masked_fill((before >= top_p) & (ranks > 0), -torch.inf)
+    return torch.empty_like(scores).scatter_(-1, order, ordered)
+
+
+def _gumbel(keys: Tensor, size: int) -> Tensor:
+    """[R, size] Gumbel noise, a function of the row's 32-bit key and the column."""
+    columns = torch.arange(size, device=keys.device) * 0x9E3779B1 & 0xFFFFFFFF
+    bits = _mix(keys[:, None] ^ columns)
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # 23 bits: neither 0 nor 1 in float32
+    return -torch.log(-torch.log(uniform))
+
+
+def _mix(x):
+    """The finaliser of MurmurHash3 (32 bits), on an integer or an int64 tensor of values below 2**32."""
+    x = x & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return x ^ (x >> 16)

@@ -1,0 +1,71 @@
+"""The memory of the blocks: one contiguous slab a block on a GPU, one strided view a layer for the kernels.
+
+GPU   [num_blocks][ K of all layers | V of all layers ]     a block moves between tiers, or to disk, in one copy
+CPU   [K, V][layer][head][num_blocks]                        consecutive blocks are consecutive tokens of a head,
+                                                             so that torch's attention reads them in place
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .plan import LayerStore
+
+_ALIGNMENT = 128  # bytes; keeps the vector loads of the kernels aligned
+
+
+class BlockStore:
+    """`num_blocks` blocks of `num_layers` layers on one device.
+
+    Args:
+        planes: name -> (shape of one layer of one block, dtype); "k" and "v" [Hkv, block_size, D], and for a codec
+            with scales "k_scale" and "v_scale" [Hkv, block_size].
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        num_layers: int,
+        planes: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        device: torch.device,
+    ):
+        self.device = device
+        self.num_layers = num_layers
+        self.planes: dict[str, Tensor] = {}  # name -> [num_blocks, num_layers, *shape]
+        if device.type == "cpu":
+            for name, (shape, dtype) in planes.items():
+                head, *rest = shape
+                memory = torch.empty(num_layers, head, num_blocks, *rest, dtype=dtype)
+                self.planes[name] = memory.permute(2, 0, 1, *range(3, memory.dim()))
+            self.num_bytes = sum(plane.numel() * plane.element_size() for plane in self.planes.values())
+            return
+        slab = torch.empty(num_blocks, block_bytes(num_layers, planes), dtype=torch.uint8, device=device)
+        offset = 0
+        for name, (shape, dtype) in planes.items():
+            size = num_layers * math.prod(shape) * dtype.itemsize
+            plane = slab[:, offset : offset + size].view(dtype)
+            self.planes[name] = plane.unflatten(1, (num_layers, *shape))
+            offset += _aligned(size)
+        self.num_bytes = slab.numel()
+
+    def layer(self, index: int) -> LayerStore:
+        return LayerStore(**{name: plane[:, index] for name, plane in self.planes.items()})
+
+    def copy_blocks(self, sources: list[int], destinations: list[int]) -> None:
+        """Copy whole blocks inside the store, all layers, K and V."""
+        sources = torch.tensor(sources, device=self.device)
+        destinations = torch.tensor(destinations, device=self.device)
+        for plane in self.planes.values():
+            plane[destinations] = plane[sources]
+
+
+def block_bytes(num_layers: int, planes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    """Bytes that one block of `num_layers` layers takes."""
+    return sum(_aligned(num_layers * math.prod(shape) * dtype.itemsize) for shape, dtype in planes.values())
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
