@@ -144,6 +144,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
     say(f"Converting {gguf.name} to float32 safetensors ...")
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     source = {"pretrained_model_name_or_path": str(gguf.parent.absolute()), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
         **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
@@ -171,6 +172,8 @@ def convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     provenance = {"package": MODEL.requirement, "gguf_sha256": MODEL.sha256, "license": "Apache-2.0"}
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
+    for file in folder.iterdir():  # safetensors writes for the owner only
+        file.chmod(0o644)
 
 
 def is_default_model(folder: Path) -> bool:

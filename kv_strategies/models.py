@@ -143,9 +143,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase | None:
     return AutoTokenizer.from_pretrained(spec)
 
 
-def assemble(
-    spec: str, config: LlamaConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype
-) -> LlamaForCausalLM:
+def assemble(spec: str, config: LlamaConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> LlamaForCausalLM:
     """A model that holds exactly these weights, without a copy and without initialising it first."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)

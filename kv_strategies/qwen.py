@@ -168,9 +168,9 @@ def set_generation_config(model: LlamaForCausalLM, config: dict[str, Any], folde
     if config["model_type"] == "qwen2":
         model.generation_config = GenerationConfig.from_pretrained(folder)
         return
-    end_of_text = _first_special_id(folder) if (folder / "qwen.tiktoken").exists() else None
-    if end_of_text is not None:
-        is_chat = json.loads(path.read_text()).get("chat_format") == "chatml"
+    if (folder / "qwen.tiktoken").exists():
+        end_of_text = len(_read_ranks(folder))  # the special tokens follow, in the order of _V1_SPECIAL
+        is_chat = json.loads(path.read_text(encoding="utf-8")).get("chat_format") == "chatml"
         model.generation_config.eos_token_id = [end_of_text + 2, end_of_text] if is_chat else end_of_text
         model.generation_config.pad_token_id = end_of_text
 
@@ -179,10 +179,6 @@ def _read_ranks(folder: Path) -> list[bytes]:
     """qwen.tiktoken: a line a token, its bytes in base64 and its rank, in order."""
     lines = (folder / "qwen.tiktoken").read_bytes().splitlines()
     return [base64.b64decode(line.split()[0]) for line in lines if line]
-
-
-def _first_special_id(folder: Path) -> int:
-    return len(_read_ranks(folder))
 
 
 def v1_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
