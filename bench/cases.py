@@ -1,0 +1,474 @@
+"""What is measured: a case is one system on one workload, run in a process of its own.
+
+| workload    | question                                                                                        |
+|-------------|-------------------------------------------------------------------------------------------------|
+| machine     | what could this machine do at best? (read and copy bandwidth, the link to the host)             |
+| accuracy    | are the tokens those of the native cache, each prompt run alone? else where do they part?       |
+| throughput  | generated tokens over total time for a ragged batch; peak memory; how full the KV store is      |
+| context     | time to first token and time a decode step against context length, beyond 4k                    |
+| batch       | time a decode step against batch size                                                           |
+| sharing     | prompts sent twice: how many tokens are not computed again? four samples: how many blocks?      |
+| pressure    | a pool too small for all requests at once: do all finish, and with the same tokens?             |
+| busy        | the share of a decode step in which the GPU works (GPU only)                                    |
+
+Accuracy and speed are separate cases. Every function here takes a `Bench` and returns a small dict for the JSON line.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from bench import machine, measure
+from bench.systems import DOOR, NATIVE_CACHES, Capacity, Native, build_strategy, known_systems, open_system
+
+RAGGED_SEED = 7
+
+
+@dataclass(frozen=True)
+class Case:
+    workload: str
+    system: str
+    model: str | None  # as `load_model` takes it; None is the embedded default
+    dtype: str
+    device: str
+    params: dict = field(default_factory=dict)
+    timeout: int = 240  # seconds
+
+    @property
+    def name(self) -> str:
+        return " / ".join([self.workload, self.system, model_name(self.model), self.dtype])
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def model_name(spec: str | None) -> str:
+    """A model's name without its path."""
+    return Path(spec).name if spec else "SmolLM2-135M-Instruct"
+
+
+def is_random(spec: str | None) -> bool:
+    return model_name(spec).endswith("-random")
+
+
+class Bench:
+    """What a workload needs: the model, prompts, a word to the user, and a folder shared by the cases of one run."""
+
+    def __init__(self, case: Case, scratch: Path, say: Callable[[str], None] = print) -> None:
+        self.case, self.params, self.scratch, self.say = case, case.params, scratch, say
+        self.memory = measure.PeakMemory(case.device)
+
+    @cached_property
+    def loaded(self) -> tuple:
+        from kv_strategies.models import load_model
+
+        self.say("loading the model")
+        model, tokenizer = load_model(self.case.model, dtype=getattr(torch, self.case.dtype), device=self.case.device)
+        model.generation_config.eos_token_id = None  # every system makes the number of tokens asked for
+        return model, tokenizer
+
+    @property
+    def model(self):
+        return self.loaded[0]
+
+    def prompts(self, lengths: Sequence[int], seed: int) -> list[list[int]]:
+        """Natural text where the model has a tokenizer, else random token ids. Another seed, other prompts."""
+        model, tokenizer = self.loaded
+        if tokenizer is not None:
+            from kv_strategies.text import prompts
+
+            return prompts(tokenizer, lengths, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = model.config.vocab_size
+        return [torch.randint(1, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+    def open(self, capacity: Capacity):
+        return open_system(self.case.system, self.model, capacity)
+
+    def free(self) -> None:
+        gc.collect()
+        if self.case.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def run_machine(bench: Bench) -> dict:
+    bench.say("measuring memory bandwidth")
+    return {"limits": machine.limits(bench.case.device, bench.params.get("size"))}
+
+
+def run_accuracy(bench: Bench) -> dict:
+    """Greedy tokens of all prompts as one ragged batch, against the native DynamicCache with each prompt alone."""
+    lengths, new_tokens = bench.params["lengths"], bench.params["new_tokens"]
+    prompts = bench.prompts(lengths, seed=RAGGED_SEED)
+    expected = _reference(bench, prompts, new_tokens)
+    bench.say(f"{len(prompts)} prompts")
+    run = bench.open(Capacity([[n + new_tokens for n in lengths]]))(prompts, new_tokens)
+    same = [got == want for got, want in zip(run.token_ids, expected, strict=True)]
+    return {"prompts": len(prompts), "identical": sum(same), "divergence": _divergence(bench, prompts, expected, run)}
+
+
+def _reference(bench: Bench, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Tokens of the native cache, one prompt at a time. The first case of a bench run makes them, the others read."""
+    case = bench.case
+    key = json.dumps([case.model, case.dtype, case.device, prompts, new_tokens])
+    path = bench.scratch / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    native, expected = Native(bench.model, None), []
+    for index, prompt in enumerate(prompts):
+        bench.say(f"reference, prompt {index + 1} of {len(prompts)}")
+        expected += native([prompt], new_tokens).token_ids
+    path.write_text(json.dumps(expected))
+    return expected
+
+
+def _divergence(bench: Bench, prompts: list, expected: list, run) -> dict | None:
+    """Where the first prompt that differs parts from the reference, and by how much the logits of the two tokens
+    differ there (of a plain forward over the tokens both agree on)."""
+    for index, (prompt, want, got) in enumerate(zip(prompts, expected, run.token_ids, strict=True)):
+        if want == got:
+            continue
+        token = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), min(len(want), len(got)))
+        found = {"prompt": index, "prompt_length": len(prompt), "token": token, "margin": None}
+        if token < min(len(want), len(got)):
+            ids = torch.tensor([list(prompt) + want[:token]], device=bench.model.device)
+            with torch.inference_mode():
+                logits = bench.model(ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+            found["margin"] = float(logits[want[token]] - logits[got[token]])
+        return found
+    return None
+
+
+def run_throughput(bench: Bench) -> dict:
+    lengths, new_tokens = bench.params["lengths"], bench.params["new_tokens"]
+    system = bench.open(Capacity([[n + new_tokens for n in lengths]]))
+    bench.say("warming up")
+    kv = system.fullest(bench.prompts(lengths, seed=RAGGED_SEED), new_tokens)
+    bench.free()
+    bench.memory.start()
+    times, count = [], 0
+    for repeat in range(bench.params["repeats"]):
+        bench.say(f"repeat {repeat + 1} of {bench.params['repeats']}")
+        run = system(bench.prompts(lengths, seed=RAGGED_SEED + 1 + repeat), new_tokens)
+        times.append(run.seconds)
+        count = run.num_tokens
+    return {
+        "requests": len(lengths),
+        "prompt_tokens": sum(lengths),
+        "generated_tokens": count,
+        "seconds": measure.spread(times),
+        "tokens_per_second": measure.spread([count / seconds for seconds in times]),
+        "peak": bench.memory.read(),
+        "kv": kv,
+        **_model_bytes(bench),
+    }
+
+
+def run_latency(bench: Bench) -> dict:
+    """Points of (batch, context): every row has the same context, and steps count while all rows decode."""
+    new_tokens = bench.params["new_tokens"]
+    points = [tuple(point) for point in bench.params["points"]]
+    chunks = [batch * context // 2048 for batch, context in points]  # rows that wait for the prefill of others
+    news = [new_tokens + n for n in chunks]
+    capacity = Capacity([[context + new] * batch for (batch, context), new in zip(points, news, strict=True)])
+    system = bench.open(capacity)
+    system(bench.prompts([16], seed=1), 4)
+    rows = []
+    for (batch, context), new in zip(points, news, strict=True):
+        bench.say(f"batch {batch}, context {context}")
+        try:
+            rows.append(_latency_point(bench, system, batch, context, new))
+        except torch.OutOfMemoryError:
+            rows.append({"batch": batch, "context": context, "error": "out of memory"})
+        bench.free()
+    return {"points": rows, **_model_bytes(bench)}
+
+
+def _latency_point(bench: Bench, system, batch: int, context: int, new_tokens: int) -> dict:
+    first = None
+    if bench.params.get("warm_points"):  # compilation and graph capture belong to the first run of a shape
+        first = system(bench.prompts([context] * batch, seed=batch), new_tokens).times[0][0]
+    bench.free()
+    bench.memory.start()
+    ttfts, steps = [], []
+    for repeat in range(bench.params.get("repeats", 1)):
+        run = system(bench.prompts([context] * batch, seed=100 + repeat), new_tokens)
+        ttfts.append(max(row[0] for row in run.times))
+        steps += measure.steady_steps(run.times)
+    bytes_per_token = _bytes_per_token(system, bench.model)
+    read = measure.weight_bytes(bench.model) + batch * (context + new_tokens // 2) * bytes_per_token
+    return {
+        "batch": batch,
+        "context": context,
+        "first_ttft": first,
+        "ttft": measure.spread(ttfts),
+        "step": measure.spread(steps) if steps else None,
+        "step_bytes": int(read),
+        "peak": bench.memory.read(),
+        "tokens": run.token_ids[0][:8],
+    }
+
+
+def _bytes_per_token(system, model) -> float:
+    strategy = getattr(system, "strategy", None)
+    return strategy.stats()["bytes_per_token"] if strategy else measure.kv_bytes_per_token(model)
+
+
+def _model_bytes(bench: Bench) -> dict:
+    return {
+        "parameter_bytes": sum(p.numel() * p.element_size() for p in bench.model.parameters()),
+        "kv_bytes_per_token": measure.kv_bytes_per_token(bench.model),
+    }
+
+
+def run_sharing(bench: Bench) -> dict:
+    """The same prompts a second time. `hit_rate` is the share of their tokens that were not computed again."""
+    lengths = bench.params["lengths"]
+    prompts = bench.prompts(lengths, seed=RAGGED_SEED)
+    if bench.case.system in NATIVE_CACHES:
+        system = bench.open(Capacity([[n + 1 for n in lengths]]))
+        computed = []
+        hook = bench.model.model.register_forward_pre_hook(
+            lambda module, args, kwargs: computed.append((args or list(kwargs.values()))[0].numel()), with_kwargs=True
+        )
+        for prompt in prompts * 2:
+            system([prompt], 1)
+        hook.remove()
+        return {"hit_rate": 1 - sum(computed[len(prompts) :]) / sum(lengths)}
+    new_tokens, samples = bench.params["new_tokens"], bench.params["samples"]
+    system = bench.open(Capacity([[n + new_tokens for n in lengths], [max(lengths) + new_tokens] * samples]))
+    bench.say("the same prompts twice")
+    system(prompts, new_tokens)
+    again = system(prompts, new_tokens)
+    bench.say(f"{samples} samples of one prompt")
+    longest = max(prompts, key=len)
+    system.strategy.reset()
+    apart = _blocks_used(system, longest, 1, new_tokens) * samples
+    system.strategy.reset()
+    together = _blocks_used(system, longest, samples, new_tokens)
+    return {
+        "hit_rate": sum(again.cached_tokens) / sum(lengths),
+        "samples": samples,
+        "blocks_together": together,
+        "blocks_apart": apart,
+    }
+
+
+def _blocks_used(system, prompt: list[int], samples: int, new_tokens: int) -> int:
+    """The most blocks in use at a time while `samples` continuations of one prompt are drawn."""
+    from kv_strategies import Request
+
+    request = Request(prompt, max_new_tokens=new_tokens, n=samples, temperature=1.0, seed=0)
+    return max(system.strategy.stats()["blocks_used"] for _ in system.runner.stream([request]))
+
+
+def run_pressure(bench: Bench) -> dict:
+    """Room for the prompts and little more: requests must wait or be preempted, and none may be lost."""
+    from kv_strategies import Request, Runner
+
+    lengths, new_tokens = bench.params["lengths"], bench.params["new_tokens"]
+    prompts = bench.prompts(lengths, seed=RAGGED_SEED)
+    roomy = Capacity([[n + new_tokens for n in lengths]])
+    expected = bench.open(roomy)(prompts, new_tokens).token_ids
+    bench.free()
+    bench.say("the same with too few blocks")
+    needed = build_strategy(bench.case.system, bench.model, roomy).pool.num_blocks
+    tight = Capacity([[n + 1 for n in lengths]]).blocks(16) + 1
+    num_blocks = min(tight, needed - 1) if needed > len(lengths) else max(1, needed // 2)
+    strategy = build_strategy(bench.case.system, bench.model, roomy, num_blocks=num_blocks)
+    runner = Runner(bench.model, strategy, max_num_seqs=len(lengths))
+    results = runner.generate([Request(prompt, max_new_tokens=new_tokens) for prompt in prompts])
+    strategy.check_integrity()
+    same = [list(result.token_ids) == want for result, want in zip(results, expected, strict=True)]
+    return {
+        "requests": len(prompts),
+        "finished": sum(len(result.token_ids) == new_tokens for result in results),
+        "identical": sum(same),
+        "blocks_needed": needed,
+        "blocks_given": num_blocks,
+        "preemptions": runner.num_preemptions,
+    }
+
+
+def run_busy(bench: Bench) -> dict:
+    """The union of all GPU work over the second half of a batch, where rows only decode, as the profiler saw it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    batch, context, new_tokens = bench.params["batch"], bench.params["context"], bench.params["new_tokens"]
+    new_tokens += batch * context // 2048
+    system = bench.open(Capacity([[context + new_tokens] * batch]))
+    system(bench.prompts([context] * batch, seed=1), new_tokens)
+    bench.say("profiling")
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        system(bench.prompts([context] * batch, seed=2), new_tokens)
+    work = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    middle = (work[0][0] + work[-1][1]) / 2
+    return {"batch": batch, "context": context, **_union(work, middle), "kernels": _heaviest(work, middle)}
+
+
+def _union(work: list[tuple[float, float, str]], begin: float) -> dict:
+    busy, reached = 0.0, begin
+    for start, end, _ in work:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return {"busy_share": busy / (reached - begin)}
+
+
+def _heaviest(work: list[tuple[float, float, str]], begin: float, count: int = 8) -> list:
+    """[name, share of the GPU's time] of the kernels that took most."""
+    totals: dict[str, float] = {}
+    for start, end, name in work:
+        if start >= begin:
+            totals[name] = totals.get(name, 0.0) + end - start
+    ranked = sorted(totals.items(), key=lambda item: -item[1])[:count]
+    return [[name[:60], round(spent / sum(totals.values()), 4)] for name, spent in ranked]
+
+
+WORKLOADS: dict[str, Callable[[Bench], dict]] = {
+    "machine": run_machine,
+    "accuracy": run_accuracy,
+    "throughput": run_throughput,
+    "context": run_latency,
+    "batch": run_latency,
+    "sharing": run_sharing,
+    "pressure": run_pressure,
+    "busy": run_busy,
+}
+
+
+# --- suites: which cases run
+
+
+def suite(name: str, device: str, model: str | None) -> list[Case]:
+    """The cases of a suite, in order. `model` replaces the default models of the suite.
+
+    default   every question on the embedded model; on a GPU the speed of the Llama-2-7B shape as well
+    equality  tokens of 64 ragged prompts, 128 new each, in float32 and on a GPU in bfloat16
+    limit     decode, prefill and batching held against the limits of the machine
+    """
+    if name not in SUITES:
+        raise ValueError(f"unknown suite {name!r}; known are {', '.join(SUITES)}")
+    limits = Case("machine", "limits", model, "float32", device)
+    return [limits, *SUITES[name](device, model)]
+
+
+def _default(device: str, model: str | None) -> list[Case]:
+    on_gpu = device.startswith("cuda")
+    if not on_gpu:
+        return _on_cpu(device, model, "float32")
+    cases = []
+    if not is_random(model):
+        for dtype in ("float32", "bfloat16"):
+            params = {"lengths": ragged(32, 1, 2000), "new_tokens": 64}
+            cases += _each("accuracy", ALL, model, dtype, device, params, timeout=400)
+        cases += _tests_of_sharing(device, model, "bfloat16")
+    for spec in [model] if model else [None, "llama-2-7b-random"]:
+        cases += _speed_on_gpu(device, spec, "bfloat16")
+    return cases
+
+
+def _on_cpu(device: str, model: str | None, dtype: str) -> list[Case]:
+    """Small enough for 8 minutes on two cores with a model of 135M parameters."""
+    cases = []
+    if not is_random(model):
+        cases += _each("accuracy", ALL, model, dtype, device, {"lengths": [1, 17, 63, 200, 450], "new_tokens": 24})
+    params = {"lengths": ragged(8, 16, 320), "new_tokens": 32, "repeats": 2}
+    cases += _each("throughput", ALL, model, dtype, device, params)
+    params = {"points": [[1, 256], [1, 1024], [1, 4608]], "new_tokens": 16}
+    cases += _each("context", ["baseline", OURS, OURS_GENERATE], model, dtype, device, params)
+    params = {"points": [[1, 128], [4, 128], [16, 128]], "new_tokens": 16}
+    cases += _each("batch", ["baseline", OURS], model, dtype, device, params)
+    return cases + _tests_of_sharing(device, model, dtype)
+
+
+def _speed_on_gpu(device: str, model: str | None, dtype: str) -> list[Case]:
+    params = {"lengths": ragged(64, 100, 1024), "new_tokens": 256, "repeats": 2}
+    cases = _each("throughput", ALL, model, dtype, device, params, timeout=500)
+    contexts = [512, 2048, 4608] + ([16384] if is_random(model) else [])
+    params = {"points": [[1, n] for n in contexts], "new_tokens": 48, "repeats": 2, "warm_points": True}
+    cases += _each("context", ALONE, model, dtype, device, params, timeout=500)
+    params = {"points": [[1, 1024], [8, 1024], [16, 1024], [32, 1024]], "new_tokens": 48, "warm_points": True}
+    cases += _each("batch", ["baseline", "static", OURS], model, dtype, device, params, timeout=500)
+    params = {"batch": 16, "context": 512, "new_tokens": 64}
+    return cases + _each("busy", ["baseline", "static", OURS, OURS_GENERATE], model, dtype, device, params)
+
+
+def _tests_of_sharing(device: str, model: str | None, dtype: str) -> list[Case]:
+    params = {"lengths": [64, 150, 200], "new_tokens": 8, "samples": 4}
+    cases = _each("sharing", ["baseline", OURS], model, dtype, device, params)
+    params = {"lengths": [33, 34, 35, 36, 37, 38], "new_tokens": 24}
+    return cases + _each("pressure", [OURS], model, dtype, device, params)
+
+
+def _equality(device: str, model: str | None) -> list[Case]:
+    params = {"lengths": ragged(64, 1, 3000), "new_tokens": 128}
+    cases = []
+    for dtype in ["float32", "bfloat16"] if device.startswith("cuda") else ["float32"]:
+        cases += _each("accuracy", ["baseline", OURS], model, dtype, device, params, timeout=3600)
+    return cases
+
+
+def _limit(device: str, model: str | None) -> list[Case]:
+    """Decode steps, prefill and batching of the Llama shapes on a GPU; of the embedded model on a CPU."""
+    if not device.startswith("cuda"):
+        cases = []
+        for dtype in ("float32", "bfloat16"):
+            params = {"points": [[1, 128], [1, 1024]], "new_tokens": 32}
+            cases += _each("context", ["baseline", OURS, OURS_GENERATE], model, dtype, device, params)
+            params = {"lengths": ragged(8, 16, 320), "new_tokens": 64, "repeats": 3}
+            cases += _each("throughput", ["baseline", "generate_batch", OURS], model, dtype, device, params)
+        return cases
+    cases = []
+    warm = {"new_tokens": 64, "repeats": 3, "warm_points": True}
+    shapes = {"llama-2-7b-random": ([512, 4096, 16384], [[16, 2048], [32, 1024]])}
+    shapes["llama-3.1-8b-random"] = ([4096, 32768], [[32, 2048], [32, 8192]])
+    for spec, (contexts, batches) in {model: shapes["llama-2-7b-random"]}.items() if model else shapes.items():
+        params = {"points": [[1, n] for n in contexts]} | warm
+        cases += _each("context", ALONE, spec, "bfloat16", device, params, timeout=500)
+        cases += _each("batch", ["baseline", OURS], spec, "bfloat16", device, {"points": batches} | warm, timeout=500)
+    spec = model or "llama-2-7b-random"
+    params = {"lengths": ragged(64, 100, 1024), "new_tokens": 256, "repeats": 3}
+    cases += _each("throughput", ["generate_batch", OURS], spec, "bfloat16", device, params, timeout=550)
+    params = {"batch": 32, "context": 1024, "new_tokens": 64}
+    return cases + _each("busy", ["baseline", OURS], spec, "bfloat16", device, params)
+
+
+SUITES = {"default": _default, "equality": _equality, "limit": _limit}
+
+# Which systems a workload runs; a new entry in STRATEGIES is among OURS by itself.
+OURS, OURS_GENERATE = "every strategy", "every strategy through generate()"
+ALL = ["baseline", OURS, OURS_GENERATE, "static", "offloaded", "quantized", "generate_batch"]
+ALONE = [name for name in ALL if name != "generate_batch"]  # single requests: nothing to batch
+
+
+def _each(
+    workload: str, systems: list[str], model: str | None, dtype: str, device: str, params: dict, timeout: int = 240
+) -> list[Case]:
+    known = known_systems()
+    own = [name for name in known if name not in ALL]
+    names = []
+    for system in systems:
+        if system in (OURS, OURS_GENERATE):
+            names += [name for name in own if name.endswith(DOOR) == (system == OURS_GENERATE)]
+        else:
+            names.append(system)
+    return [Case(workload, name, model, dtype, device, params, timeout) for name in names]
+
+
+def ragged(count: int, shortest: int, longest: int) -> list[int]:
+    """Lengths spread evenly from the shortest to the longest, in a fixed shuffled order."""
+    lengths = [shortest + (longest - shortest) * i // max(1, count - 1) for i in range(count)]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(RAGGED_SEED)).tolist()
+    return [lengths[i] for i in order]

@@ -1,0 +1,239 @@
+"""What is compared: every strategy of this project, and the native caches as its peers.
+
+One interface: `generate(prompts, new_tokens)` runs all prompts greedily, as one batch, and says when every token came.
+
+| name                    | what runs                                                                     |
+|-------------------------|-------------------------------------------------------------------------------|
+| baseline                | `model.generate()` with the native DynamicCache, the batch left-padded        |
+| static                  | the same with the native StaticCache; compiled by `generate()` on a GPU       |
+| offloaded               | the same with the native cache that keeps all layers but one on the host      |
+| quantized               | the same with the native 4-bit cache                                          |
+| generate_batch          | the native continuous batching, its pool as large as ours                     |
+| <strategy>              | this project's `Runner`                                                       |
+| <strategy>, generate()  | `model.generate(past_key_values=strategy.cache())`                            |
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+DOOR = ", generate()"  # marks a strategy that is run through plain `model.generate()`
+NATIVE_CACHES = {"baseline": None, "static": "static", "offloaded": "offloaded", "quantized": "quantized"}
+PEERS = ["static", "offloaded", "quantized", "generate_batch"]
+
+
+@dataclass
+class Run:
+    """What came out of one batch. Row r is prompt r; times are seconds since the batch was handed over."""
+
+    token_ids: list[list[int]]
+    times: list[list[float]]
+    seconds: float
+    cached_tokens: list[int] | None = None  # prompt tokens found computed already; None where nothing says so
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.token_ids))
+
+
+def known_systems() -> list[str]:
+    """All names, the baseline first. A new entry in `STRATEGIES` is here by itself."""
+    from kv_strategies import STRATEGIES
+
+    own = [name for name in STRATEGIES if name != "baseline"]
+    return ["baseline", *own, *[name + DOOR for name in own if name != "contiguous"], *PEERS]
+
+
+def missing(name: str, device: str) -> str | None:
+    """Why a peer cannot run on this machine, or None."""
+    if name == "offloaded" and not device.startswith("cuda"):
+        return "needs a GPU to offload from"
+    if name == "quantized" and not importlib.util.find_spec("optimum") and not importlib.util.find_spec("hqq"):
+        return "neither optimum-quanto nor hqq is installed"
+    return None
+
+
+class Capacity:
+    """How large the batches of a case get, so that every system sets aside what it needs and no more."""
+
+    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
+        """`batches[i]` are the lengths (prompt and new tokens) of the requests that run at the same time."""
+        self.batches = [list(batch) for batch in batches]
+        self.max_requests = max(map(len, self.batches))
+        self.max_length = max(map(max, self.batches))
+        self.max_tokens = max(map(sum, self.batches))
+
+    def blocks(self, block_size: int) -> int:
+        return max(sum(-(-length // block_size) for length in batch) for batch in self.batches)
+
+
+def open_system(name: str, model, capacity: Capacity, **options) -> Callable[..., Run]:
+    """Returns `generate(prompts, new_tokens) -> Run`, whose `fullest` runs the same and returns how full the KV store
+    was. `options` go to `Runner`."""
+    if name in NATIVE_CACHES:
+        return Native(model, NATIVE_CACHES[name])
+    if name == "generate_batch":
+        return NativeBatch(model, capacity)
+    if name.endswith(DOOR):
+        strategy = build_strategy(name.removesuffix(DOOR), model, capacity)
+        return Native(model, None, strategy)
+    return Ours(model, build_strategy(name, model, capacity), capacity, **options)
+
+
+def build_strategy(name: str, model, capacity: Capacity, num_blocks: int | None = None):
+    from kv_strategies import STRATEGIES, build
+
+    if "max_length" in STRATEGIES[name.split("+")[0]].options:  # one block a request
+        return build(name, model, num_blocks=num_blocks or capacity.max_requests, max_length=capacity.max_length)
+    return build(name, model, num_blocks=num_blocks or capacity.blocks(block_size=16), block_size=16)
+
+
+class Native:
+    """`model.generate()` over one batch, left-padded where prompts differ in length."""
+
+    def __init__(self, model, cache: str | None, strategy=None) -> None:
+        self.model, self.cache, self.strategy = model, cache, strategy
+
+    def __call__(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
+        device, columns = self.model.device, max(map(len, prompts))
+        ids = torch.zeros(len(prompts), columns, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, columns - len(prompt) :] = torch.tensor(prompt)
+            mask[row, columns - len(prompt) :] = 1
+        options: dict[str, object] = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+        if self.strategy is not None:
+            options["past_key_values"] = self.strategy.cache()
+        elif self.cache == "quantized":
+            backend = "quanto" if importlib.util.find_spec("optimum") else "hqq"
+            options |= {"cache_implementation": self.cache, "cache_config": {"backend": backend, "nbits": 4}}
+        elif self.cache is not None:
+            options["cache_implementation"] = self.cache
+        watch = Stopwatch()
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = self.model.generate(
+                ids.to(device), attention_mask=mask.to(device), streamer=watch, return_dict_in_generate=True, **options
+            )
+        tokens = out.sequences[:, columns:].tolist()
+        seconds = time.perf_counter() - start
+        times = [moment - start for moment in watch.moments]
+        # At its end a native cache is fullest: [B, Hkv, columns, D] a layer, the padding included.
+        self._filling = self._fill(out.past_key_values, sum(map(len, prompts)) + (new_tokens - 1) * len(prompts))
+        return Run(tokens, [times] * len(prompts), seconds)
+
+    def fullest(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict | None:
+        """Runs the batch untimed. Returns `filling`, or None where the cache does not show what it holds."""
+        self(prompts, new_tokens)
+        return self._filling
+
+    def _fill(self, cache, num_tokens: int) -> dict | None:
+        if self.strategy is not None:
+            return filling(self.strategy.stats())
+        layers = getattr(cache, "layers", [])
+        tensors = [t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+        tensors = [t for t in tensors if torch.is_tensor(t) and t.dim() == 4]
+        if not tensors or self.cache == "quantized":
+            return None
+        num_bytes = sum(t.numel() * t.element_size() for t in tensors)
+        return {"bytes": num_bytes, "tokens": num_tokens, "places": tensors[0].shape[0] * tensors[0].shape[2]}
+
+
+class Stopwatch:
+    """A streamer for `generate()`: it is handed the prompt first, then the new tokens of every step."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+        self._seen_prompt = False
+
+    def put(self, value) -> None:
+        if self._seen_prompt:
+            self.moments.append(time.perf_counter())
+        self._seen_prompt = True
+
+    def end(self) -> None:
+        pass
+
+
+class NativeBatch:
+    """`model.generate_batch()`. Blocks are not shared between calls here, so that repeats measure the same work."""
+
+    PAGE = 256
+
+    def __init__(self, model, capacity: Capacity) -> None:
+        self.model, self.capacity = model, capacity
+
+    def __call__(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
+        from transformers import GenerationConfig
+        from transformers.generation import ContinuousBatchingConfig
+
+        # eos_token_id=-1: no token ends a request, every system makes the same number of tokens
+        config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        batching = ContinuousBatchingConfig(
+            page_size=self.PAGE,
+            num_blocks=self.capacity.blocks(self.PAGE) + 1,
+            max_batch_tokens=2048,
+            allow_block_sharing=False,
+        )
+        start = time.perf_counter()
+        out = self.model.generate_batch(
+            [list(prompt) for prompt in prompts],
+            generation_config=config,
+            continuous_batching_config=batching,
+            record_timestamps=True,
+            progress_bar=False,
+        )
+        seconds = time.perf_counter() - start
+        rows = [out[key] for key in sorted(out, key=lambda key: int(key.rsplit("_", 1)[1]))]
+        if failed := [row.error for row in rows if row.error]:
+            raise RuntimeError(f"generate_batch failed {len(failed)} of {len(prompts)} requests: {failed[0]}")
+        times = [[moment - start for moment in row.timestamps] for row in rows]
+        return Run([list(row.generated_tokens) for row in rows], times, seconds)
+
+    def fullest(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        """Runs the batch untimed; it does not show what its pool holds."""
+        self(prompts, new_tokens)
+
+
+class Ours:
+    """This project's `Runner`."""
+
+    def __init__(self, model, strategy, capacity: Capacity, **options) -> None:
+        from kv_strategies import Runner
+
+        self.strategy = strategy
+        self.runner = Runner(model, strategy, max_num_seqs=capacity.max_requests, **options)
+
+    def __call__(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
+        requests = self._requests(prompts, new_tokens)
+        start = time.perf_counter()
+        results = self.runner.generate(requests)
+        seconds = time.perf_counter() - start
+        times = [list(accumulate([result.timings.ttft, *result.timings.itl])) for result in results]
+        cached = [result.num_cached_tokens for result in results]
+        return Run([list(result.token_ids) for result in results], times, seconds, cached)
+
+    def fullest(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict:
+        """Runs the batch untimed and looks at the pool after every token. Returns `filling` at its fullest."""
+        fullest = filling(self.strategy.stats())
+        for _ in self.runner.stream(self._requests(prompts, new_tokens)):
+            now = filling(self.strategy.stats())
+            if now["places"] > fullest["places"]:
+                fullest = now
+        return fullest
+
+    def _requests(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list:
+        from kv_strategies import Request
+
+        return [Request(list(prompt), max_new_tokens=new_tokens) for prompt in prompts]
+
+
+def filling(stats: dict) -> dict:
+    """Of a strategy's `stats()`: bytes set aside for K and V, tokens stored, and the places their blocks have."""
+    return {"bytes": stats["kv_bytes"], "tokens": stats["tokens_stored"], "places": stats["token_places"]}
