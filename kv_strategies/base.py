@@ -270,7 +270,9 @@ class Strategy:
 
 @dataclass(frozen=True)
 class KVShape:
-    """What a model's K and V look like, read from its weights: tensor parallelism leaves fewer heads than the config."""
+    """What a model's K and V look like, read from its weights: tensor parallelism leaves them fewer heads than the
+    config says.
+    """
 
     num_kv_heads: int
     head_dim: int

@@ -156,6 +156,6 @@ def _blocks_that_fit(model: LlamaForCausalLM, spec: Spec, memory_fraction: float
             num_blocks = min(num_blocks, -(-16 * model.config.max_position_embeddings // spec.block_size))
     if num_blocks < 1:
         raise ValueError(
-            f"one block of {spec.block_size} tokens takes {bytes_per_block / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
+            f"one block of {spec.block_size} tokens takes {bytes_per_block / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
         )
     return num_blocks

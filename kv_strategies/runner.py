@@ -260,9 +260,8 @@ class Runner:
         for _, n in rows:
             end += n
             ends.append(end)
-        sampling = [
-            i for i, (table, _) in enumerate(rows) if i < num_decoding or prefilling[i - num_decoding][0].is_decoding
-        ]
+        sequences = [*decoding, *(seq for seq, _ in prefilling)]
+        sampling = [row for row, seq in enumerate(sequences) if seq.is_decoding]
         max_blocks = max(len(table.blocks) for table, _ in rows)
         extra = {"input_ids": len(input_ids), "slots": max(1, num_decoding), "last": max(1, len(sampling))}
         buffer = PlanBuffer(self.device, len(rows), len(input_ids), max_blocks, extra)
