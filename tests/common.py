@@ -1,0 +1,57 @@
+"""What the tests share: tiny random models, random requests, and the oracle."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kv_strategies import Request, Runner, build
+
+VOCAB = 61
+
+
+def tiny_llama(*, num_heads: int = 4, num_kv_heads: int = 2, num_layers: int = 2, seed: int = 0, **changes):
+    """A random Llama whose greedy continuations vary: wide initialisation, no eos."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "hidden_size": 16 * num_heads,
+            "intermediate_size": 96,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": num_kv_heads,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.3,
+            "bos_token_id": 1,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+            **changes,
+        }
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def random_requests(rng: random.Random, count: int, longest: int = 40, max_new: int = 12) -> list[Request]:
+    """Requests of every kind: greedy and sampled, one and several samples, repeated prompts."""
+    prompts = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+    return [
+        Request(
+            rng.choice(prompts),
+            max_new_tokens=rng.randint(1, max_new),
+            temperature=rng.choice([0.0, 0.0, 0.8]),
+            top_k=rng.choice([0, 5]),
+            top_p=rng.choice([1.0, 0.9]),
+            seed=rng.randrange(1000),
+            n=rng.choice([1, 1, 1, 3]),
+            stop_token_ids=rng.sample(range(VOCAB), 2),
+        )
+        for _ in range(count)
+    ]
+
+
+def baseline_tokens(model, requests) -> list[list[int]]:
+    """The oracle: each sample alone, through the native cache."""
+    return [result.token_ids for result in Runner(model, build("baseline", model)).generate(requests)]

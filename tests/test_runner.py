@@ -1,0 +1,171 @@
+"""The runner: random schedules against the native cache, one request at a time; and what it refuses."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from common import VOCAB, baseline_tokens, random_requests, tiny_llama
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kv_strategies import STRATEGIES, Request, Runner, build
+from kv_strategies.sampling import SamplingParams, sample
+
+MODEL = tiny_llama(num_layers=1)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 10_000),
+    block_size=st.sampled_from([1, 2, 3, 7, 16, 61]),
+    spare_tokens=st.integers(0, 150),
+    max_num_seqs=st.integers(3, 9),
+    chunk=st.integers(1, 60),
+)
+def test_any_schedule_gives_the_tokens_of_the_native_cache(seed, block_size, spare_tokens, max_num_seqs, chunk):
+    """Small pools preempt, small chunks split prompts, arrivals and cancellations come between steps."""
+    rng = random.Random(seed)
+    requests = random_requests(rng, rng.randint(1, 6), longest=30, max_new=8)
+    longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
+    strategy = build("paged", MODEL, num_blocks=-(-(longest + spare_tokens) // block_size), block_size=block_size)
+    runner = Runner(MODEL, strategy, max_num_seqs=max_num_seqs, max_batch_tokens=max_num_seqs + chunk)
+    for index, request in enumerate(requests):
+        request.request_id = index
+    cancelled = rng.randrange(len(requests)) if rng.random() < 0.3 else None
+    pending, tokens = list(requests), {}
+    while pending or runner.num_running or runner.num_waiting:
+        if pending and rng.random() < 0.5:
+            runner.submit([pending.pop(0)])
+        if cancelled is not None and rng.random() < 0.1:
+            runner.cancel(cancelled)
+        for event in runner.step():
+            tokens.setdefault((event.request_id, event.sample_index), []).append(event.token_id)
+            if event.result is not None:
+                assert event.result.token_ids == tokens[event.request_id, event.sample_index]
+        strategy.check_integrity()
+    assert strategy.stats()["blocks_free"] == strategy.pool.num_blocks
+    expected = iter(baseline_tokens(MODEL, requests))
+    for request in requests:
+        for index in range(request.n):
+            whole, got = next(expected), tokens.get((request.request_id, index), [])
+            assert got == (whole[: len(got)] if request.request_id == cancelled else whole)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_serves_the_runner(name):
+    rng = random.Random(1)
+    requests = random_requests(rng, 8)
+    strategy = build(name, MODEL, num_blocks=64) if name != "baseline" else build(name, MODEL)
+    runner = Runner(MODEL, strategy, max_num_seqs=8)
+    results = runner.generate(requests)
+    strategy.check_integrity()
+    if name in ("baseline", "contiguous", "paged"):
+        assert [result.token_ids for result in results] == baseline_tokens(MODEL, requests)
+    assert [result.request_id for result in results] == [i for i, r in enumerate(requests) for _ in range(r.n)]
+    for result, request in zip(results, [r for r in requests for _ in range(r.n)], strict=True):
+        assert result.finish_reason == ("stop" if result.token_ids[-1] in request.stop_token_ids else "length")
+        assert result.timings.ttft > 0 and len(result.timings.itl) == len(result.token_ids) - 1
+
+
+def test_preemption_is_invisible_in_the_tokens():
+    requests = [Request([i + 1] * 20, max_new_tokens=20, temperature=0.7, seed=i) for i in range(6)]
+    strategy = build("paged", MODEL, num_blocks=14, block_size=4)
+    runner = Runner(MODEL, strategy, max_num_seqs=6)
+    results = runner.generate(requests)
+    assert runner.num_preemptions > 0
+    assert [result.token_ids for result in results] == baseline_tokens(MODEL, requests)
+
+
+def test_samples_share_the_blocks_of_their_prompt():
+    strategy = build("paged", MODEL, num_blocks=64, block_size=4)
+    runner = Runner(MODEL, strategy, max_num_seqs=8)
+    runner.submit([Request(list(range(1, 42)), max_new_tokens=3, temperature=1.0, seed=5, n=8)])
+    runner.step()
+    assert strategy.stats()["blocks_used"] == 11, "41 tokens, once"
+    runner.step()
+    assert strategy.stats()["blocks_used"] == 10 + 8, "each sample copied the last block and no other"
+    runner.cancel(0)
+    assert strategy.stats()["blocks_used"] == 0
+
+
+def test_stopping_a_stream_cancels_the_rest():
+    strategy = build("paged", MODEL, num_blocks=64)
+    runner = Runner(MODEL, strategy)
+    stream = runner.stream([[1, 2, 3], [4, 5]])
+    next(stream)
+    assert strategy.stats()["blocks_used"] > 0
+    stream.close()
+    assert strategy.stats()["blocks_used"] == 0 and runner.num_running == 0
+
+
+def test_requests_that_can_never_run_are_refused_at_once():
+    strategy = build("paged", MODEL, num_blocks=4, block_size=8)
+    runner = Runner(MODEL, strategy, max_num_seqs=4)
+    good = Request([1, 2], max_new_tokens=2, request_id="good")
+
+    def refused(message, *requests):
+        with pytest.raises(ValueError, match=message):
+            runner.generate([good, *requests])
+        assert runner.num_waiting == runner.num_running == 0, "nothing may be started"
+
+    refused("'bad': the prompt is empty", Request([], request_id="bad"))
+    refused(f"token id {VOCAB} is outside the vocabulary", [1, VOCAB])
+    refused("token id -1 is outside", [-1, 3])
+    refused("max_new_tokens must be at least 1, got 0", Request([1], max_new_tokens=0))
+    refused("max_new_tokens must be at least 1, got -4", Request([1], max_new_tokens=-4))
+    refused(r"exceed the pool of 32 tokens; with this prompt at most 3 new", Request([1] * 30, max_new_tokens=9))
+    refused("the prompt alone does not fit", Request([1] * 33, max_new_tokens=1))
+    refused("exceed the model's context of 512 tokens", Request([1] * 600, max_new_tokens=1))
+    refused("'good': this request id is in use", Request([3], request_id="good"))
+    refused("n must be from 1 to max_num_seqs = 4", Request([3], n=5))
+    refused("needs temperature >= 0", Request([3], temperature=-1.0))
+    refused("the salt must be a str, got int", Request([3], salt=7))
+    assert len(runner.generate([good])) == 1
+
+
+def test_a_request_id_in_use_is_refused_while_it_runs():
+    runner = Runner(MODEL, build("paged", MODEL, num_blocks=8))
+    runner.submit([Request([1, 2], request_id="a")])
+    with pytest.raises(ValueError, match="'a': this request id is in use"):
+        runner.submit([Request([3], request_id="b"), Request([3], request_id="a")])
+    assert runner.num_waiting == 1
+
+
+def test_a_runner_needs_its_own_model_and_room_to_prefill():
+    strategy = build("paged", MODEL, num_blocks=8)
+    with pytest.raises(ValueError, match="built for another model"):
+        Runner(tiny_llama(), strategy)
+    with pytest.raises(ValueError, match="max_batch_tokens must exceed max_num_seqs"):
+        Runner(MODEL, strategy, max_num_seqs=8, max_batch_tokens=8)
+
+
+def test_reset_waits_for_requests_to_end():
+    strategy = build("paged", MODEL, num_blocks=8)
+    runner = Runner(MODEL, strategy)
+    runner.submit([[1, 2, 3]])
+    runner.step()
+    with pytest.raises(RuntimeError, match="1 block tables are in use"):
+        strategy.reset()
+    runner.cancel(0)
+    strategy.reset()
+
+
+def test_sampling_draws_from_the_softmax():
+    """The noise is a hash: frequencies must still be those of the distribution, and rows independent of the batch."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, -1.0]])
+    rows = 20_000
+    params = [SamplingParams(temperature=0.5, seed=i) for i in range(rows)]
+    drawn = sample(logits.expand(rows, -1), params, [3] * rows)
+    frequency = torch.bincount(drawn, minlength=5) / rows
+    torch.testing.assert_close(frequency, (logits[0] / 0.5).softmax(0), atol=0.015, rtol=0)
+    alone = torch.cat([sample(logits, [params[i]], [3]) for i in range(20)])
+    assert torch.equal(alone, drawn[:20])
+
+
+def test_top_k_and_top_p_keep_the_right_tokens():
+    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]]).expand(300, -1)
+    for kept, options in (({0, 2}, {"top_k": 2}), ({0}, {"top_p": 0.5}), ({0, 2}, {"top_p": 0.7}), ({0}, {"top_k": 1})):
+        params = [SamplingParams(temperature=3.0 if "top_k" in options else 1.0, seed=i, **options) for i in range(300)]
+        assert set(sample(logits, params, [0] * 300).tolist()) == kept
