@@ -18,19 +18,12 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 
+import fork
+
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = "src/transformers/models/llama/modeling_llama.py"
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("fork", ROOT / "patches/fork.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fork"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-fork = load_tool()
 IDENTITY = ["-c", "user.name=Someone", "-c", "user.email=someone@example.com", "-c", "commit.gpgsign=false"]
 
 
@@ -315,18 +308,16 @@ def test_clean_leaves_only_the_gitignore(checkout):
 
 
 KILL = """
-import importlib.util, os, pathlib, signal, sys
-spec = importlib.util.spec_from_file_location("fork", sys.argv[1])
-fork = sys.modules["fork"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fork)
+import os, pathlib, signal, sys
+import fork
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
-moment, rename = sys.argv[3], pathlib.Path.rename
+moment, rename = sys.argv[2], pathlib.Path.rename
 if moment == "between the renames":
     pathlib.Path.rename = lambda path, to: die() if path.name.endswith(".new") else rename(path, to)
 else:
     setattr(fork.Fork, moment, die)
-fork.Fork(pathlib.Path(sys.argv[2])).patch()
+fork.Fork(pathlib.Path(sys.argv[1])).patch()
 """
 
 
@@ -334,7 +325,7 @@ fork.Fork(pathlib.Path(sys.argv[2])).patch()
 def test_an_interrupted_run_is_made_good_by_the_next(checkout, moment):
     before = checkout.snapshot()
     (checkout.patches / "series").write_text(f"{FIRST}\n")
-    killed = subprocess.run([sys.executable, "-c", KILL, ROOT / "patches/fork.py", checkout.root, moment])
+    killed = subprocess.run([sys.executable, "-c", KILL, checkout.root, moment], cwd=ROOT / "patches")
     assert killed.returncode == -signal.SIGKILL
     if moment != "between the renames":
         after = checkout.snapshot()
