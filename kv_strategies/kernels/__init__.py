@@ -34,11 +34,17 @@ def attention(
     window: int = 0,
     sinks: int = 0,
     sink_query: Tensor | None = None,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of the queries [T, Hq, D] over what the block tables hold -> [T, Hq, D]. See `reference`."""
+    """Causal attention of the queries [T, Hq, D] over what the block tables hold -> [T, Hq, D]. See `reference`.
+
+    `key` and `value` [T, Hkv, D], optional, are this step's own (stored already): where a row has nothing else to see
+    they spare a GPU the detour through the blocks.
+    """
     options = {"scaling": scaling, "window": window, "sinks": sinks, "sink_query": sink_query}
     if query.is_cuda:
         from .gpu import attention as attention_on_gpu
 
-        return attention_on_gpu(query, layer, plan, **options)
+        return attention_on_gpu(query, layer, plan, key=key, value=value, **options)
     return cpu.attention(query, layer, plan, **options)

@@ -12,6 +12,8 @@ together. The parts depend on the block tables alone: they are found once a plan
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -88,7 +90,7 @@ def attention(
 
 
 def prefill(query: Tensor, layer: LayerStore, plan: Plan, row: int, scaling: float) -> Tensor:
-    """Queries [n, Hkv, G, D] of one row: the past without a mask, their own tokens causally, merged. No mask is built."""
+    """Queries [n, Hkv, G, D] of one row: the past without a mask, their own tokens causally, merged; no mask."""
     query_len, num_kv_heads, group, head_dim = query.shape
     context_len = plan.row_lens[row]
     past = context_len - query_len
@@ -171,7 +173,7 @@ def find_parts(table: Tensor, layer: LayerStore, begin: int, end: int, whole: bo
     else:
         edges = list(range(len(blocks) + 1))
     runs, short, skip, num_short = [], [], 0, 0
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         start, stop = max(begin, (first + low) * block_size), min(end, (first + high) * block_size)
         if len(edges) == 2 or (stop - start >= MIN_RUN and not whole):
             runs.append((int(blocks[low]), start % block_size, stop - start))

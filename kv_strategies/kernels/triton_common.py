@@ -1,0 +1,90 @@
+"""What the decode and prefill kernels share: the online softmax over tiles, and the merge of split parts.
+
+A part of the tokens yields an output and a log-sum-exp (base 2) a query; parts merge exactly:
+
+    lse = log2 sum_i 2^lse_i          out = sum_i 2^(lse_i - lse) out_i
+
+The last program of a row to arrive does the merge, which saves a launch a layer. Parts are added in their order, not in
+the order of arrival, so that a result is the same every time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..plan import Plan
+
+LOG2_E = 1.4426950408889634
+#: Where a maximum starts: finite, so that the difference of two starts is 0 and not NaN.
+LOWEST = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def load_tile(
+    store, scales, table, kv_head, index, seen, stride_block, stride_head, stride_token,
+    scale_stride_block, scale_stride_head,
+    BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, QUANTISED: tl.constexpr,
+):  # fmt: skip
+    """Tokens `index` [TILE] of a row -> their K or V [TILE, DIM_P2] as stored, zeros where not seen, and scales."""
+    block = tl.load(table + index // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+    offset = index % BLOCK_SIZE
+    dims = tl.arange(0, DIM_P2)
+    address = block * stride_block + kv_head.to(tl.int64) * stride_head + offset * stride_token
+    mask = seen[:, None]
+    if DIM != DIM_P2:
+        mask = mask & (dims < DIM)[None, :]
+    tile = tl.load(store + address[:, None] + dims[None, :], mask=mask, other=0.0)
+    scale = tl.full(index.shape, 1.0, tl.float32)
+    if QUANTISED:
+        address = block * scale_stride_block + kv_head.to(tl.int64) * scale_stride_head + offset
+        scale = tl.load(scales + address, mask=seen, other=0.0).to(tl.float32)
+    return tile, scale
+
+
+@triton.jit
+def merge_parts(
+    parts, part_lses, num_parts, rows, rows_mask, dims,
+    ROWS: tl.constexpr, DIM_P2: tl.constexpr, TILE_PARTS: tl.constexpr,
+):  # fmt: skip
+    """Parts [num_parts, ROWS, DIM_P2] and their log-sum-exp [num_parts, ROWS] -> the merged [ROWS_P2, DIM_P2]."""
+    best = tl.full(rows.shape, LOWEST, tl.float32)
+    total = tl.zeros(rows.shape, tl.float32)
+    out = tl.zeros([rows.shape[0], DIM_P2], tl.float32)
+    for start in range(0, num_parts, TILE_PARTS):
+        part = start + tl.arange(0, TILE_PARTS)
+        mask = (part < num_parts)[:, None] & rows_mask[None, :]
+        at = part[:, None] * ROWS + rows[None, :]  # [TILE_PARTS, ROWS_P2]
+        # .cg: other programs wrote these, so they are read from L2, past this core's own cache.
+        lse = tl.load(part_lses + at, mask=mask, other=LOWEST, cache_modifier=".cg")
+        data = tl.load(
+            parts + at[:, :, None] * DIM_P2 + dims[None, None, :],
+            mask=mask[:, :, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_best = tl.maximum(best, tl.max(lse, 0))
+        weight = tl.exp2(lse - new_best[None, :])
+        keep = tl.exp2(best - new_best)
+        total = total * keep + tl.sum(tl.where(mask, weight, 0.0), 0)
+        out = out * keep[:, None] + tl.sum(weight[:, :, None] * data, 0)
+        best = new_best
+    return out / tl.where(total > 0, total, 1.0)[:, None]
+
+
+def workspace(plan: Plan, name: str, rows: int, parts: int, size: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the parts [rows, parts, size, dim], their log-sum-exps, and an arrival counter a row (zero).
+
+    One for all layers of a plan: layers follow one another, and the last program to arrive puts the counter back to
+    zero. What a graph capture uses is its own, cleared inside the graph, so that it needs nothing from outside.
+    """
+    key = (name, rows, parts, size, dim, torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    if key not in plan.scratch:
+        plan.scratch[key] = (
+            torch.empty(rows, parts, size, dim, dtype=torch.float32, device=plan.device),
+            torch.empty(rows, parts, size, dtype=torch.float32, device=plan.device),
+            torch.zeros(rows, dtype=torch.int32, device=plan.device),
+        )
+    return plan.scratch[key]

@@ -1,0 +1,251 @@
+"""Attention of any number of queries a row over a block table: prompts, chunks of prompts, prefix hits.
+
+FlashAttention's tiles (arXiv 2205.14135, 2307.08691), packed rows of unequal length in one launch, the tokens found
+through the block table. The query heads that share a KV head lie in one tile, so K and V are read once for all of them:
+
+    tile row m  ->  query m // GROUP of the tile,  query head kv_head * GROUP + m % GROUP
+
+Few new queries on a long past (a prefix hit) would leave most of a GPU idle: tokens are split as in `triton_decode`.
+Here the split follows the size of the launch, which bounds the memory of the parts; so a result may differ in its last
+bits with the batch, where that of a decode step never does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..plan import LayerStore, Plan
+from .triton_common import LOG2_E, LOWEST, load_tile, merge_parts, workspace
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Sizes to tune; results agree to rounding whatever they are."""
+
+    rows: int  # query tokens * GROUP of a tile
+    tile: int  # tokens an iteration
+    num_warps: int
+    num_stages: int
+    programs: int = 264  # split tokens until there are as many: two for each multiprocessor of a large GPU
+    split: int = 256  # fewest tokens worth a program
+
+
+def tuning(rows: int, dim: int, itemsize: int) -> Tuning:
+    """The sizes for the largest number of (query, head) pairs a KV head has in one row of the batch."""
+    if itemsize == 4:  # float32 products run without tensor cores: small tiles, that registers may hold them
+        return Tuning(rows=16 if rows <= 16 else 32, tile=32, num_warps=8, num_stages=2)
+    if rows <= 16:
+        return Tuning(rows=16, tile=64, num_warps=4, num_stages=3)
+    if rows <= 64:
+        return Tuning(rows=64, tile=64, num_warps=4, num_stages=3)
+    return Tuning(rows=128, tile=64 if dim > 64 else 128, num_warps=8, num_stages=3)
+
+
+def prefill(
+    query: Tensor,
+    layer: LayerStore,
+    plan: Plan,
+    out: Tensor,
+    first_row: int,
+    last_row: int,
+    *,
+    scaling: float,
+    window: int = 0,
+    sinks: int = 0,
+    sink_query: Tensor | None = None,
+    tuned: Tuning | None = None,
+) -> None:
+    """Write out for the queries of the plan's rows first_row:last_row. See `reference.attention`."""
+    _, num_heads, dim = query.shape
+    num_kv_heads = layer.k.shape[1]
+    group = num_heads // num_kv_heads
+    query_lens, row_lens = plan.query_lens[first_row:last_row], plan.row_lens[first_row:last_row]
+    tuned = tuned or tuning(max(query_lens) * group, dim, query.element_size())
+    tile_queries = max(tuned.rows // group, 1)
+    tile_rows = max(tuned.rows, triton.next_power_of_2(group))
+    sinks = sinks if window or sink_query is not None else 0  # else all is visible anyhow
+    # Each row of the batch owns the tiles from (queries before it) // tile_queries + (rows before it) on: enough for
+    # its own queries, and a program finds its row by bisection.
+    num_tiles = sum(query_lens) // tile_queries + len(query_lens)
+    longest = max(row_lens) if not window else min(max(row_lens), window + tile_queries)
+    num_splits = min(triton.cdiv(longest, tuned.split), triton.cdiv(tuned.programs, num_tiles * num_kv_heads))
+    num_splits = max(num_splits, 1)
+    dim_p2 = triton.next_power_of_2(dim)
+    parts, part_lses, arrived = workspace(
+        plan, "prefill", num_tiles * num_kv_heads, num_splits if num_splits > 1 else 0, tile_rows, dim_p2
+    )
+    quantised = layer.k_scale is not None
+    k_scale, v_scale = (layer.k_scale, layer.v_scale) if quantised else (layer.k, layer.v)  # not read unless quantised
+    has_sink_query = sink_query is not None
+    sink_query = query if sink_query is None else sink_query
+    prefill_kernel[(num_kv_heads, num_tiles, num_splits)](
+        query, sink_query, out, layer.k, layer.v, k_scale, v_scale,
+        plan.block_tables, plan.cu_seqlens_q, plan.context_lens, parts, part_lses, arrived,
+        scaling * LOG2_E, first_row, last_row,
+        *query.stride()[:2], *sink_query.stride()[:2], *out.stride()[:2],
+        *layer.k.stride()[:3], *layer.v.stride()[:3], *k_scale.stride()[:2], *v_scale.stride()[:2],
+        plan.block_tables.stride(0),
+        BLOCK_SIZE=layer.block_size, GROUP=group, DIM=dim, DIM_P2=dim_p2, QUANTISED=quantised,
+        WINDOW=window, SINKS=sinks, SINK_QUERY=has_sink_query,
+        TILE_QUERIES=tile_queries, ROWS=tile_rows, TILE=tuned.tile, STAGES=tuned.num_stages,
+        SPLIT=tuned.split, num_warps=tuned.num_warps,
+    )  # fmt: skip
+
+
+@triton.jit
+def prefill_kernel(
+    query, sink_query, out, k_store, v_store, k_scale, v_scale,
+    block_tables, cu_seqlens_q, context_lens, parts, part_lses, arrived,
+    scaling, first_row, last_row,
+    query_stride_row, query_stride_head, sink_query_stride_row, sink_query_stride_head, out_stride_row, out_stride_head,
+    k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token,
+    k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head, table_stride,
+    BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, QUANTISED: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, SINK_QUERY: tl.constexpr,
+    TILE_QUERIES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    kv_head, tile_id, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+
+    # The last row whose first tile is not beyond this one.
+    before = tl.load(cu_seqlens_q + first_row)
+    low, high = first_row, last_row
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (tl.load(cu_seqlens_q + middle) - before) // TILE_QUERIES + (middle - first_row) <= tile_id:
+            low = middle
+        else:
+            high = middle
+    row = low.to(tl.int64)
+    row_begin = tl.load(cu_seqlens_q + row)
+    query_len = tl.load(cu_seqlens_q + row + 1) - row_begin
+    first_query = (tile_id - (row_begin - before) // TILE_QUERIES - (low - first_row)) * TILE_QUERIES
+    context_len = tl.load(context_lens + row)
+    if first_query >= query_len:
+        return
+
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM_P2)
+    row_query = first_query + rows // GROUP
+    rows_mask = (rows < TILE_QUERIES * GROUP) & (row_query < query_len)
+    mask = rows_mask[:, None] & (dims < DIM)[None, :]
+    position = context_len - query_len + row_query  # [ROWS]
+    token = (row_begin + row_query).to(tl.int64)
+    head = kv_head * GROUP + rows % GROUP
+    table = block_tables + row * table_stride
+
+    # The tokens any query of the tile may see, begin:end, and this program's share of them.
+    first_position = context_len - query_len + first_query
+    end = tl.minimum(first_position + TILE_QUERIES, context_len)
+    begin = SINKS
+    if WINDOW > 0:
+        begin = tl.maximum(begin, first_position - WINDOW + 1)
+    sink_end = tl.minimum(SINKS, end)
+    if split > 0:
+        sink_end = 0  # the first program takes the sinks
+    size = tl.maximum(tl.cdiv(tl.cdiv(end - begin, tl.num_programs(2)), TILE) * TILE, SPLIT)
+    num_parts = tl.maximum(tl.cdiv(end - begin, size), 1)
+    begin += split * size
+    end = tl.minimum(end, begin + size)
+    if split >= num_parts:
+        return
+
+    best = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM_P2], tl.float32)
+    q = tl.load(
+        query + token[:, None] * query_stride_row + head[:, None] * query_stride_head + dims[None, :],
+        mask=mask, other=0.0,
+    )  # fmt: skip
+    if SINKS > 0:
+        q_sink = q
+        if SINK_QUERY:
+            q_sink = tl.load(
+                sink_query
+                + token[:, None] * sink_query_stride_row + head[:, None] * sink_query_stride_head + dims[None, :],
+                mask=mask, other=0.0,
+            )  # fmt: skip
+        best, total, acc = attend(
+            best, total, acc, q_sink, scaling, 0, sink_end, position,
+            k_store, v_store, k_scale, v_scale, table, kv_head,
+            k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token,
+            k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head,
+            BLOCK_SIZE, DIM, DIM_P2, QUANTISED, 0, TILE, 1, True,
+        )  # fmt: skip
+    # Whole tiles that every query sees need no mask; with a window, all tiles are masked.
+    clear = begin
+    if WINDOW == 0:
+        clear = begin + tl.maximum(tl.minimum(end, first_position + 1) - begin, 0) // TILE * TILE
+        best, total, acc = attend(
+            best, total, acc, q, scaling, begin, clear, position,
+            k_store, v_store, k_scale, v_scale, table, kv_head,
+            k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token,
+            k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head,
+            BLOCK_SIZE, DIM, DIM_P2, QUANTISED, 0, TILE, STAGES, False,
+        )  # fmt: skip
+    best, total, acc = attend(
+        best, total, acc, q, scaling, clear, end, position,
+        k_store, v_store, k_scale, v_scale, table, kv_head,
+        k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token,
+        k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head,
+        BLOCK_SIZE, DIM, DIM_P2, QUANTISED, WINDOW, TILE, STAGES, True,
+    )  # fmt: skip
+
+    total = tl.where(total > 0, total, 1.0)
+    acc = acc / total[:, None]
+    target = out + token[:, None] * out_stride_row + head[:, None] * out_stride_head + dims[None, :]
+    if num_parts == 1:
+        tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
+    else:
+        pair = tile_id.to(tl.int64) * tl.num_programs(0) + kv_head
+        parts += pair * tl.num_programs(2) * ROWS * DIM_P2  # [splits, ROWS, DIM_P2]
+        part_lses += pair * tl.num_programs(2) * ROWS
+        at = split * ROWS + rows
+        tl.store(part_lses + at, best + tl.log2(total))
+        tl.store(parts + at[:, None] * DIM_P2 + dims[None, :], acc)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        if tl.atomic_add(arrived + pair, 1) == num_parts - 1:
+            tl.store(arrived + pair, 0)
+            merged = merge_parts(parts, part_lses, num_parts, rows, rows_mask, dims, ROWS, DIM_P2, 1)
+            tl.store(target, merged.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attend(
+    best, total, acc, q, scaling, begin, end, position,
+    k_store, v_store, k_scale, v_scale, table, kv_head,
+    k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token,
+    k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head,
+    BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, QUANTISED: tl.constexpr,
+    WINDOW: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Go on with the online softmax of q [ROWS, DIM_P2] over the tokens begin:end of a row."""
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        index = start + tl.arange(0, TILE)
+        seen = index < end
+        k, k_scales = load_tile(
+            k_store, k_scale, table, kv_head, index, seen, k_stride_block, k_stride_head, k_stride_token,
+            k_scale_stride_block, k_scale_stride_head, BLOCK_SIZE, DIM, DIM_P2, QUANTISED,
+        )  # fmt: skip
+        v, v_scales = load_tile(
+            v_store, v_scale, table, kv_head, index, seen, v_stride_block, v_stride_head, v_stride_token,
+            v_scale_stride_block, v_scale_stride_head, BLOCK_SIZE, DIM, DIM_P2, QUANTISED,
+        )  # fmt: skip
+        # A scale belongs to a token, so it can wait until after the product (K) or join the weight (V).
+        score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * (k_scales * scaling)[None, :]
+        if MASKED:
+            visible = seen[None, :] & (index[None, :] <= position[:, None])
+            if WINDOW > 0:
+                visible = visible & (index[None, :] > position[:, None] - WINDOW)
+            score = tl.where(visible, score, float("-inf"))
+        new_best = tl.maximum(best, tl.max(score, 1))
+        keep = tl.exp2(best - new_best)
+        weight = tl.exp2(score - new_best[:, None])
+        total = total * keep + tl.sum(weight, 1)
+        weight = (weight * v_scales[None, :]).to(q.dtype)
+        acc = tl.dot(weight, v.to(q.dtype), acc * keep[:, None], input_precision="ieee")
+        best = new_best
+    return best, total, acc
