@@ -1,7 +1,22 @@
 """KV-cache strategies for a patched Hugging Face Transformers. See `build`, `Runner` and `STRATEGIES`."""
 
-from .build import STRATEGIES, build
-from .requests import Request, Result
-from .runner import Runner
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .strategies import STRATEGIES, build
+    from .requests import Request, Result
+    from .runner import Runner
 
 __all__ = ["STRATEGIES", "Request", "Result", "Runner", "build"]
+
+_HOME = {"STRATEGIES": "strategies", "build": "strategies", "Request": "requests", "Result": "requests", "Runner": "runner"}
+
+
+def __getattr__(name: str) -> object:
+    """Import on first use, so that `python -m kv_strategies.paged` starts without torch and transformers."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

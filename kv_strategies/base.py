@@ -8,7 +8,7 @@
 | `Codec`     | what bytes encode K and V?        | as they come     | `quantized.py` |
 
 The fifth question, where is token t, is the pool's own (`paged.py`). No policy asks what another one is.
-`build.py` puts strategies together by name.
+`strategies.py` puts strategies together by name.
 """
 
 from __future__ import annotations
