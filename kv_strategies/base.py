@@ -220,8 +220,8 @@ class Strategy:
         """
         layer = self.placement.open(layer_idx, plan)
         self.codec.write(layer, plan.slot_mapping, key, value)
-        retention = self.retention
-        out = attention(query, layer, plan, scaling=scaling, window=retention.window, sinks=retention.sinks)
+        window, sinks = self.retention.window, self.retention.sinks
+        out = attention(query, layer, plan, scaling=scaling, window=window, sinks=sinks, key=key, value=value)
         self.placement.close(layer_idx, plan)
         return out
 
