@@ -59,12 +59,8 @@ def merge_parts(
         at = part[:, None] * ROWS + rows[None, :]  # [TILE_PARTS, ROWS_P2]
         # .cg: other programs wrote these, so they are read from L2, past this core's own cache.
         lse = tl.load(part_lses + at, mask=mask, other=LOWEST, cache_modifier=".cg")
-        data = tl.load(
-            parts + at[:, :, None] * DIM_P2 + dims[None, None, :],
-            mask=mask[:, :, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
+        address = parts + at[:, :, None] * DIM_P2 + dims[None, None, :]
+        data = tl.load(address, mask=mask[:, :, None], other=0.0, cache_modifier=".cg")
         new_best = tl.maximum(best, tl.max(lse, 0))
         weight = tl.exp2(lse - new_best[None, :])
         keep = tl.exp2(best - new_best)

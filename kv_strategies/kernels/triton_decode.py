@@ -71,7 +71,7 @@ def decode(
     longest = max(plan.row_lens[:rows])
     num_splits = min(tuned.max_splits, triton.cdiv(min(longest, window or longest), tuned.split)) + (sinks > 0)
     num_splits = max(num_splits, 1)
-    dim_p2, group_p2 = triton.next_power_of_2(dim), triton.next_power_of_2(group)
+    dim_p2, group_p2 = max(triton.next_power_of_2(dim), 16), triton.next_power_of_2(group)
     parts, part_lses, arrived = workspace(plan, "decode", rows * num_kv_heads, num_splits, group, dim_p2)
     quantised = layer.k_scale is not None
     k_scale, v_scale = (layer.k_scale, layer.v_scale) if quantised else (layer.k, layer.v)  # not read unless quantised
@@ -123,11 +123,9 @@ def decode_kernel(
     dims = tl.arange(0, DIM_P2)
     mask = (heads < GROUP)[:, None] & (dims < DIM)[None, :]
     kv_first = kv_head.to(tl.int64) * GROUP  # the first query head of this KV head
-    address = query + row * query_stride_row + kv_first * query_stride_head + heads[:, None] * query_stride_head
-    if SINKS > 0:
-        if split == 0:
-            address = sink_query + row * sink_query_stride_row + kv_first * sink_query_stride_head
-            address += heads[:, None] * sink_query_stride_head
+    address = query + row * query_stride_row + (kv_first + heads)[:, None] * query_stride_head
+    if SINKS > 0 and split == 0:
+        address = sink_query + row * sink_query_stride_row + (kv_first + heads)[:, None] * sink_query_stride_head
     q = tl.load(address + dims[None, :], mask=mask, other=0.0)  # [ROWS, DIM_P2]
     table = block_tables + row * table_stride
 

@@ -74,7 +74,7 @@ def prefill(
     longest = max(row_lens) if not window else min(max(row_lens), window + tile_queries)
     num_splits = min(triton.cdiv(longest, tuned.split), triton.cdiv(tuned.programs, num_tiles * num_kv_heads))
     num_splits = max(num_splits, 1)
-    dim_p2 = triton.next_power_of_2(dim)
+    dim_p2 = max(triton.next_power_of_2(dim), 16)  # a product on tensor cores takes 16 and more
     parts, part_lses, arrived = workspace(
         plan, "prefill", num_tiles * num_kv_heads, num_splits if num_splits > 1 else 0, tile_rows, dim_p2
     )

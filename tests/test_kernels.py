@@ -1,0 +1,389 @@
+"""Every implementation of store and attention against the reference, and the reference against torch's attention."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kv_strategies import kernels
+from kv_strategies.kernels import cpu, gpu, reference, triton_decode, triton_prefill, triton_store
+from kv_strategies.plan import NULL_BLOCK, NULL_SLOT, LayerStore, Plan
+
+CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one attention is made of; `build` turns it into tensors."""
+
+    query_lens: tuple[int, ...] = (1,)
+    row_lens: tuple[int, ...] = (20,)
+    num_kv_heads: int = 2
+    group: int = 1
+    dim: int = 16
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    codes: str | None = None
+    window: int = 0
+    sinks: int = 0
+    sink_query: bool = False
+    shuffled: bool = True
+    head_major: bool = True  # the pool's layout on a CPU; else that of a GPU
+    seed: int = 0
+
+
+@dataclass
+class Case:
+    plan: Plan
+    layer: LayerStore
+    query: torch.Tensor
+    key: torch.Tensor  # of this step, as value
+    value: torch.Tensor
+    options: dict = field(default_factory=dict)
+
+
+def build(shape: Shape, device: torch.device | str = "cpu") -> Case:
+    """Rows with blocks scattered over a pool of NaN, their past stored, this step's K and V stored as well."""
+    rng, generator = random.Random(shape.seed), torch.Generator().manual_seed(shape.seed)
+    bs, heads, dim = shape.block_size, shape.num_kv_heads, shape.dim
+    counts = [-(-n // bs) for n in shape.row_lens]
+    num_blocks = sum(counts) + 2
+    ids = list(range(num_blocks))
+    if shape.shuffled:
+        rng.shuffle(ids)
+    tables = torch.full((len(counts), max(counts) + 1), NULL_BLOCK, dtype=torch.int32)
+    for row, count in enumerate(counts):
+        tables[row, :count] = torch.tensor([ids.pop() for _ in range(count)][:: 1 if shape.shuffled else -1])
+
+    def slots(row: int, begin: int, end: int) -> torch.Tensor:
+        index = torch.arange(begin, end)
+        return tables[row, index // bs].long() * bs + index % bs
+
+    pairs = list(zip(shape.query_lens, shape.row_lens, strict=True))
+    step_slots = torch.cat([slots(row, n - q, n) for row, (q, n) in enumerate(pairs)])
+    all_slots = torch.cat([slots(row, 0, n) for row, (_, n) in enumerate(pairs)])
+    lens = torch.tensor([0, *shape.query_lens])
+    plan = Plan(
+        cu_seqlens_q=lens.cumsum(0).int().to(device),
+        context_lens=torch.tensor(shape.row_lens).int().to(device),
+        positions=torch.cat([torch.arange(n - q, n) for q, n in pairs]).to(device),
+        slot_mapping=step_slots.to(device),
+        block_tables=tables.to(device),
+        query_lens=list(shape.query_lens),
+        row_lens=list(shape.row_lens),
+        num_decodes=next((row for row, q in enumerate(shape.query_lens) if q != 1), len(pairs)),
+    )
+
+    def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
+        store = torch.full((size[1], size[0], *size[2:]) if shape.head_major else size, float("nan")).to(dtype)
+        return (store.transpose(0, 1) if shape.head_major else store).to(device)
+
+    store_dtype = CODES[shape.codes] if shape.codes else shape.dtype
+    layer = LayerStore(*(empty(num_blocks, heads, bs, dim, dtype=store_dtype) for _ in "kv"))
+    if shape.codes:
+        layer = LayerStore(*layer[:2], *(empty(num_blocks, heads, bs, dtype=torch.float32) for _ in "kv"))
+
+    def states(num_tokens: int, num_heads: int) -> torch.Tensor:  # laid out as modeling_llama leaves them
+        data = torch.randn(1, num_heads, num_tokens, dim, generator=generator).to(shape.dtype).to(device)
+        return data.transpose(1, 2)[0]
+
+    key, value = states(len(all_slots), heads), states(len(all_slots), heads)
+    reference.store_kv(key, value, layer, all_slots.to(device))
+    own = torch.cat([torch.arange(n - q, n) + sum(shape.row_lens[:row]) for row, (q, n) in enumerate(pairs)]).to(device)
+    query, sink_query = (states(len(step_slots), heads * shape.group) for _ in "qs")
+    options = {"scaling": dim**-0.5, "window": shape.window, "sinks": shape.sinks}
+    options["sink_query"] = sink_query if shape.sink_query else None
+    return Case(plan, layer, query, key[own], value[own], options)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[expected.dtype]
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+# the reference
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_reference_is_causal_attention(group):
+    case = build(Shape(query_lens=(1, 63, 5), row_lens=(17, 63, 40), group=group))
+    out = reference.attention(case.query, case.layer, case.plan, **case.options)
+    starts = case.plan.cu_seqlens_q.tolist()
+    for row, context_len in enumerate(case.plan.row_lens):
+        table, index = case.plan.block_tables[row], torch.arange(context_len)
+        k, v = (reference.gather(store, None, table, index) for store in case.layer[:2])
+        q = case.query[starts[row] : starts[row + 1]].transpose(0, 1)
+        mask = torch.ones(q.shape[1], context_len, dtype=torch.bool).tril(context_len - q.shape[1])
+        expected = F.scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=True)[0]
+        assert_close(out[starts[row] : starts[row + 1]], expected.transpose(0, 1))
+
+
+def test_reference_window_and_sinks():
+    """Against a softmax over the visible tokens alone, written out for one query."""
+    case = build(Shape(row_lens=(20,), num_kv_heads=1, window=5, sinks=2, sink_query=True))
+    out = reference.attention(case.query, case.layer, case.plan, **case.options)[0, 0]
+    index = torch.tensor([0, 1, 15, 16, 17, 18, 19])
+    k, v = (reference.gather(store, None, case.plan.block_tables[0], index)[0] for store in case.layer[:2])
+    scores = torch.cat((k[:2] @ case.options["sink_query"][0, 0], k[2:] @ case.query[0, 0])) * case.options["scaling"]
+    assert_close(out, scores.softmax(0) @ v)
+
+
+@pytest.mark.parametrize("codes, worst", [("int8", 0.5 / 127), ("fp8", 1 / 16)])
+def test_codes_are_rounded_to_nearest(codes, worst):
+    data = torch.randn(50, 3, 64)
+    data[7, 1] = 0
+    coded, scale = reference.quantise(data, CODES[codes])
+    error = (coded.float() * scale[..., None] - data).abs()
+    assert (error <= worst * data.abs().amax(-1, keepdim=True) * 1.001).all()
+    assert (coded[7, 1].float() == 0).all()
+
+
+# the CPU path
+
+
+@st.composite
+def shapes(draw) -> Shape:
+    rows = draw(st.lists(st.tuples(st.integers(1, 90), st.booleans()), min_size=1, max_size=5))
+    rows = [(1 if decode else draw(st.integers(1, length)), length) for length, decode in rows]
+    rows.sort(key=lambda row: row[0] != 1)
+    return Shape(
+        query_lens=tuple(query_len for query_len, _ in rows),
+        row_lens=tuple(row_len for _, row_len in rows),
+        num_kv_heads=draw(st.integers(1, 3)),
+        group=draw(st.sampled_from([1, 2, 3])),
+        dim=draw(st.sampled_from([8, 20, 64])),
+        block_size=draw(st.sampled_from([1, 2, 3, 7, 16, 17, 64, 100])),
+        dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
+        codes=draw(st.sampled_from([None, None, "int8", "fp8"])),
+        window=draw(st.sampled_from([0, 0, 1, 5, 30])),
+        sinks=draw(st.sampled_from([0, 1, 4, 20])),
+        sink_query=draw(st.booleans()),
+        shuffled=draw(st.booleans()),
+        head_major=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(shape=shapes(), min_run=st.sampled_from([1, 20, 256]))
+def test_cpu_attention(shape, min_run):
+    case = build(shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "MIN_RUN", min_run)
+        patch.setattr(cpu, "CODE_TILE", 13)
+        patch.setattr(cpu, "QUERY_TILE", 7)
+        out = kernels.attention(case.query, case.layer, case.plan, key=case.key, value=case.value, **case.options)
+    assert_close(out, reference.attention(case.query, case.layer, case.plan, **case.options))
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes(), hole=st.booleans())
+def test_cpu_store(shape, hole):
+    check_store(shape, kernels.store_kv, hole, "cpu")
+
+
+def test_a_decode_step_copies_no_past_kv():
+    case = build(Shape(row_lens=(300,), shuffled=False))
+    (k, v), *rest = cpu.parts(case.layer, case.plan, 0, 0, 300)
+    assert not rest and k.shape == (1, 2, 300, 16)
+    assert k.untyped_storage().data_ptr() == case.layer.k.untyped_storage().data_ptr()
+    assert v.untyped_storage().data_ptr() == case.layer.v.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("implementation", [reference.attention, kernels.attention])
+def test_a_padding_row_gives_zeros(implementation):
+    case = build(Shape(query_lens=(1, 1), row_lens=(20, 1)))
+    case.plan.context_lens[1] = case.plan.row_lens[1] = 0
+    out = implementation(case.query, case.layer, case.plan, **case.options)
+    assert (out[1] == 0).all() and not out.isnan().any()
+
+
+# Triton: in the interpreter without a GPU, which is why these are few and tiny
+
+
+def check_store(shape: Shape, store_kv, hole: bool, device: torch.device | str) -> None:
+    case = build(shape, device)
+    slots = case.plan.slot_mapping.clone()
+    if hole:
+        slots[len(slots) // 2] = NULL_SLOT
+    key, value = case.key * 2, case.value * 3
+    stored, expected = (LayerStore(*(None if x is None else x.clone() for x in case.layer)) for _ in range(2))
+    store_kv(key, value, stored, slots)
+    reference.store_kv(key, value, expected, slots)
+    for actual, wanted in zip(stored, expected, strict=True):
+        if actual is not None:
+            torch.testing.assert_close(actual.float(), wanted.float(), atol=0, rtol=0, equal_nan=True)
+
+
+# bf16 products and rounding to fp8 are wrong in Triton's interpreter: those are for the GPU.
+@pytest.mark.parametrize("codes", [None, "int8", pytest.param("fp8", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("head_major", [True, False])
+def test_triton_store(device, codes, head_major):
+    shape = Shape((1, 6), (20, 30), num_kv_heads=3, dim=20, block_size=7, dtype=torch.float16)
+    check_store(replace(shape, codes=codes, head_major=head_major), triton_store.store_kv, True, device)
+
+
+def check_decode(shape: Shape, device: torch.device, tuned: triton_decode.Tuning | None = None) -> None:
+    case = build(shape, device)
+    out = torch.full_like(case.query, 7.0)
+    triton_decode.decode(case.query, case.layer, case.plan, out, tuned=tuned, **case.options)
+    expected = reference.attention(case.query, case.layer, case.plan, **case.options)
+    decodes = case.plan.num_decodes
+    assert_close(out[:decodes], expected[:decodes])
+    assert (out[decodes:] == 7.0).all()
+    assert all((arrived == 0).all() for *_, arrived in case.plan.scratch.values())
+
+
+def check_prefill(shape: Shape, device: torch.device, first: int = 0, tuned: triton_prefill.Tuning | None = None):
+    case = build(shape, device)
+    out = torch.full_like(case.query, 7.0)
+    rows = len(shape.query_lens)
+    triton_prefill.prefill(case.query, case.layer, case.plan, out, first, rows, tuned=tuned, **case.options)
+    expected = reference.attention(case.query, case.layer, case.plan, **case.options)
+    begin = sum(shape.query_lens[:first])
+    assert_close(out[begin:], expected[begin:])
+    assert (out[:begin] == 7.0).all()
+    assert all((arrived == 0).all() for *_, arrived in case.plan.scratch.values())
+
+
+TINY_DECODE = triton_decode.Tuning(split=16, max_splits=3, tile=8, num_warps=4, num_stages=2)
+DECODES = {
+    "one token": Shape(row_lens=(1,), block_size=1),
+    "one head a group, many splits": Shape((1, 1, 1), (70, 16, 17), dim=20, block_size=3),
+    "three heads a group": Shape((1, 1), (33, 50), group=3, dim=8, dtype=torch.float16),
+    "one block holds all": Shape((1, 1), (63, 9), group=2, block_size=100, head_major=False),
+    "a prompt beside": Shape((1, 4), (20, 9), block_size=17),
+    "window": Shape((1, 1), (70, 4), window=30, block_size=7),
+    "window, sinks": Shape((1, 1, 1), (70, 4, 12), group=2, window=9, sinks=4, sink_query=True),
+    "sinks longer than a split": Shape((1,), (70,), window=9, sinks=20, sink_query=True),
+    "int8": Shape((1, 1), (45, 8), codes="int8", dtype=torch.float16),
+    "int8, groups": Shape((1,), (45,), group=2, codes="int8", window=20, sinks=3),
+    "fp8": Shape((1,), (45,), group=2, codes="fp8"),
+}
+
+
+@pytest.mark.parametrize("name", DECODES)
+def test_triton_decode(device, name):
+    tuned = replace(TINY_DECODE, tile=16) if device.type == "cuda" else TINY_DECODE
+    check_decode(DECODES[name], device, tuned)
+
+
+def test_triton_decode_padding_row(device):
+    case = build(Shape((1, 1), (20, 1), window=8, sinks=2), device)
+    case.plan.context_lens[1] = 0
+    out = torch.full_like(case.query, 7.0)
+    triton_decode.decode(case.query, case.layer, case.plan, out, **case.options)
+    assert (out[1] == 0).all() and not out.isnan().any()
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_triton_decode_row_ignores_its_neighbours(device, group):
+    """The same row alone and in a batch, to the bit."""
+    tuned = replace(TINY_DECODE, tile=16)
+    batch = build(Shape((1, 1), (23, 77), group=group), device)
+    out = torch.empty_like(batch.query)
+    triton_decode.decode(batch.query, batch.layer, batch.plan, out, tuned=tuned, **batch.options)
+    plan = replace(
+        batch.plan,
+        context_lens=batch.plan.context_lens[:1],
+        block_tables=batch.plan.block_tables[:1],
+        query_lens=[1],
+        row_lens=[23],
+        num_decodes=1,
+        scratch={},
+    )
+    alone = torch.empty_like(out[:1])
+    triton_decode.decode(batch.query[:1], batch.layer, plan, alone, tuned=tuned, **batch.options)
+    assert torch.equal(alone[0], out[0])
+
+
+TINY_PREFILL = triton_prefill.Tuning(rows=16, tile=16, num_warps=4, num_stages=2, split=16)
+PREFILLS = {
+    "ragged": Shape((1, 23, 5), (9, 23, 40), block_size=3),
+    "three heads a group": Shape((7, 20), (31, 20), group=3, num_kv_heads=1, dim=8, dtype=torch.float16),
+    "one block holds all": Shape((18,), (40,), block_size=100, head_major=False),
+    "window": Shape((30, 6), (30, 50), window=5, block_size=7),
+    "window, sinks": Shape((30, 6), (30, 50), group=2, window=5, sinks=4, sink_query=True, num_kv_heads=1),
+    "int8": Shape((20,), (30,), codes="int8", dtype=torch.float16),
+    "fp8, sinks": Shape((20,), (30,), codes="fp8", window=9, sinks=20),
+}
+
+
+@pytest.mark.parametrize("splits", ["whole", "split"])
+@pytest.mark.parametrize("name", PREFILLS)
+def test_triton_prefill(device, name, splits):
+    check_prefill(PREFILLS[name], device, tuned=replace(TINY_PREFILL, programs=1 if splits == "whole" else 50))
+
+
+def test_triton_prefill_of_some_rows(device):
+    check_prefill(Shape((1, 1, 12, 3), (9, 20, 30, 3)), device, first=2, tuned=TINY_PREFILL)
+
+
+def test_gpu_attention_gives_each_row_to_its_kernel(device, monkeypatch):
+    """Decode rows, a long fresh prompt, a chunk on a past and a short prompt in one plan."""
+    monkeypatch.setattr(gpu, "MIN_FRESH", 20)
+    for shape in (
+        Shape((1, 1, 24, 7, 3), (30, 5, 24, 20, 3), group=2),
+        Shape((24,), (24,), group=2),
+        Shape((24, 24), (24, 24), window=10),
+    ):
+        case = build(shape, device)
+        out = gpu.attention(case.query, case.layer, case.plan, key=case.key, value=case.value, **case.options)
+        assert_close(out, reference.attention(case.query, case.layer, case.plan, **case.options))
+
+
+# a GPU: the sizes that matter, the tuned constants
+
+SWEEP = list(product([64, 80, 96, 128], [1, 3, 16, 17, 64, 256], [torch.float32, torch.float16, torch.bfloat16]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize("dim, block_size, dtype", SWEEP)
+def test_gpu_sweep(device, dim, block_size, dtype, group):
+    shape = Shape((1, 1, 1, 70, 5, 600), (3001, 1, 260, 1500, 900, 600), group=group, dim=dim, block_size=block_size)
+    shape = replace(shape, dtype=dtype, head_major=False)
+    check_decode(shape, device)
+    check_prefill(shape, device, first=3)
+    check_prefill(replace(shape, query_lens=(1, 9), row_lens=(2900, 3001)), device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codes, window, sinks", [*product([None, "int8", "fp8"], [0, 512], [0, 4])])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_windows_and_codes(device, codes, window, sinks, group, dtype):
+    shape = Shape((1, 1, 70, 600), (2001, 3, 1500, 600), group=group, dim=128, dtype=dtype, head_major=False)
+    shape = replace(shape, codes=codes, window=window, sinks=sinks, sink_query=sinks > 0)
+    check_store(shape, triton_store.store_kv, True, device)
+    check_decode(shape, device)
+    check_prefill(shape, device, first=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 4])
+def test_gpu_decode_in_a_graph(device, group):
+    """Captured once under an upper bound, replayed for other lengths, with the warm-up's plan long gone."""
+    shape = Shape((1, 1, 1), (2000, 1200, 5), group=group, dim=128, dtype=torch.bfloat16, head_major=False)
+    case = build(shape, device)
+
+    def step(plan: Plan) -> torch.Tensor:
+        return kernels.attention(case.query, case.layer, plan, **case.options)
+
+    step(replace(case.plan, scratch={}))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(replace(case.plan, row_lens=[4096] * 3, scratch={}))
+    for lens in ([2000, 1200, 5], [700, 1, 0], [1999, 1200, 5], [2000, 300, 2]):
+        case.plan.context_lens.copy_(torch.tensor(lens))
+        out.fill_(7.0)
+        graph.replay()
+        assert_close(out, reference.attention(case.query, case.layer, case.plan, **case.options))
