@@ -74,6 +74,8 @@ def main() -> int:
     parser.add_argument("--python", default=sys.executable, help="an interpreter with torch (default: this one)")
     args = parser.parse_args()
     into = args.into.resolve()
+    # A path holds from the new folder too; a symbolic link is kept, for it is what makes a virtual environment one.
+    python = str(Path(args.python).absolute()) if "/" in args.python else args.python
     try:
         if into.exists():
             raise RebuildError(f"{into} exists; name a folder that does not, or remove it")
@@ -86,11 +88,11 @@ def main() -> int:
             unpack(Path(scratch, "whole"), manifest["commit"], Path(scratch, "checkout"))
             Path(scratch, "checkout").rename(into)
         for target in ("patch", "model"):
-            run(["make", target, f"PYTHON={args.python}"], into)
+            run(["make", target, f"PYTHON={python}"], into)
     except RebuildError as error:
         print(f"rebuild: {error}", file=sys.stderr)
         return 1
-    print(f"{into} is ready: make bench PYTHON={args.python}")
+    print(f"{into} is ready: cd there, then make bench PYTHON={python}")
     return 0
 
 

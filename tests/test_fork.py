@@ -474,6 +474,7 @@ def test_the_series_applies_without_fuzz(real_archive, tmp_path):
         assert "past_key_values.attend" in (tree / LLAMA).read_text()
 
 
+@pytest.mark.upstream
 def test_the_imported_transformers_is_patched():
     from transformers.models.llama import modeling_llama
 
