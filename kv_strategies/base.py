@@ -13,7 +13,7 @@ The fifth question, where is token t, is the pool's own (`paged.py`). No policy 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -67,9 +67,30 @@ class Retention:
         """First and last + 1 table position of the blocks that no query from token `num_tokens` on can see."""
         return 0, 0
 
+    def num_visible(self, num_tokens: int) -> int:
+        """The most tokens that a query of a row of `num_tokens` sees: how far apart it has to tell positions."""
+        return num_tokens
+
+    def num_blocks(self, num_tokens: int, chunk: int, block_size: int) -> int:
+        """The most blocks that a row of `num_tokens`, fed `chunk` tokens at a time, holds at once."""
+        return -(-num_tokens // block_size)
+
+    def sink_query(self, query: Tensor, plan: Plan) -> Tensor | None:
+        """What stands in for the queries [T, Hq, D] where they meet the sinks; None for the queries themselves."""
+        return None
+
+    def stale(self, num_tokens: int, block_size: int) -> tuple[int, int]:
+        """First and last + 1 table position of the dead blocks to cut out, so that indices stay small; mostly none."""
+        return 0, 0
+
+    def move_keys(self, layer: LayerStore, blocks: Tensor, num_places: int) -> None:
+        """Turn the keys of `blocks` as if their tokens stood `num_places` further on."""
+
 
 class Codec:
     """What bytes encode K and V? Here: the model's own dtype."""
+
+    lossless = True  # what is read is what was written
 
     def planes(self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> dict:
         """Name -> (shape of one layer of one block, dtype), see `BlockStore`."""
@@ -100,6 +121,10 @@ class Placement:
 
     def close(self, layer_idx: int, plan: Plan) -> None:
         """The attention of this layer has been launched."""
+
+    def key_layers(self) -> Iterable[LayerStore]:
+        """The K of every layer where it lies, to be changed between two steps. V need not be there."""
+        return self._layers
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy (source, destination) blocks of all layers."""
@@ -175,9 +200,11 @@ class Strategy:
         self.num_hit_tokens += num_tokens
         return BlockTable(self.pool, blocks, num_tokens)
 
-    def has_room(self, table: BlockTable, num_tokens: int) -> bool:
-        """Whether `reserve` would find room for `num_tokens` more tokens in this table alone."""
-        needed = table.num_new_blocks(num_tokens)
+    def has_room(self, table: BlockTable, num_tokens: int, chunk: int) -> bool:
+        """Whether `reserve` would find room for `num_tokens` more tokens, `chunk` at a time, in this table alone."""
+        total = table.num_tokens + num_tokens
+        needed = table.num_new_blocks(num_tokens) - -(-total // self.block_size)
+        needed += self.retention.num_blocks(total, chunk, self.block_size)
         return needed <= self.pool.num_free or needed <= self.pool.num_free + self.sharing.num_evictable()
 
     def reserve(self, rows: Sequence[tuple[BlockTable, int]]) -> None:
@@ -206,6 +233,40 @@ class Strategy:
             if last > max(first, table.num_dead):
                 table.drop(first, last)
 
+    def rebase(self, tables: Sequence[BlockTable]) -> None:
+        """Cut dead blocks out of long rows and turn the keys behind them, so that token indices stay small.
+
+        For those who take positions from the plan: afterwards a token stands at another index of its row. A table whose
+        shared blocks find no room to be copied is left for a later step.
+        """
+        self.retire(tables)
+        for table in tables:
+            first, last = self.retention.stale(table.num_tokens, self.block_size)
+            if first == last:
+                continue
+            try:
+                copies = table.rebase(first, last)
+            except OutOfBlocks:
+                continue
+            if copies:
+                self.placement.copy_blocks(copies)
+            blocks = torch.from_numpy(table.blocks[first:].astype("int64"))
+            for layer in self.placement.key_layers():
+                self.retention.move_keys(layer, blocks.to(layer.k.device), (first - last) * self.block_size)
+
+    def truncate(self, table: BlockTable, num_tokens: int) -> None:
+        """Forget all tokens of a table after the first `num_tokens`.
+
+        Raises:
+            ValueError: what the next token sees has been given back already.
+        """
+        if self.retention.dead(num_tokens, self.block_size)[1] < table.num_dead and num_tokens:
+            raise ValueError(
+                f"cannot go back to {num_tokens} of {table.num_tokens} tokens: what the next token sees there has left "
+                f"the window of {self.retention.window} tokens, and its blocks are given back"
+            )
+        table.truncate(num_tokens)
+
     # --- the data plane: once a layer, tensors only
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float) -> Tensor:
@@ -220,8 +281,17 @@ class Strategy:
         """
         layer = self.placement.open(layer_idx, plan)
         self.codec.write(layer, plan.slot_mapping, key, value)
-        window, sinks = self.retention.window, self.retention.sinks
-        out = attention(query, layer, plan, scaling=scaling, window=window, sinks=sinks, key=key, value=value)
+        own = {"key": key, "value": value} if self.codec.lossless else {}  # else what comes later reads other bytes
+        out = attention(
+            query,
+            layer,
+            plan,
+            scaling=scaling,
+            window=self.retention.window,
+            sinks=self.retention.sinks,
+            sink_query=self.retention.sink_query(query, plan),
+            **own,
+        )
         self.placement.close(layer_idx, plan)
         return out
 
@@ -232,7 +302,7 @@ class Strategy:
         held = self.sharing.held_blocks()
         num_cached = sum(self.pool.ref_counts[block] == 1 for block in set(held))
         live = [table for table in self.pool.tables if table.num_tokens]
-        tokens = sum(table.num_tokens for table in live)
+        tokens = sum(table.num_live for table in live)
         places = sum(int((table.blocks >= 0).sum()) for table in live) * self.block_size
         kv_bytes = self.placement.bytes_per_tier()
         return {

@@ -128,7 +128,7 @@ class StrategyCache(AttendingCache):
         if removed <= 0:
             return
         for table in self.tables:  # padding is on the left, so the newest columns are tokens
-            table.truncate(max(0, table.num_tokens - removed))
+            self.strategy.truncate(table, max(0, table.num_tokens - removed))
         self.num_columns = max(0, keep)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

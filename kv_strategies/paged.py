@@ -106,6 +106,7 @@ class BlockTable:
         self._ids = np.array(list(blocks), dtype=np.int32)
         self._size = len(self._ids)
         self.num_dead = 0  # leading blocks known to be given back, sinks apart (see `drop`)
+        self.num_rebased = 0  # tokens that once stood in this table and were cut out (see `rebase`)
         pool.tables.add(self)
 
     @property
@@ -171,7 +172,7 @@ class BlockTable:
             if block != NULL_BLOCK:
                 self.pool.share(int(block))
         twin = BlockTable(self.pool, self.blocks, self.num_tokens)
-        twin.num_dead = self.num_dead
+        twin.num_dead, twin.num_rebased = self.num_dead, self.num_rebased
         return twin
 
     def truncate(self, num_tokens: int) -> None:
@@ -182,6 +183,7 @@ class BlockTable:
         self._release(wanted, self._size)
         self._size = wanted
         self.num_tokens = num_tokens
+        self.num_dead = min(self.num_dead, wanted)
 
     def drop(self, first: int, last: int) -> None:
         """Give back the blocks at table positions first..last - 1; their tokens are never read again."""
@@ -189,9 +191,50 @@ class BlockTable:
         self._ids[first:last] = NULL_BLOCK
         self.num_dead = max(self.num_dead, last)
 
+    def rebase(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Close the gap of the dropped blocks first..last - 1: the tokens behind it move down by as many places.
+
+        Their keys are about to be changed with their indices, so blocks that somebody else holds as well are replaced
+        by own ones.
+
+        Returns:
+            (source, destination) blocks to copy.
+
+        Raises:
+            OutOfBlocks: not enough free blocks for the own ones; the table is as it was.
+        """
+        pool = self.pool
+        assert (self._ids[first:last] == NULL_BLOCK).all(), "only dropped blocks can be cut out"
+        shared = [place for place in range(last, self._size) if pool.ref_counts[self._ids[place]] > 1]
+        if len(shared) > pool.num_free:
+            raise OutOfBlocks(f"{len(shared)} shared blocks must be copied and {pool.num_free} are free")
+        copies = []
+        for place in shared:
+            source = int(self._ids[place])
+            self._ids[place] = pool.allocate(after=int(self._ids[place - 1]) if place else NULL_BLOCK)
+            pool.release(source)
+            copies.append((source, int(self._ids[place])))
+        self._ids = np.delete(self._ids, slice(first, last))
+        self._size -= last - first
+        self.num_tokens -= (last - first) * pool.block_size
+        self.num_rebased += (last - first) * pool.block_size
+        self.num_dead = first
+        return copies
+
+    @property
+    def num_seen(self) -> int:
+        """Tokens of the request so far, those cut out included."""
+        return self.num_tokens + self.num_rebased
+
+    @property
+    def num_live(self) -> int:
+        """Tokens that are still stored."""
+        return self.num_tokens - int((self.blocks == NULL_BLOCK).sum()) * self.pool.block_size
+
     def release(self) -> None:
         """Give everything back. May be called twice."""
         self.truncate(0)
+        self.num_rebased = 0
 
     def _must_copy_last(self) -> bool:
         """Whether the next token falls into a block that somebody else holds as well."""

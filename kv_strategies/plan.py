@@ -9,7 +9,7 @@ stands at token index `context_lens[b] - n + i` of that row and sees all tokens 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -67,6 +67,15 @@ class Plan:
     @property
     def device(self) -> torch.device:
         return self.positions.device
+
+    def once(self, name: object, make: Callable[[], object]) -> object:
+        """`make()`, kept for all layers. A graph capture makes its own, inside the graph, so that a replay computes it
+        from that step's values.
+        """
+        key = (name, torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+        if key not in self.scratch:
+            self.scratch[key] = make()
+        return self.scratch[key]
 
 
 class PlanBuffer:

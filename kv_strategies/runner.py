@@ -161,6 +161,7 @@ class Runner:
 
     def _schedule(self) -> tuple[list[_Sequence], list[tuple[_Sequence, int]]]:
         """Who decodes, and who prefills how many tokens; with room reserved for all of them."""
+        self.strategy.rebase([seq.table for seq in self._running])
         while True:
             decoding = [seq for seq in self._running if seq.is_decoding and seq.wants_more]
             try:
@@ -198,7 +199,7 @@ class Runner:
             return None
         seq = self._waiting[0]
         table = self.strategy.open_table(seq.tokens, seq.request.salt)
-        if not self.strategy.has_room(table, len(seq.tokens) - table.num_tokens):
+        if not self.strategy.has_room(table, len(seq.tokens) - table.num_tokens, self.max_batch_tokens):
             table.release()
             return None
         self._waiting.popleft()
@@ -254,7 +255,7 @@ class Runner:
         num_decoding = len(decoding)
         input_ids = [0] * num_decoding
         for seq, n in prefilling:
-            stop = seq.table.num_tokens
+            stop = seq.table.num_seen
             input_ids += seq.tokens[stop - n : stop]
         ends, end = [], 0
         for _, n in rows:
@@ -343,11 +344,15 @@ class Runner:
                 raise ValueError(f"{name}: n must be from 1 to max_num_seqs = {self.max_num_seqs}, got {request.n}")
             if not isinstance(request.salt, str):
                 raise ValueError(f"{name}: the salt must be a str, got {type(request.salt).__name__}")
-            limits = {"the model's context": max_context}
-            if isinstance(self.strategy, Strategy):
-                limits["the pool"] = self.strategy.max_tokens
-            for what, limit in limits.items():
-                if num_prompt + num_new - 1 > limit:
+            total, strategy = num_prompt + num_new - 1, self.strategy
+            limits = [("the model's context", max_context, total)]  # what, tokens it takes, tokens it has to take
+            if isinstance(strategy, Strategy):
+                visible = strategy.retention.num_visible(total)
+                num_blocks = strategy.retention.num_blocks(total, self.max_batch_tokens, strategy.block_size)
+                limits = [("the model's context", max_context, visible)]
+                limits += [("the pool", strategy.max_tokens, num_blocks * strategy.block_size)]
+            for what, limit, needed in limits:
+                if needed > limit:
                     fits = (
                         f"with this prompt at most {limit - num_prompt + 1} new tokens fit"
                         if num_prompt <= limit
@@ -413,7 +418,7 @@ class _Sequence:
     @property
     def num_uncomputed(self) -> int:
         """Tokens to prefill before the next one can be drawn."""
-        return self.num_to_prefill - self.table.num_tokens
+        return self.num_to_prefill - self.table.num_seen
 
     @property
     def is_decoding(self) -> bool:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .base import KVShape, Spec, Strategy
+from .base import Codec, KVShape, Spec, Strategy
 from .baseline import Baseline
+from .quantized import Fp8, Int8
+from .window import SlidingWindow
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -42,10 +44,36 @@ def _contiguous(spec: Spec, model: LlamaForCausalLM, max_length: int | None = No
     spec.block_size = max_length or model.config.max_position_embeddings
 
 
+def _window(
+    spec: Spec, model: LlamaForCausalLM, window: int = 2048, sinks: int = 4, rebase_at: int | None = None
+) -> None:
+    rotary_emb = model.model.rotary_emb
+    spec.retention = SlidingWindow(
+        rotary_emb, window=window, sinks=sinks, block_size=spec.block_size, rebase_at=rebase_at
+    )
+
+
+def _int8(spec: Spec, model: LlamaForCausalLM) -> None:
+    _set_codec(spec, Int8())
+
+
+def _fp8(spec: Spec, model: LlamaForCausalLM) -> None:
+    _set_codec(spec, Fp8(KVShape.of(model).layer_devices))
+
+
+def _set_codec(spec: Spec, codec: Codec) -> None:
+    if not spec.codec.lossless:
+        raise ValueError("int8 and fp8 both say what bytes encode K and V: choose one")
+    spec.codec = codec
+
+
 STRATEGIES: dict[str, Preset] = {
     "baseline": Preset("native DynamicCache, untouched: the oracle", _paged, alone=True),
     "contiguous": Preset("one block of maximal length a request", _contiguous, alone=True),
     "paged": Preset("blocks of 16 tokens behind a block table (PagedAttention)", _paged),
+    "window": Preset("the last 2048 tokens and 4 sinks, dead blocks given back (StreamingLLM); lossy", _window),
+    "int8": Preset("one byte a number and a scale a token and head; lossy", _int8),
+    "fp8": Preset("the same bytes as float8 e4m3, where the GPU has it; lossy", _fp8),
 }
 
 

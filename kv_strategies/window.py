@@ -1,0 +1,173 @@
+"""Window: which blocks may still be seen?
+
+A query sees the last `window` tokens, itself included (Mistral's rolling buffer; Jiang et al., 2023, arXiv 2310.06825),
+and the first `sinks` tokens of its row, onto which attention puts the weight it has no other use for (StreamingLLM;
+Xiao et al., ICLR 2024, arXiv 2309.17453; with 0 sinks perplexity explodes once the first tokens are out of sight):
+
+    query p sees     j <= p    with    j > p - window    or    j < sinks
+
+    block table      [ 7 | 4 | . | . | . | 2 | 9 | 1 ]      . goes back to the pool as soon as nothing sees it
+                       ^sinks             ^window  ^p
+
+Saves: memory and step time stay flat however long the row. Costs: what is out of sight is forgotten, which is lossy.
+
+Positions are those inside the cache, sinks first and the window right behind them. Cached keys never follow: rotary
+embedding turns query and key by angles in proportion to their positions, and only the difference counts. So it is the
+*query* that is turned back, for the sinks alone, from p to window + sinks - 1, where it would stand if nothing lay
+between.
+
+Token indices would grow without bound all the same, and float32 angles lose precision with them. When a row passes
+`rebase_at` tokens, the dead blocks are cut out of its table, so that
+
+    block table      [ 7 | 4 | 2 | 9 | 1 ]                  p is smaller by three blocks
+
+and the keys behind the cut are turned back by as much, in place: once an epoch, K of one window, all differences as
+they were. An epoch is longer than a window, so no key is turned, and rounded, twice.
+
+    python -m kv_strategies.window       prints a block table as it evolves
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .base import Retention
+from .kernels.reference import quantise
+from .plan import NULL_BLOCK, LayerStore, Plan
+
+#: Rotary embeddings whose frequencies are the same at every length, so that turning by a difference is exact.
+_CONSTANT_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+class SlidingWindow(Retention):
+    """The last `window` tokens and the first `sinks`.
+
+    Args:
+        rotary_emb: the model's rotary embedding, for turning queries and keys.
+        block_size: tokens a block.
+        rebase_at: token index at which a row is renumbered; 4 times what is visible, and at least 8192, unless told.
+
+    Raises:
+        ValueError: sizes that make no sense together, or a rotary embedding whose frequencies depend on the length.
+    """
+
+    def __init__(
+        self,
+        rotary_emb: nn.Module,
+        *,
+        window: int = 2048,
+        sinks: int = 4,
+        block_size: int = 16,
+        rebase_at: int | None = None,
+    ):
+        if sinks < 0:
+            raise ValueError(f"sinks must be 0 or more, got {sinks}")
+        if window < max(1, sinks):
+            raise ValueError(f"the window must hold at least 1 token and as many as the sinks, got {window} and {sinks}")
+        if window < block_size:
+            raise ValueError(
+                f"a window of {window} tokens is smaller than a block of {block_size}, so no block could ever be freed "
+                f"in time: give a window of at least {block_size} or a smaller block_size"
+            )
+        shortest = 2 * (window + sinks + block_size)
+        rebase_at = max(8192, 4 * (window + sinks)) if rebase_at is None else rebase_at
+        if rebase_at < shortest:
+            raise ValueError(f"rebase_at must be at least {shortest}, twice what a row keeps, got {rebase_at}")
+        if rotary_emb.rope_type not in _CONSTANT_ROPE:
+            raise ValueError(
+                f"rotary embeddings of type {rotary_emb.rope_type!r} change their frequencies with the length, and a "
+                f"window turns queries by constant ones: supported are {', '.join(_CONSTANT_ROPE)}"
+            )
+        self.window, self.sinks, self.rebase_at = window, sinks, rebase_at
+        self._rotary_emb = rotary_emb
+
+    def dead(self, num_tokens: int, block_size: int) -> tuple[int, int]:
+        first = -(-self.sinks // block_size)
+        return first, max(first, (num_tokens - self.window + 1) // block_size)
+
+    def num_visible(self, num_tokens: int) -> int:
+        return min(num_tokens, self.window + self.sinks)
+
+    def num_blocks(self, num_tokens: int, chunk: int, block_size: int) -> int:
+        # window - 1 tokens are seen by the first of the chunk; they may begin and end anywhere in a block.
+        moving = -(-(self.window + chunk - 2) // block_size) + 1
+        return min(-(-num_tokens // block_size), -(-self.sinks // block_size) + moving)
+
+    def sink_query(self, query: Tensor, plan: Plan) -> Tensor | None:
+        """[T, Hq, D]: the queries as if they stood right behind sinks and window."""
+        if not self.sinks or max(plan.row_lens, default=0) <= self.window + self.sinks:
+            return None  # nothing lies between yet
+
+        def behind() -> tuple[Tensor, Tensor]:
+            farthest = self.window + self.sinks - 1
+            return self._angles((farthest - plan.positions.to(query.device)).clamp(max=0))
+
+        return turn(query, *plan.once(("behind the sinks", query.device), behind))
+
+    def stale(self, num_tokens: int, block_size: int) -> tuple[int, int]:
+        return self.dead(num_tokens, block_size) if num_tokens >= self.rebase_at else (0, 0)
+
+    def move_keys(self, layer: LayerStore, blocks: Tensor, num_places: int) -> None:
+        cos, sin = self._angles(torch.tensor(num_places, device=layer.k.device))
+        key = layer.k[blocks]  # [n, Hkv, block_size, D]
+        if layer.k_scale is None:
+            layer.k[blocks] = turn(key, cos, sin)
+            return
+        key = key.float() * layer.k_scale[blocks].float()[..., None]
+        layer.k[blocks], layer.k_scale[blocks] = quantise(turn(key, cos, sin), layer.k.dtype, layer.k_scale.dtype)
+
+    def _angles(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [.., 1, D / 2] float32 of turning by so many places [..]."""
+        inv_freq = self._rotary_emb.inv_freq.to(places.device, torch.float32)
+        angles = places[..., None, None] * inv_freq
+        return angles.cos(), angles.sin()
+
+
+def turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries or keys [.., H, D] further by angles [.., 1, D / 2], in float32.
+
+    Number i and number i + D / 2 of a head are one pair (the convention of Transformers' Llama).
+    """
+    x, y = states.float().chunk(2, -1)
+    return torch.cat((x * cos - y * sin, y * cos + x * sin), -1).to(states.dtype)
+
+
+def main() -> None:
+    from types import SimpleNamespace
+
+    from .paged import BlockPool, BlockTable
+
+    rotary_emb = SimpleNamespace(rope_type="default", inv_freq=torch.ones(1))
+    pool = BlockPool(num_blocks=8, block_size=4)
+    window = SlidingWindow(rotary_emb, window=8, sinks=3, block_size=4, rebase_at=30)
+    table = BlockTable(pool)
+    print("Blocks of 4 tokens; a query sees 3 sinks and the last 8 tokens; rows are rebased at 30.\n")
+    print(f"{'event':<22} {'tokens':>6}   {'free':>4}   block table   (. was given back)")
+
+    def show(event: str) -> None:
+        blocks = " ".join("." if block == NULL_BLOCK else str(block) for block in table.blocks)
+        print(f"{event:<22} {table.num_tokens:>6}   {pool.num_free:>4}   [ {blocks} ]")
+
+    table.append(10)
+    show("a prompt of 10 tokens")
+    for _ in range(34):
+        first, last = window.dead(table.num_tokens, 4)
+        freed = last > max(first, table.num_dead)
+        if freed:
+            table.drop(first, last)
+        stale = window.stale(table.num_tokens, 4)
+        if stale[1] > stale[0]:
+            show("before rebasing")
+            table.rebase(*stale)
+            show("rebased")
+        table.append(1)
+        if freed:
+            show("a block is out of sight")
+    pool.check_integrity()
+    kept = window.num_blocks(10**6, 1, 4)
+    print(f"\nA row of a million tokens, one at a time, never holds more than {kept} blocks; without a window, 250000.")
+
+
+if __name__ == "__main__":
+    main()
