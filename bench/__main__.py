@@ -1,8 +1,8 @@
 """`python -m bench`: run a suite case by case, each in a fresh process, and write the report.
 
-    python -m bench                                   the default suite on the machine at hand
-    python -m bench --suite limit --only 'context.*paged'
-    python -m bench --model llama-2-7b-random --out /tmp/results
+python -m bench                                   the default suite on the machine at hand
+python -m bench --suite limit --only 'context.*paged'
+python -m bench --model llama-2-7b-random --out /tmp/results
 """
 
 from __future__ import annotations

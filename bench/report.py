@@ -41,6 +41,7 @@ def read(folder: Path) -> list[dict]:
 
 def write(folder: Path = RESULTS) -> Path:
     """Writes the tables and plots of all lines in `folder` there. Returns the path of the comparison table."""
+    folder.mkdir(parents=True, exist_ok=True)
     lines = read(folder)
     path = folder / "comparison_table.md"
     compared = [line for line in lines if line["suite"] in COMPARISON]
@@ -164,40 +165,42 @@ class Machine:
         return f"**All systems, {dtype}**\n\n{text}\n\n" + table([*head, "shared across requests"], rows)
 
     def _beyond_4k(self, context: dict[str, dict], system: str) -> str:
-        def longest(line: dict) -> dict | None:
-            points = [p for p in line.get("result", {}).get("points", []) if p["context"] > 4096]
-            return max(points, key=lambda point: point["context"], default=None)
+        def points(line: dict | None) -> dict[int, dict]:
+            ran = line["result"]["points"] if line and line["status"] == "ok" else []
+            return {point["context"]: point for point in ran if point["context"] > 4096}
 
-        line = context.get(system)
-        if line is None or line["status"] != "ok":
-            return _cell(line, str)
-        point = longest(line)
-        if point is None:
-            return NONE
-        if "error" in point:
-            return f"{point['context']}: {point['error']}"
-        return f"yes, {point['context']}"
+        line, own, native = context.get(system), points(context.get(system)), points(context.get("baseline"))
+        if not own:
+            return _cell(line, lambda result: NONE)
+        done = [length for length, point in own.items() if "error" not in point]
+        if not done:
+            return "; ".join(f"{length}: {point['error']}" for length, point in own.items())
+        length = max(done)
+        same = system != "baseline" and own[length]["tokens"] == native.get(length, {}).get("tokens")
+        return f"yes, {length}" + (", tokens as baseline" if same else "")
 
     # --- tables around it
 
     def memory(self, model: str, dtype: str) -> str:
         rows = []
         for system, line in self._of("throughput", model, dtype).items():
-            kv = line.get("result", {}).get("kv")
+            result = line.get("result", {})
+            kv = result.get("kv")
             if not kv:
                 continue
-            result = line["result"]
+            allocated = result.get("kv_allocated")
             rows.append(
                 [
                     system,
                     f"{kv['bytes'] / 1e6:.1f}",
+                    f"{allocated / 1e6:.1f}" if allocated else NONE,
                     f"{kv['bytes'] / result['parameter_bytes']:.2f}",
                     str(kv["tokens"]),
                     str(kv["places"]),
                     f"{1 - kv['tokens'] / kv['places']:.1%}" if kv["places"] else NONE,
                 ]
             )
-        head = ["system", "KV memory (MB)", "KV / weights", "tokens held", "token places", "wasted"]
+        head = ["system", "KV memory (MB)", "by the allocator", "KV / weights", "tokens held", "token places", "wasted"]
         note = "KV memory of the same batch at its fullest moment; wasted: places that hold no token."
         return rows and f"**KV memory, {dtype}**\n\n{note}\n\n" + table(head, rows)
 
@@ -301,10 +304,12 @@ class Machine:
         return rows and "**Out of memory: a pool too small for all requests at once**\n\n" + table(head, rows)
 
     def not_measured(self) -> str:
-        rows = [
+        missing = {line["system"]: line["error"] for line in self.lines if line["status"] == "skipped"}
+        rows = [["all", system, "", "", "not run", error] for system, error in missing.items()]
+        rows += [
             [line["workload"], line["system"], line["model"], line["dtype"], line["status"], line["error"]]
             for line in self.lines
-            if line["status"] != "ok"
+            if line["status"] not in ("ok", "skipped")
         ]
         head = ["workload", "system", "model", "dtype", "status", "reason"]
         return rows and "### Failed, or not run here\n\n" + table(head, rows)
@@ -344,8 +349,10 @@ def _cell(line: dict | None, show: Callable[[dict], str]) -> str:
     """What a case found; where it failed, that."""
     if line is None:
         return NONE
+    if line["status"] == "skipped":
+        return "not run"
     if line["status"] != "ok":
-        return {"skipped": "not run"}.get(line["status"], line["status"]) + f": {line['error']}"
+        return f"{line['status']}: {line['error']}"
     return show(line["result"])
 
 

@@ -117,10 +117,9 @@ class Native:
             options["cache_implementation"] = self.cache
         watch = Stopwatch()
         start = time.perf_counter()
-        with torch.inference_mode():
-            out = self.model.generate(
-                ids.to(device), attention_mask=mask.to(device), streamer=watch, return_dict_in_generate=True, **options
-            )
+        out = self.model.generate(
+            ids.to(device), attention_mask=mask.to(device), streamer=watch, return_dict_in_generate=True, **options
+        )
         tokens = out.sequences[:, columns:].tolist()
         seconds = time.perf_counter() - start
         times = [moment - start for moment in watch.moments]
@@ -224,7 +223,7 @@ class Ours:
         fullest = filling(self.strategy.stats())
         for _ in self.runner.stream(self._requests(prompts, new_tokens)):
             now = filling(self.strategy.stats())
-            if now["places"] > fullest["places"]:
+            if (now["places"], now["tokens"]) > (fullest["places"], fullest["tokens"]):
                 fullest = now
         return fullest
 

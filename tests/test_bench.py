@@ -1,0 +1,211 @@
+"""The bench: its numbers are those of the result lines, and whatever happens to a case becomes a row."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+
+import pytest
+import torch
+
+from bench import machine, measure, report
+from bench.__main__ import run_all, run_one
+from bench.cases import SUITES, Case, model_name, ragged, suite
+from bench.systems import DOOR, PEERS, Capacity, missing
+
+CONDITIONS = {
+    "versions": {"python": "3.11.7", "torch": "2.13.0", "cuda": None},
+    "commit": "0123456789ab",
+    "dirty": False,
+    "time": "2026-01-02T03:04:05+00:00",
+}
+CPU = {"cpu": "A processor", "cores": 2, "threads": 2}
+GPU = CPU | {"gpu": "A card", "gpu_memory": 80 << 30}
+
+
+def line(workload, system, result=None, about=CPU, error=None, **changes):
+    head = {"suite": "default", "workload": workload, "system": system, "model": "some-model", "dtype": "float32"}
+    outcome = {"status": "ok", "result": result} if error is None else {"status": "failed", "error": error}
+    device = "a-card" if "gpu" in about else "cpu"
+    return head | {"device": device, "params": {}, "machine": about} | CONDITIONS | outcome | changes
+
+
+def spread(value):
+    return {"median": value, "min": value - 1, "max": value + 1, "repeats": 3}
+
+
+def throughput(system, rate, peak, **changes):
+    result = {"tokens_per_second": spread(rate), "peak": peak, "parameter_bytes": 500_000_000}
+    result["kv"] = {"bytes": 25_000_000, "tokens": 970, "places": 1000}
+    result["kv_allocated"] = 24_900_000
+    params = {"lengths": [10, 20], "new_tokens": 5}
+    return line("throughput", system, result, params=params, **changes)
+
+
+def context(system, step, about=CPU):
+    point = {"batch": 1, "context": 4608, "ttft": spread(2.0), "step": spread(step), "step_bytes": 600_000_000}
+    point["tokens"] = [1, 2, 3]
+    failed = {"batch": 1, "context": 9000, "error": "out of memory"}
+    params = {"points": [[1, 4608], [1, 9000]]}
+    return line("context", system, {"points": [point, failed]}, about, params=params)
+
+
+@pytest.fixture
+def lines():
+    limits = {"limits": {"read": 20e9, "copy": 18e9}}
+    divergence = {"prompt": 3, "prompt_length": 63, "token": 17, "margin": 0.00123}
+    return [
+        line("machine", "limits", limits),
+        line("accuracy", "baseline", {"prompts": 5, "identical": 5, "divergence": None}),
+        line("accuracy", "paged", {"prompts": 5, "identical": 4, "divergence": divergence}),
+        throughput("baseline", 52.6, 1_400_000_000),
+        throughput("paged", 98.7, 1_210_000_000),
+        line("throughput", "static", params={"lengths": [10, 20], "new_tokens": 5}, error="OutOfMemoryError: no room"),
+        context("baseline", 0.090),
+        context("paged", 0.060),
+        line("sharing", "paged", {"hit_rate": 0.25, "samples": 4, "blocks_together": 17, "blocks_apart": 56}),
+        throughput("paged", 4321.0, 14_000_000_000, about=GPU),
+    ]
+
+
+def write_lines(folder, lines):
+    for device in {line["device"] for line in lines}:
+        text = "".join(json.dumps(line) + "\n" for line in lines if line["device"] == device)
+        (folder / f"default-{device}.jsonl").write_text(text)
+
+
+def rows_of(text, system):
+    return [
+        [cell.strip() for cell in row.strip("|").split("|")]
+        for row in text.splitlines()
+        if row.startswith(f"| {system} |")
+    ]
+
+
+def test_report_shows_the_numbers_of_the_lines(tmp_path, lines):
+    write_lines(tmp_path, lines)
+    page = report.write(tmp_path).read_text()
+    on_gpu, on_cpu = page.split("## CPU")
+    main, memory, latency, *_ = rows_of(on_cpu, "paged")
+    assert main[1:3] == ["1.21", "98.7 (97.7 to 99.7)"]
+    assert main[3:] == ["4 of 5 prompts; margin 0.0012", "yes, 4608, tokens as baseline", "25% of repeated prompts"]
+    assert memory[1:] == ["25.0", "24.9", "0.05", "970", "1000", "3.0%"]
+    assert latency[1:] == ["2000.0 / 60.00 (0.50)", "out of memory"]  # 600 MB / 20 GB/s is half of 60 ms
+    assert "prompt of 63 tokens, new token 17" in on_cpu and "17 instead of 56" in on_cpu
+    assert "memory read 20.0 GB/s" in on_cpu and "commit 0123456789ab" in on_cpu
+    assert rows_of(on_gpu, "paged")[0][1:3] == ["14.00", "4321.0 (4320.0 to 4322.0)"]
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == ["a-card-some-model-float32.png", "cpu-some-model-float32.png"]
+    assert all((tmp_path / name).stat().st_size < 200_000 for name in pictures)
+
+
+def test_report_shows_failures_and_lacks_nothing_when_peers_are_missing(tmp_path, lines):
+    page = report.render(lines, "title")
+    main, reason = rows_of(page, "static")[0], "OutOfMemoryError: no room"
+    assert main[1] == f"failed: {reason}"
+    assert f"| throughput | static | some-model | float32 | failed | {reason} |" in page
+    only = [line for line in lines if line["system"] == "paged"]
+    assert rows_of(report.render(only, "title"), "paged")
+    write_lines(tmp_path, [])
+    assert "No results yet" in report.write(tmp_path).read_text()
+
+
+def test_the_latest_run_of_a_case_counts(lines):
+    again = throughput("paged", 111.1, 1_000_000_000, time="2026-01-03T00:00:00+00:00")
+    page = report.render([again, *lines], "title")
+    assert "111.1" in page and "98.7" not in page
+
+
+def test_limits_are_positive():
+    assert all(value > 0 for value in machine.limits("cpu", size=1 << 22).values())
+
+
+def test_conditions_name_no_host():
+    text = json.dumps(machine.conditions("cpu"))
+    assert str(machine.ROOT) not in text and os.uname().nodename not in text
+
+
+def test_steady_steps_leave_out_prefill_and_what_follows_the_first_end():
+    early, late = [1, 2, 3, 4, 5], [2.5, 3.5, 4.5, 5.5, 6.5]
+    assert measure.steady_steps([early, late]) == [1, 1]
+    assert measure.steady_steps([[0.5, 1.0, 2.0]]) == [0.5, 1.0]
+
+
+def test_capacity_counts_blocks_of_the_fullest_batch():
+    capacity = Capacity([[1, 16, 17], [100]])
+    assert (capacity.max_requests, capacity.max_length, capacity.blocks(16)) == (3, 100, 7)
+
+
+def test_ragged_lengths_are_fixed_and_reach_both_ends():
+    lengths = ragged(8, 16, 320)
+    assert lengths == ragged(8, 16, 320) and (min(lengths), max(lengths)) == (16, 320)
+    assert ragged(1, 5, 9) == [5]
+
+
+@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_suites_hold_every_strategy(name, device):
+    from kv_strategies import STRATEGIES
+
+    cases = suite(name, device, None)
+    assert {case.system for case in cases} >= set(STRATEGIES)
+    assert len({case.name + str(case.params) for case in cases}) == len(cases)
+    if name == "default":
+        assert {case.system for case in cases} >= {*PEERS, "paged" + DOOR}
+    with pytest.raises(ValueError, match="known are default"):
+        suite("other", device, None)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_case_end_to_end_and_a_failing_one_beside_it(tmp_path, tiny):
+    accuracy = {"lengths": [1, 17, 33], "new_tokens": 5}
+    cases = [
+        Case("accuracy", "no such system", tiny, "float32", "cpu", accuracy),
+        Case("accuracy", "paged", tiny, "float32", "cpu", accuracy),
+        Case("throughput", "offloaded", tiny, "float32", "cpu", {"lengths": [4], "new_tokens": 2, "repeats": 1}),
+    ]
+    results = tmp_path / "default-cpu.jsonl"
+    assert run_all(cases, results, "default") == 1
+    failed, paged, skipped = map(json.loads, results.read_text().splitlines())
+    assert failed["status"] == "failed" and "no such system" in failed["error"]
+    assert paged["result"] == {"prompts": 3, "identical": 3, "divergence": None}
+    assert paged["model"] == model_name(tiny) and tiny not in results.read_text()
+    assert skipped["status"] == "skipped" and skipped["error"] == missing("offloaded", "cpu")
+    assert "no such system" in report.write(tmp_path).read_text()
+
+
+def test_a_process_that_dies_or_hangs_is_a_line(tmp_path, monkeypatch):
+    case = Case("machine", "limits", None, "float32", "cpu", timeout=30)
+    for script, status, error in [
+        ("kill -9 $$", "failed", "ended by signal 9 (out of memory?)"),
+        ("echo a last word >&2; exit 3", "failed", "ended with status 3: a last word"),
+    ]:
+        program = tmp_path / "program"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setattr(sys, "executable", str(program))
+        line = run_one(case, tmp_path, "default")
+        assert (line["status"], line["error"]) == (status, error)
+    program.write_text("#!/bin/sh\nexec sleep 30\n")
+    line = run_one(Case("machine", "limits", None, "float32", "cpu", timeout=1), tmp_path, "default")
+    assert (line["status"], line["error"]) == ("timeout", "stopped after 1 s")
