@@ -102,8 +102,44 @@ class Codec:
         store_kv(key, value, layer, slot_mapping)
 
 
+class LowerTiers:
+    """Where the contents of idle blocks go when a block is given to others. Here: nowhere, they are computed again.
+
+    A key names the contents of one block, all layers, K and V.
+    """
+
+    def demote(self, key: bytes, block: int, tokens: Sequence[int] = ()) -> None:
+        """Keep a copy of `block`, which holds `tokens`, under `key`. It may be overwritten as soon as this returns."""
+
+    def num_promotable(self, wanted: Sequence[tuple[bytes, Sequence[int]]]) -> int:
+        """How many of the first (key, tokens) of `wanted` are kept, and faster fetched than computed again."""
+        return 0
+
+    def promote(self, key: bytes, block: int) -> bool:
+        """Fill `block` with what is kept under `key`, which is then forgotten. False where it has been lost."""
+        return False
+
+    def discard(self, key: bytes) -> None:
+        """Forget `key`, if it is kept."""
+
+    def stats(self) -> dict[str, object]:
+        return {}
+
+    def clear(self) -> None:
+        """Forget everything."""
+
+
 class Placement:
     """Which tier holds these bytes? Here: the device of each layer, K and V alike."""
+
+    tiers = LowerTiers()
+    capturable = True  # whether a decode step may be recorded as a CUDA graph
+
+    def bytes_per_block(self, planes: dict, layer_devices: list[torch.device]) -> dict[torch.device, int]:
+        """What one block of the pool takes of the memory of each device."""
+        return {
+            device: block_bytes(layer_devices.count(device), planes) for device in dict.fromkeys(layer_devices)
+        }
 
     def allocate(self, num_blocks: int, planes: dict, layer_devices: list[torch.device]) -> None:
         self.stores: dict[torch.device, BlockStore] = {}
@@ -118,6 +154,10 @@ class Placement:
     def open(self, layer_idx: int, plan: Plan) -> LayerStore:
         """The K and V of a layer, ready to be written and read."""
         return self._layers[layer_idx]
+
+    def read(self, layer_idx: int, query: Tensor, layer: LayerStore, plan: Plan, **options) -> Tensor:
+        """Attention [T, Hq, D] of the queries over an open layer. Options as in `kernels.attention`."""
+        return attention(query, layer, plan, **options)
 
     def close(self, layer_idx: int, plan: Plan) -> None:
         """The attention of this layer has been launched."""
@@ -137,6 +177,10 @@ class Placement:
         for device, store in self.stores.items():
             tiers[device.type] = tiers.get(device.type, 0) + store.num_bytes
         return tiers
+
+    def stats(self) -> dict[str, object]:
+        """What has moved, and what was left out of it."""
+        return self.tiers.stats()
 
 
 @dataclass
@@ -282,7 +326,8 @@ class Strategy:
         layer = self.placement.open(layer_idx, plan)
         self.codec.write(layer, plan.slot_mapping, key, value)
         own = {"key": key, "value": value} if self.codec.lossless else {}  # else what comes later reads other bytes
-        out = attention(
+        out = self.placement.read(
+            layer_idx,
             query,
             layer,
             plan,
@@ -319,6 +364,7 @@ class Strategy:
             "bytes_per_token": self.shape.bytes_per_token(self.codec, self.block_size),
             "hit_tokens": self.num_hit_tokens,
             "evictions": self.num_evictions,
+            **self.placement.stats(),
         }
 
     def check_integrity(self) -> None:
@@ -335,6 +381,7 @@ class Strategy:
         if in_use:
             raise RuntimeError(f"{in_use} block tables are in use; finish their requests or drop their caches first")
         self.sharing.clear()
+        self.placement.tiers.clear()
         self.num_hit_tokens = self.num_evictions = 0
 
 
