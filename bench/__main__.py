@@ -1,8 +1,11 @@
 """`python -m bench`: run a suite case by case, each in a fresh process, and write the report.
 
-python -m bench                                   the default suite on the machine at hand
-python -m bench --suite limit --only 'context.*paged'
-python -m bench --model llama-2-7b-random --out /tmp/results
+    python -m bench                                   the default suite on the machine at hand
+    python -m bench --suite limit --only 'context.*paged'
+    python -m bench --model llama-2-7b-random --out results
+    python -m bench report                            tables and plots once more, from the results there are
+
+Every case appends one JSON line to <out>/<suite>-<device>.jsonl, also when it fails, runs out of time or is killed.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description="Compare KV-cache strategies and native caches."
     )
+    parser.add_argument("command", nargs="?", choices=["run", "report"], default="run", help="report: only write it")
     parser.add_argument("--suite", default="default", choices=list(SUITES))
     parser.add_argument("--model", help="a folder, a hub id or llama-2-7b-random (default: the embedded SmolLM2)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
@@ -41,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     options = parser.parse_args(argv)
 
+    if options.command == "report":
+        print(report.write(options.out))
+        return 0
     cases = suite(options.suite, options.device, options.model or None)
     if options.only:
         cases = [case for case in cases if re.search(options.only, case.name)]

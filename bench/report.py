@@ -1,4 +1,4 @@
-"""From result lines to `comparison_table.md` and plots (`make report`, `python -m bench.report`). Nothing is typed.
+"""From result lines to `comparison_table.md` and plots (`make report`, `python -m bench report`). Nothing is typed.
 
 Every machine has its own section, every model its own tables. Of several runs of the same case the latest counts.
 A case that failed, or that this machine cannot run, is a row that says why.
@@ -6,7 +6,6 @@ A case that failed, or that this machine cannot run, is a row that says why.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -130,7 +129,12 @@ class Machine:
     def comparison(self, model: str, dtype: str) -> str:
         throughput, context = self._of("throughput", model, dtype), self._of("context", model, dtype)
         accuracy = self._of("accuracy", model, "float32") or self._of("accuracy", model)
-        sharing = self._of("sharing", model)
+        hits = {
+            system: line
+            for workload in ("accuracy", "sharing")
+            for system, line in self._of(workload, model).items()
+            if "hit_rate" in line.get("result", {})
+        }
         systems = _unique([*throughput, *context])
         if not throughput:
             return ""
@@ -144,7 +148,7 @@ class Machine:
                     _cell(line, lambda result: _spread(result["tokens_per_second"], 1, 1)),
                     _cell(accuracy.get(system), lambda result, system=system: _equality(result, system)),
                     self._beyond_4k(context, system),
-                    _cell(sharing.get(system), lambda result: f"{result['hit_rate']:.0%} of repeated prompts"),
+                    _cell(hits.get(system), lambda result: f"{result['hit_rate']:.0%} of repeated prompts"),
                 ]
             )
         sample = next((line["result"] for line in throughput.values() if line["status"] == "ok"), None)
@@ -267,26 +271,27 @@ class Machine:
                     first = f"prompt of {parts['prompt_length']} tokens, new token {parts['token']}"
                 margin = f"{parts['margin']:.2g}" if parts and parts["margin"] is not None else NONE
                 same = f"{result['identical']} of {result['prompts']}"
-                rows.append([line["system"], line["dtype"], same, first, margin])
+                again = f"{result['identical_again']} of {result['prompts']}" if "identical_again" in result else NONE
+                hit = f"{result['hit_rate']:.1%}" if "hit_rate" in result else NONE
+                rows.append([line["system"], line["dtype"], same, first, margin, hit, again])
         note = (
             "Greedy tokens of a ragged batch against the native DynamicCache with each prompt alone. "
             "Margin: by how much the logits of the two tokens differ where they first part."
         )
         head = ["system", "dtype", "prompts identical", "first divergence", "margin"]
+        head += ["hit rate when sent again", "same tokens then"]
         return rows and f"**Equality**\n\n{note}\n\n" + table(head, rows)
 
     def sharing(self, model: str) -> str:
         def samples(result: dict) -> str:
-            if "samples" not in result:
-                return NONE
             return f"{result['samples']}: {result['blocks_together']} instead of {result['blocks_apart']}"
 
         rows = [
-            [system, _cell(line, lambda result: f"{result['hit_rate']:.1%}"), _cell(line, samples)]
+            [system, _cell(line, samples)]
             for system, line in self._of("sharing", model).items()
+            if "hit_rate" not in line.get("result", {})
         ]
-        head = ["system", "hit rate of prompts sent twice", "samples of one prompt: blocks in use"]
-        return rows and "**Sharing**\n\n" + table(head, rows)
+        return rows and "**Parallel samples**\n\n" + table(["system", "samples of one prompt: blocks in use"], rows)
 
     def pressure(self, model: str) -> str:
         rows = []
@@ -331,7 +336,9 @@ def in_words(line: dict) -> str:
             steps = [point["step"] for point in result["points"] if point.get("step")]
             return "decode step " + ", ".join(f"{step['median'] * 1e3:.1f}" for step in steps) + " ms"
         case "sharing":
-            return f"{result['hit_rate']:.0%} of repeated prompts not computed again"
+            if "hit_rate" in result:
+                return f"{result['hit_rate']:.0%} of repeated prompts not computed again"
+            return f"{result['samples']} samples in {result['blocks_together']} blocks, not {result['blocks_apart']}"
         case "pressure":
             return f"{result['finished']} of {result['requests']} finished, {result['preemptions']} preemptions"
         case "busy":
@@ -436,14 +443,3 @@ def _figure(section: Machine, model: str, dtype: str, title: str, path: Path) ->
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return True
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables and plots from result lines.")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the result lines, and of the report")
-    options = parser.parse_args(argv)
-    print(write(options.out))
-
-
-if __name__ == "__main__":
-    main()

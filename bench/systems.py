@@ -51,7 +51,9 @@ def known_systems() -> list[str]:
 
 
 def missing(name: str, device: str) -> str | None:
-    """Why a peer cannot run on this machine, or None."""
+    """Why a system cannot run on this machine, or None."""
+    if "fp8" in name.removesuffix(DOOR).split("+") and not device.startswith("cuda"):
+        return "needs a GPU that has fp8"
     if name == "offloaded" and not device.startswith("cuda"):
         return "needs a GPU to offload from"
     if name == "quantized" and not importlib.util.find_spec("optimum") and not importlib.util.find_spec("hqq"):

@@ -56,16 +56,17 @@ def context(system, step, about=CPU):
 def lines():
     limits = {"limits": {"read": 20e9, "copy": 18e9}}
     divergence = {"prompt": 3, "prompt_length": 63, "token": 17, "margin": 0.00123}
+    again = {"identical_again": 5, "hit_rate": 0.25}
     return [
         line("machine", "limits", limits),
         line("accuracy", "baseline", {"prompts": 5, "identical": 5, "divergence": None}),
-        line("accuracy", "paged", {"prompts": 5, "identical": 4, "divergence": divergence}),
+        line("accuracy", "paged", {"prompts": 5, "identical": 4, "divergence": divergence} | again),
         throughput("baseline", 52.6, 1_400_000_000),
         throughput("paged", 98.7, 1_210_000_000),
         line("throughput", "static", params={"lengths": [10, 20], "new_tokens": 5}, error="OutOfMemoryError: no room"),
         context("baseline", 0.090),
         context("paged", 0.060),
-        line("sharing", "paged", {"hit_rate": 0.25, "samples": 4, "blocks_together": 17, "blocks_apart": 56}),
+        line("sharing", "paged", {"samples": 4, "blocks_together": 17, "blocks_apart": 56}),
         throughput("paged", 4321.0, 14_000_000_000, about=GPU),
     ]
 
@@ -188,7 +189,8 @@ def test_a_case_end_to_end_and_a_failing_one_beside_it(tmp_path, tiny):
     assert run_all(cases, results, "default") == 1
     failed, paged, skipped = map(json.loads, results.read_text().splitlines())
     assert failed["status"] == "failed" and "no such system" in failed["error"]
-    assert paged["result"] == {"prompts": 3, "identical": 3, "divergence": None}
+    equal = {"prompts": 3, "identical": 3, "divergence": None}
+    assert paged["result"] == equal | {"identical_again": 3, "hit_rate": 0.0}
     assert paged["model"] == model_name(tiny) and tiny not in results.read_text()
     assert skipped["status"] == "skipped" and skipped["error"] == missing("offloaded", "cpu")
     assert "no such system" in report.write(tmp_path).read_text()
