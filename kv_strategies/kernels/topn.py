@@ -1,0 +1,120 @@
+"""Attention over the heaviest tokens only: the softmax runs over all keys, the sum over few values.
+
+    p[j] = softmax over the visible j of (scaling * q . k[j])          all of K is read
+    S    = the N tokens of largest p                  top_n = N
+           the fewest tokens with p(S) >= mass        mass
+    out  = sum of p[j] v[j] over j in S                                |S| rows of V are read
+
+Each query head chooses for itself, in every layer and step; of equal weights, the earlier token goes first. The weights
+stay as the softmax over *all* tokens gave them. What is dropped is then replaced by nothing, and
+
+    |out - exact| <= (1 - p(S)) * max |v|
+
+holds with the dropped mass as its only unknown, which is reported. Dividing by p(S) (`renormalise`) replaces the dropped
+values by the mean of the kept ones instead: twice the bound, and no better where the tail of V averages out.
+
+From KCache (He and Wu, 2024, arXiv 2404.18057), which keeps K near and V far.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import LayerStore, Plan
+from .reference import gather
+
+#: What a tally counts: (row, head) pairs served, tokens kept, mass dropped in all, and the largest mass dropped.
+TALLY = ("reads", "kept", "dropped", "worst")
+
+
+def new_tally(device: torch.device) -> Tensor:
+    """[4] float64, see `TALLY`; updated on the device, so that a CUDA graph can hold it."""
+    return torch.zeros(len(TALLY), dtype=torch.float64, device=device)
+
+
+def topn_attention(
+    query: Tensor,
+    layer: LayerStore,
+    plan: Plan,
+    tally: Tensor,
+    *,
+    scaling: float,
+    top_n: int = 0,
+    mass: float = 0.0,
+    renormalise: bool = False,
+    window: int = 0,
+    sinks: int = 0,
+    sink_query: Tensor | None = None,
+) -> Tensor:
+    """Attention of the plan's first R = num_decodes rows, which have one query each.
+
+    Args:
+        query: [R, Hq, D].
+        layer: K on the query's device; V there or in pinned host memory, whence the chosen rows alone are read.
+        tally: [4] float64, added to.
+        top_n, mass: one of them is not 0; see above.
+        scaling, window, sinks, sink_query: as in `reference.attention`.
+
+    Returns:
+        [R, Hq, D]; zeros for rows of context 0.
+    """
+    options = {
+        "scaling": scaling, "top_n": top_n, "mass": mass, "renormalise": renormalise,
+        "window": window, "sinks": sinks, "sink_query": sink_query,
+    }  # fmt: skip
+    if query.is_cuda:
+        from .triton_topn import topn_attention as on_gpu  # Triton is there only where a GPU is
+
+        return on_gpu(query, layer, plan, tally, **options)
+    return reference(query, layer, plan, tally, **options)
+
+
+def reference(
+    query: Tensor,
+    layer: LayerStore,
+    plan: Plan,
+    tally: Tensor,
+    *,
+    scaling: float,
+    top_n: int = 0,
+    mass: float = 0.0,
+    renormalise: bool = False,
+    window: int = 0,
+    sinks: int = 0,
+    sink_query: Tensor | None = None,
+) -> Tensor:
+    """The specification, in plain torch and float32."""
+    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    for row, context_len in enumerate(plan.context_lens[: len(query)].tolist()):
+        if context_len == 0:
+            continue
+        index = torch.arange(context_len, device=query.device)
+        if window:
+            index = index[(index >= context_len - window) | (index < sinks)]
+        k = gather(layer.k, layer.k_scale, plan.block_tables[row], index)  # [Hkv, n, D]
+        group = query.shape[1] // k.shape[0]
+        k = k.repeat_interleave(group, 0)  # [Hq, n, D]
+        scores = (k @ query[row].float()[..., None])[..., 0]  # [Hq, n]
+        if sink_query is not None:
+            scores = torch.where(index < sinks, (k @ sink_query[row].float()[..., None])[..., 0], scores)
+        weights, order = (scores * scaling).softmax(-1).sort(dim=-1, descending=True, stable=True)
+
+        kept = torch.zeros_like(weights, dtype=torch.bool)
+        if mass:
+            kept[:, 0] = True
+            kept[:, 1:] = weights.cumsum(-1)[:, :-1] < mass  # the ones before it did not reach the bound
+        else:
+            kept[:, :top_n] = True
+        weights = weights * kept
+        reached = weights.sum(-1, keepdim=True)  # [Hq, 1]
+
+        v = gather(layer.v, layer.v_scale, plan.block_tables[row], index)
+        v = v.repeat_interleave(group, 0).gather(1, order[..., None].expand(-1, -1, v.shape[-1]))  # [Hq, n, D]
+        total = (torch.where(kept, weights, 0)[:, None] @ v)[:, 0]
+        out[row] = (total / reached if renormalise else total).to(out.dtype)
+
+        dropped = (1 - reached).clamp(min=0).double()
+        tally[:3] += torch.stack((torch.tensor(float(len(kept))), kept.sum().double(), dropped.sum()))
+        tally[3] = torch.maximum(tally[3], dropped.max())
+    return out
