@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .identity import identity
 from .kernels import attention, store_kv
 from .paged import BlockPool, BlockTable, OutOfBlocks
 from .plan import LayerStore, Plan
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from .cache import StrategyCache
+    from .saved import Loaded
 
 
 class Sharing:
@@ -55,6 +58,37 @@ class Sharing:
 
     def clear(self) -> None:
         """Forget everything, and give all held blocks back."""
+
+    def open(self, pool: BlockPool, identity: dict[str, object]) -> None:
+        """Called once: the pool to share from, and what K and V depend on beside the tokens (see `identity.py`)."""
+
+    def count_hit(self, blocks: Iterable[int]) -> None:
+        """A request that begins with these shared blocks was admitted."""
+
+    num_pinned = 0  # blocks that are kept whatever happens
+
+    def num_pinned_of(self, token_ids: Sequence[int], salt: str) -> int:
+        """How many pinned blocks a request with this prompt shares."""
+        return 0
+
+    def preload(self, strategy: Strategy, token_ids: Sequence[int], salt: str) -> int:
+        """See `Strategy.preload`."""
+        raise self._refusal("preload")
+
+    def forget(self, token_ids: Sequence[int], salt: str) -> None:
+        """See `Strategy.forget`."""
+        raise self._refusal("forget")
+
+    def save(self, path: str | Path, placement: Placement) -> int:
+        """See `Strategy.save`."""
+        raise self._refusal("save")
+
+    def load(self, path: str | Path, placement: Placement) -> Loaded:
+        """See `Strategy.load`."""
+        raise self._refusal("load")
+
+    def _refusal(self, what: str) -> ValueError:
+        return ValueError(f"{what} needs a strategy that keeps blocks for later requests: build it with 'prefix'")
 
 
 class Retention:
@@ -132,6 +166,8 @@ class LowerTiers:
 class Placement:
     """Which tier holds these bytes? Here: the device of each layer, K and V alike."""
 
+    reads = "all"  # else what a lossy read leaves out, since K and V of later layers depend on it
+
     tiers = LowerTiers()
     capturable = True  # whether a decode step may be recorded as a CUDA graph
 
@@ -171,6 +207,20 @@ class Placement:
         for store in self.stores.values():
             store.copy_blocks([source for source, _ in copies], [destination for _, destination in copies])
 
+    def read_blocks(self, blocks: list[int]) -> Tensor:
+        """Whole blocks, copied to the host: [n, bytes] uint8, K of all layers, then V, then any scales."""
+        stores = list(self.stores.values())
+        return torch.cat([store.read(name, blocks) for name in stores[0].planes for store in stores], dim=1)
+
+    def write_blocks(self, blocks: list[int], data: Tensor) -> None:
+        """Put back what `read_blocks` gave, into these blocks."""
+        stores = list(self.stores.values())
+        for name in stores[0].planes:
+            for store in stores:
+                size = store.bytes_of(name)
+                store.write(name, blocks, data[:, :size])
+                data = data[:, size:]
+
     def bytes_per_tier(self) -> dict[str, int]:
         """Bytes that the blocks take, for every tier in use."""
         tiers: dict[str, int] = {}
@@ -207,8 +257,10 @@ class Strategy:
         self.placement, self.codec = spec.placement, spec.codec
         self.shape = KVShape.of(model)
         self.pool = BlockPool(num_blocks, spec.block_size)
-        self.placement.allocate(num_blocks, self.shape.planes(self.codec, spec.block_size), self.shape.layer_devices)
-        self.num_hit_tokens = 0
+        planes = self.shape.planes(self.codec, spec.block_size)
+        self.placement.allocate(num_blocks, planes, self.shape.layer_devices)
+        self.sharing.open(self.pool, identity(model, planes, spec.block_size, self.retention, self.placement))
+        self.num_prompt_tokens = self.num_hit_tokens = 0
         self.num_evictions = 0
 
     @property
@@ -217,12 +269,14 @@ class Strategy:
 
     @property
     def max_tokens(self) -> int:
-        """The longest context that the pool can hold when a request has it alone."""
-        return self.pool.num_blocks * self.pool.block_size
+        """The longest context that the pool can hold when a request has it alone, beside what is pinned."""
+        return (self.pool.num_blocks - self.sharing.num_pinned) * self.pool.block_size
 
     # --- the doors
 
-    def cache(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> StrategyCache:
+    def cache(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, salt: str = ""
+    ) -> StrategyCache:
         """A cache for one call of `generate()`: `model.generate(ids, past_key_values=strategy.cache())`.
 
         It gives its blocks back when it is no longer referenced.
@@ -230,19 +284,31 @@ class Strategy:
         Args:
             input_ids: [B, n] the prompt, so that tokens another request has computed are skipped.
             attention_mask: [B, n] 1 for a token, 0 for padding; as given to `generate()`.
+            salt: only calls with the same salt share.
         """
-        from .cache import StrategyCache
+        from .cache import PromptCache, StrategyCache
 
-        return StrategyCache(self, input_ids, attention_mask)
+        return StrategyCache(self) if input_ids is None else PromptCache(self, input_ids, attention_mask, salt)
 
     def open_table(self, token_ids: Sequence[int], salt: str = "") -> BlockTable:
         """A block table for a new request, with the blocks that already hold the start of `token_ids`.
 
         At least the last token is left to compute, since its logits are wanted.
         """
-        blocks, num_tokens = self.sharing.match(token_ids[:-1], salt) if len(token_ids) > 1 else ([], 0)
-        self.num_hit_tokens += num_tokens
-        return BlockTable(self.pool, blocks, num_tokens)
+        return BlockTable(self.pool, *self.sharing.match(token_ids[:-1], salt))
+
+    def count_hit(self, token_ids: Sequence[int], table: BlockTable) -> None:
+        """A request was admitted with a table that `open_table` gave."""
+        self.num_prompt_tokens += len(token_ids)
+        self.num_hit_tokens += table.num_tokens
+        self.sharing.count_hit(table.blocks.tolist())
+
+    def num_blocks_for(self, token_ids: Sequence[int], num_tokens: int, chunk: int, salt: str) -> int:
+        """The most blocks, pinned ones apart, that this prompt takes at once on its way to `num_tokens`."""
+        needed = self.retention.num_blocks(num_tokens, chunk, self.block_size)
+        if needed < -(-num_tokens // self.block_size):
+            return needed  # it lets go of blocks on the way, and those may be the pinned ones
+        return needed - self.sharing.num_pinned_of(token_ids[:-1], salt)
 
     def has_room(self, table: BlockTable, num_tokens: int, chunk: int) -> bool:
         """Whether `reserve` would find room for `num_tokens` more tokens, `chunk` at a time, in this table alone."""
@@ -340,6 +406,32 @@ class Strategy:
         self.placement.close(layer_idx, plan)
         return out
 
+    # --- prompts computed ahead, and across restarts
+
+    def preload(self, token_ids: Sequence[int], salt: str = "") -> int:
+        """Compute the start of later prompts (a system prompt) ahead, and keep it until `forget`.
+
+        Returns:
+            how many tokens are kept: those of full blocks.
+
+        Raises:
+            ValueError: shorter than a block, or the strategy keeps nothing for later.
+            OutOfBlocks: it does not fit; what was computed of it is cached as usual.
+        """
+        return self.sharing.preload(self, token_ids, salt)
+
+    def forget(self, token_ids: Sequence[int], salt: str = "") -> None:
+        """Undo `preload`: the blocks stay cached until their room is needed."""
+        self.sharing.forget(token_ids, salt)
+
+    def save(self, path: str | Path) -> int:
+        """Write all blocks that are kept for later requests to a file. Returns how many. See `saved.save`."""
+        return self.sharing.save(path, self.placement)
+
+    def load(self, path: str | Path) -> Loaded:
+        """Take in what `save` has written, as far as free blocks go. See `saved.load`."""
+        return self.sharing.load(path, self.placement)
+
     # --- looking after it
 
     def stats(self) -> dict[str, object]:
@@ -362,6 +454,8 @@ class Strategy:
             "kv_bytes": sum(kv_bytes.values()),
             "kv_bytes_per_tier": kv_bytes,
             "bytes_per_token": self.shape.bytes_per_token(self.codec, self.block_size),
+            "blocks_pinned": self.sharing.num_pinned,
+            "prompt_tokens": self.num_prompt_tokens,
             "hit_tokens": self.num_hit_tokens,
             "evictions": self.num_evictions,
             **self.placement.stats(),
@@ -382,7 +476,7 @@ class Strategy:
             raise RuntimeError(f"{in_use} block tables are in use; finish their requests or drop their caches first")
         self.sharing.clear()
         self.placement.tiers.clear()
-        self.num_hit_tokens = self.num_evictions = 0
+        self.num_prompt_tokens = self.num_hit_tokens = self.num_evictions = 0
 
 
 @dataclass(frozen=True)

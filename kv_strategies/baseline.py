@@ -24,7 +24,9 @@ class Baseline:
     def __init__(self, model: LlamaForCausalLM):
         self.model = model
 
-    def cache(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> DynamicCache:
+    def cache(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, salt: str = ""
+    ) -> DynamicCache:
         """What `generate()` would make by itself."""
         from transformers import DynamicCache
 

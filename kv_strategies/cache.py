@@ -70,7 +70,7 @@ class AttendingCache(Cache):
 class StrategyCache(AttendingCache):
     """The cache of one `generate()` call: a block table a row. Made by `Strategy.cache`."""
 
-    def __init__(self, strategy: Strategy, input_ids: Tensor | None = None, attention_mask: Tensor | None = None):
+    def __init__(self, strategy: Strategy):
         super().__init__(strategy)
         self.tables: list[BlockTable] = []
         self.num_columns = 0  # tokens and padding that generate() believes to be cached
@@ -180,6 +180,92 @@ class StrategyCache(AttendingCache):
             raise ValueError(
                 "output_attentions is not supported: attention weights are never materialised by a strategy"
             )
+
+
+class PromptCache(StrategyCache):
+    """The cache of one `generate()` call whose prompt is known: what others have computed of it is skipped.
+
+    `generate()` skips columns, so all rows skip equally many: as many as every row has tokens, or padding, for. Their
+    full blocks are published once they are computed, for later calls.
+
+        row 0   [ hit hit hit | new new new ]           three columns are skipped: what row 1 found beyond
+        row 1   [ pad hit hit | hit new new ]           them is given back
+    """
+
+    def __init__(self, strategy: Strategy, input_ids: Tensor, attention_mask: Tensor | None, salt: str):
+        super().__init__(strategy)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if input_ids.dim() != 2 or input_ids.shape != mask.shape:
+            raise ValueError(
+                "cache() takes the prompt as generate() does, input_ids [B, n] and attention_mask [B, n]; "
+                f"got {tuple(input_ids.shape)} and {tuple(mask.shape)}"
+            )
+        ids, is_token = torch.stack([input_ids, mask != 0]).cpu()  # one copy
+        self._salt = salt
+        self._prompts = [row[seen != 0].tolist() for row, seen in zip(ids, is_token, strict=True)]  # not yet computed
+        for prompt in self._prompts:
+            self.tables.append(strategy.open_table(prompt, salt))
+        num_seen = is_token.cumsum(dim=1)  # [B, n] tokens up to and including a column
+        found = torch.tensor([table.num_tokens for table in self.tables])
+        fits = (num_seen <= found[:, None]).sum(dim=1)  # columns that each row could skip
+        self.num_columns = max(0, min(int(fits.min()), ids.shape[1] - 1))
+        for table, prompt, seen in zip(self.tables, self._prompts, num_seen.tolist(), strict=True):
+            strategy.truncate(table, seen[self.num_columns - 1] if self.num_columns else 0)
+            strategy.count_hit(prompt, table)
+
+    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
+        repeats, rest = divmod(inputs_embeds.shape[0], len(self.tables) or 1)
+        if self._prompts and repeats > 1 and not rest:  # beams, or several sequences a prompt
+            prompts = [prompt for prompt in self._prompts for _ in range(repeats)]
+            self.batch_repeat_interleave(repeats)
+            self._prompts = prompts
+        super().plan_forward(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        if self._prompts and not self._is_fed(inputs_embeds, position_ids):
+            self.reset()
+            raise ValueError(
+                "generate() feeds other tokens, or at other positions, than cache() was given; give both the same "
+                "input_ids and attention_mask"
+            )
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        out = super().attend(layer_idx, query, key, value, scaling)
+        if self._prompts and layer_idx == len(self.strategy.shape.layer_devices) - 1:
+            self._publish()
+        return out
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._prompts = []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self._prompts = []
+
+    def reset(self) -> None:
+        super().reset()
+        self._prompts = []
+
+    def _is_fed(self, inputs_embeds: Tensor, position_ids: Tensor) -> bool:
+        """Whether the layers are about to see the prompt: they see embeddings and positions, so these are compared."""
+        expected, places, begin = [], [], 0
+        for table, prompt, num_new in zip(self.tables, self._prompts, self.plan.query_lens, strict=True):
+            tokens = prompt[table.num_tokens - num_new : table.num_tokens]
+            expected += tokens
+            places += range(begin, begin + len(tokens))
+            begin += num_new
+        device = inputs_embeds.device
+        expected, places = torch.tensor([expected, places], device=device, dtype=torch.int64)
+        columns = places if self._packing is None else self._packing[places]
+        positions = position_ids.expand(inputs_embeds.shape[:2]).flatten()
+        same_tokens = self.strategy.model.get_input_embeddings()(expected) == inputs_embeds.flatten(0, 1)[columns]
+        same_places = positions[columns] == self.plan.positions[places]
+        return bool(same_tokens.all() & same_places.all())
+
+    def _publish(self) -> None:
+        for prompt, table in zip(self._prompts, self.tables, strict=True):
+            self.strategy.sharing.publish(prompt, table, self._salt)
+        if all(table.num_tokens >= len(prompt) for prompt, table in zip(self._prompts, self.tables, strict=True)):
+            self._prompts = []
 
 
 def _release(tables: list[BlockTable]) -> None:

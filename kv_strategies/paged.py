@@ -35,8 +35,9 @@ class OutOfBlocks(RuntimeError):
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens: which are free, and how many hold on to each of the others.
 
-    A block is free when its reference count is 0. Tables hold references, and so may a sharing policy (a cached
-    prefix). Allocation prefers the block after the one given, which keeps neighbours in memory where it costs nothing.
+    A block is free when its reference count is 0. Tables hold references, and so may a sharing policy, which keeps
+    blocks for later requests; a kept block is idle while nobody else holds it. Allocation prefers the block after the
+    one given, which keeps neighbours in memory where it costs nothing.
     """
 
     def __init__(self, num_blocks: int, block_size: int):
@@ -46,6 +47,8 @@ class BlockPool:
         self.block_size = block_size
         self.ref_counts = [0] * num_blocks
         self.tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
+        self.idle: dict[int, None] = {}  # an ordered set: longest idle first
+        self._kept: set[int] = set()
         self._free = dict.fromkeys(range(num_blocks))  # an ordered set: first in, first out
 
     @property
@@ -68,12 +71,26 @@ class BlockPool:
     def share(self, block: int) -> None:
         assert self.ref_counts[block] > 0, f"block {block} is free"
         self.ref_counts[block] += 1
+        self.idle.pop(block, None)
 
     def release(self, block: int) -> None:
         assert self.ref_counts[block] > 0, f"block {block} is free already"
         self.ref_counts[block] -= 1
         if self.ref_counts[block] == 0:
             self._free[block] = None
+        elif self.ref_counts[block] == 1 and block in self._kept:
+            self.idle[block] = None
+
+    def keep(self, block: int) -> None:
+        """Hold a block for later requests: one more reference."""
+        self.share(block)
+        self._kept.add(block)
+
+    def discard(self, block: int) -> None:
+        """Stop keeping a block."""
+        self._kept.remove(block)
+        self.idle.pop(block, None)
+        self.release(block)
 
     def check_integrity(self, other_holders: Iterable[int] = ()) -> None:
         """Every reference is held by somebody, and every free block by nobody.
@@ -94,6 +111,7 @@ class BlockPool:
             counts[block] += 1
         assert counts == self.ref_counts, "reference counts differ from the references held"
         assert set(self._free) == {b for b, count in enumerate(counts) if count == 0}, "the free list is wrong"
+        assert set(self.idle) == {b for b in self._kept if counts[b] == 1}, "the idle list is wrong"
 
 
 class BlockTable:
@@ -243,7 +261,7 @@ class BlockTable:
         return self.pool.ref_counts[self._ids[self._size - 1]] > 1
 
     def _release(self, first: int, last: int) -> None:
-        for block in self._ids[first:last]:
+        for block in self._ids[first:last][::-1]:  # the last first: of what is kept for others, the start stays longest
             if block != NULL_BLOCK:
                 self.pool.release(int(block))
 

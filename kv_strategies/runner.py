@@ -202,6 +202,7 @@ class Runner:
         if not self.strategy.has_room(table, len(seq.tokens) - table.num_tokens, self.max_batch_tokens):
             table.release()
             return None
+        self.strategy.count_hit(seq.tokens, table)
         self._waiting.popleft()
         seq.admit(table, [self._free_slots.pop() for _ in range(seq.num_samples)])
         self._running.append(seq)
@@ -210,6 +211,7 @@ class Runner:
     def _preempt(self, seq: _Sequence) -> None:
         """Take the blocks of a sequence away; it waits at the head of the queue and is computed again."""
         self.num_preemptions += 1
+        self.strategy.sharing.publish(seq.tokens, seq.table, seq.request.salt)
         self._leave(seq)
         self._waiting.appendleft(seq)
 
@@ -348,7 +350,7 @@ class Runner:
             limits = [("the model's context", max_context, total)]  # what, tokens it takes, tokens it has to take
             if isinstance(strategy, Strategy):
                 visible = strategy.retention.num_visible(total)
-                num_blocks = strategy.retention.num_blocks(total, self.max_batch_tokens, strategy.block_size)
+                num_blocks = strategy.num_blocks_for(request.token_ids, total, self.max_batch_tokens, request.salt)
                 limits = [("the model's context", max_context, visible)]
                 limits += [("the pool", strategy.max_tokens, num_blocks * strategy.block_size)]
             for what, limit, needed in limits:

@@ -16,6 +16,7 @@ import torch
 
 from .base import Codec, KVShape, Spec, Strategy
 from .baseline import Baseline
+from .prefix import PrefixCache
 from .quantized import Fp8, Int8
 from .window import SlidingWindow
 
@@ -42,6 +43,10 @@ def _paged(spec: Spec, model: LlamaForCausalLM) -> None:
 
 def _contiguous(spec: Spec, model: LlamaForCausalLM, max_length: int | None = None) -> None:
     spec.block_size = max_length or model.config.max_position_embeddings
+
+
+def _prefix(spec: Spec, model: LlamaForCausalLM) -> None:
+    spec.sharing = PrefixCache()
 
 
 def _window(
@@ -71,6 +76,7 @@ STRATEGIES: dict[str, Preset] = {
     "baseline": Preset("native DynamicCache, untouched: the oracle", _paged, alone=True),
     "contiguous": Preset("one block of maximal length a request", _contiguous, alone=True),
     "paged": Preset("blocks of 16 tokens behind a block table (PagedAttention)", _paged),
+    "prefix": Preset("requests that start alike share the blocks of their common start (RadixAttention)", _prefix),
     "window": Preset("the last 2048 tokens and 4 sinks, dead blocks given back (StreamingLLM); lossy", _window),
     "int8": Preset("one byte a number and a scale a token and head; lossy", _int8),
     "fp8": Preset("the same bytes as float8 e4m3, where the GPU has it; lossy", _fp8),

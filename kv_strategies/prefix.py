@@ -1,0 +1,315 @@
+"""Prefix: who already holds these tokens?
+
+K and V of a token depend on the tokens before it and on nothing after. So two requests that start alike (a system
+prompt, a chat so far, a document asked about twice) have the same K and V there, and the second can take the blocks of
+the first instead of computing them: RadixAttention (Zheng et al., 2023, arXiv 2312.07104), automatic prefix caching in
+vLLM. Full blocks are published under a hash of everything that their content depends on:
+
+    root = H(model, dtype, policies; salt)            hash of a block = H(hash of the block before it; its tokens)
+
+    root --- [You are a helpful] --- [assistant. Answer] -+- [in French: ...]        blocks form a radix tree,
+                  block 4                block 7          +- [in verse: ...]         a request is a path from the root
+
+Saves: the time to first token of whatever is shared, and its memory. Costs: hashing, about 1 us a block, once when a
+request is admitted and once when it is published. Lossless: a hit compares the tokens as well, so not even two hashes
+that collide can give wrong ones, and at least one token of a request is always left to compute.
+
+The cache holds one reference to each block it knows. A block that nobody else holds is *idle*, and the one that has
+been idle longest is given back when the pool runs out: a request gives its last block back first, so leaves of the tree
+go before what they hang on. Requests with different salts (tenants) share nothing.
+
+    python -m kv_strategies.prefix     prints the tree as requests come and go
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from . import saved
+from .base import Placement, Sharing
+from .identity import fingerprint
+from .paged import BlockPool, BlockTable
+from .plan import NULL_BLOCK, PlanBuffer
+
+if TYPE_CHECKING:
+    from .base import Strategy
+
+_PRELOAD_CHUNK = 2048  # tokens in a forward
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A published block in the tree; a root stands for a salt and has no block."""
+
+    digest: bytes  # 256 bits
+    parent: Node | None
+    tokens: bytes  # little-endian int32
+    block: int
+    children: dict[bytes, Node] = field(default_factory=dict)
+    num_hits: int = 0
+    num_pins: int = 0  # preloaded prompts that run through it; each holds a reference
+
+
+class PrefixCache(Sharing):
+    """Blocks by the hash of their tokens and of all tokens before them."""
+
+    def open(self, pool: BlockPool, identity: dict[str, object]) -> None:
+        self.pool = pool
+        self.identity = identity
+        self._fingerprint = fingerprint(identity)
+        self._roots: dict[bytes, Node] = {}
+        self._nodes: dict[bytes, Node] = {}
+        self._by_block: dict[int, Node] = {}
+        self._preloaded: set[Node] = set()  # the last block of each prompt
+        self.num_pinned = 0
+
+    # --- sharing
+
+    def match(self, token_ids: Sequence[int], salt: str) -> tuple[list[int], int]:
+        path = self._path(token_ids, salt)
+        for node in path:
+            self.pool.share(node.block)
+        return [node.block for node in path], len(path) * self.pool.block_size
+
+    def publish(self, token_ids: Sequence[int], table: BlockTable, salt: str) -> None:
+        if table.num_rebased:
+            return  # its keys are turned to other positions
+        num_tokens = min(len(token_ids), table.num_tokens)
+        node = self.root(salt_digest(self._fingerprint, salt))
+        for tokens, block in zip(self._split(token_ids[:num_tokens]), table.blocks.tolist(), strict=False):
+            known = self.child(node, tokens)
+            if known is None and block != NULL_BLOCK:  # a block out of the window has been given back
+                known = self.insert(node, tokens, block)
+            if known is None:
+                return
+            node = known
+
+    def insert(self, parent: Node, tokens: bytes, block: int) -> Node | None:
+        """Keep a block that holds `tokens` behind `parent`; None where its hash is taken by other tokens."""
+        node = Node(block_digest(parent.digest, tokens), parent, tokens, block)
+        if self._nodes.setdefault(node.digest, node) is not node:
+            return None
+        assert block not in self._by_block, "a block has two contents"
+        if parent.parent is None:
+            self._roots[parent.digest] = parent
+        parent.children[node.digest] = self._by_block[block] = node
+        self.pool.keep(block)
+        return node
+
+    def evict(self, num_blocks: int) -> int:
+        before = self.pool.num_free
+        while self.pool.num_free < before + num_blocks and self.pool.idle:
+            self.drop(self._by_block[next(iter(self.pool.idle))])
+        return self.pool.num_free - before
+
+    def num_evictable(self) -> int:
+        return len(self.pool.idle)
+
+    def held_blocks(self) -> list[int]:
+        return [node.block for node in self._nodes.values() for _ in range(1 + node.num_pins)]
+
+    def clear(self) -> None:
+        for node in list(self._preloaded):
+            self._unpin(node)
+        for root in list(self._roots.values()):
+            for node in list(root.children.values()):
+                self.drop(node)
+
+    def count_hit(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self._by_block[block].num_hits += 1
+
+    # --- preloaded prompts
+
+    @torch.inference_mode()
+    def preload(self, strategy: Strategy, token_ids: Sequence[int], salt: str) -> int:
+        from .cache import AttendingCache
+        from .runner import forward
+
+        size, config = self.pool.block_size, strategy.model.config
+        token_ids = [int(token) for token in token_ids]
+        token_ids = token_ids[: len(token_ids) // size * size]
+        if not token_ids:
+            raise ValueError(f"only full blocks are shared: a prompt to preload needs at least {size} tokens")
+        if min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
+            raise ValueError(f"token ids must be from 0 to {config.vocab_size - 1}")
+        table = BlockTable(self.pool, *self.match(token_ids, salt))
+        cache, device = AttendingCache(strategy), strategy.model.device
+        try:
+            while table.num_tokens < len(token_ids):
+                chunk = token_ids[table.num_tokens : table.num_tokens + _PRELOAD_CHUNK]
+                strategy.reserve([(table, len(chunk))])
+                buffer = PlanBuffer(device, 1, len(chunk), len(table.blocks), {"input_ids": len(chunk)})
+                cache.plan = buffer.fill([(table, len(chunk))], {"input_ids": chunk})
+                last = torch.tensor([len(chunk) - 1], device=device)
+                forward(strategy.model, cache, cache.plan, buffer.tensors["input_ids"], last)
+                self.publish(token_ids, table, salt)
+            path = self._path(token_ids, salt)
+            if path and path[-1] not in self._preloaded:
+                self._preloaded.add(path[-1])
+                for node in path:
+                    self.pool.share(node.block)
+                    self.num_pinned += node.num_pins == 0
+                    node.num_pins += 1
+        finally:
+            table.release()
+        return len(path) * size
+
+    def forget(self, token_ids: Sequence[int], salt: str) -> None:
+        path = self._path(token_ids, salt)
+        if not path or path[-1] not in self._preloaded:
+            raise ValueError("this prompt is not preloaded with this salt")
+        self._unpin(path[-1])
+
+    def num_pinned_of(self, token_ids: Sequence[int], salt: str) -> int:
+        return sum(node.num_pins > 0 for node in self._path(token_ids, salt)) if self._preloaded else 0
+
+    def _unpin(self, node: Node) -> None:
+        self._preloaded.remove(node)
+        for step in lineage(node):
+            step.num_pins -= 1
+            self.num_pinned -= step.num_pins == 0
+            self.pool.release(step.block)
+
+    # --- across restarts
+
+    def save(self, path: str | Path, placement: Placement) -> int:
+        return saved.save(self, placement, Path(path))
+
+    def load(self, path: str | Path, placement: Placement) -> saved.Loaded:
+        return saved.load(self, placement, Path(path))
+
+    def ordered(self) -> Iterator[Node]:
+        """All nodes, the most recently used first, but none before its parent."""
+        done = set()
+        in_use = [node for node in self._nodes.values() if node.block not in self.pool.idle]
+        for node in [*in_use, *(self._by_block[block] for block in reversed(self.pool.idle))]:
+            for step in reversed([step for step in lineage(node) if step not in done]):
+                done.add(step)
+                yield step
+
+    def child(self, parent: Node, tokens: bytes) -> Node | None:
+        """The published block with these tokens behind `parent`."""
+        node = self._nodes.get(block_digest(parent.digest, tokens))
+        return node if node is not None and node.parent is parent and node.tokens == tokens else None
+
+    def root(self, digest: bytes) -> Node:
+        return self._roots.get(digest) or Node(digest, None, b"", NULL_BLOCK)
+
+    # --- for people
+
+    def tree(self, text: Callable[[list[int]], str] = str) -> str:
+        """The shared prefixes, one line for each stretch without a branch.
+
+        Args:
+            text: how to show token ids; a tokenizer's `decode`, say.
+        """
+        lines = []
+
+        def show(node: Node, indent: str) -> None:
+            for child in node.children.values():
+                run = [child]
+                while len(run[-1].children) == 1 and self._users(run[-1]) == self._users(*run[-1].children.values()):
+                    run += run[-1].children.values()
+                tokens = np.frombuffer(b"".join(node.tokens for node in run), dtype="<i4").tolist()
+                shown = text(tokens).replace("\n", " ")
+                shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+                state = [f"{self._users(child)} using"] if self._users(child) else ["idle"]
+                state += ["pinned"] * (child.num_pins > 0) + [f"{max(node.num_hits for node in run)} hits"]
+                blocks = " ".join(str(node.block) for node in run[:8]) + (" ..." if len(run) > 8 else "")
+                lines.append(f"{indent}+- {len(tokens)} tokens, blocks {blocks} ({', '.join(state)}): {shown}")
+                show(run[-1], indent + "|  ")
+
+        for root in self._roots.values():
+            lines.append(f"salt {root.digest[:4].hex()}")
+            show(root, "")
+        return "\n".join(lines)
+
+    def _users(self, node: Node) -> int:
+        return self.pool.ref_counts[node.block] - 1 - node.num_pins
+
+    # --- the tree
+
+    def _path(self, token_ids: Sequence[int], salt: str) -> list[Node]:
+        """The published blocks that hold the start of `token_ids`."""
+        node, path = self._roots.get(salt_digest(self._fingerprint, salt)), []
+        for tokens in self._split(token_ids) if node else ():
+            node = self.child(node, tokens)
+            if node is None:
+                break
+            path.append(node)
+        return path
+
+    def _split(self, token_ids: Sequence[int]) -> Iterator[bytes]:
+        data, size = np.asarray(token_ids, dtype="<i4").tobytes(), 4 * self.pool.block_size
+        return (data[begin : begin + size] for begin in range(0, len(data) - size + 1, size))
+
+    def drop(self, node: Node) -> None:
+        """Let go of a block and of all behind it, which nobody could reach any more."""
+        del node.parent.children[node.digest]
+        if node.parent.parent is None and not node.parent.children:
+            del self._roots[node.parent.digest]
+        below = [node]
+        while below:
+            node = below.pop()
+            below += node.children.values()
+            del self._nodes[node.digest], self._by_block[node.block]
+            self.pool.discard(node.block)
+
+
+def lineage(node: Node) -> Iterator[Node]:
+    """A node and all it hangs on, up to the first block of its path."""
+    while node.parent is not None:
+        yield node
+        node = node.parent
+
+
+def block_digest(parent: bytes, tokens: bytes) -> bytes:
+    return hashlib.blake2b(parent + tokens, digest_size=32).digest()
+
+
+def salt_digest(model_and_policies: bytes, salt: str) -> bytes:
+    if not isinstance(salt, str):
+        raise TypeError(f"the salt must be a str, got {type(salt).__name__}")
+    return hashlib.blake2b(model_and_policies + salt.encode("utf-8", "surrogatepass"), digest_size=32).digest()
+
+
+def main() -> None:
+    pool, prefix = BlockPool(num_blocks=8, block_size=4), PrefixCache()
+    prefix.open(pool, {"model": "none, this is an example"})
+
+    def admit(prompt: str, salt: str = "") -> BlockTable:
+        tokens = list(prompt.encode())
+        table = BlockTable(pool, *prefix.match(tokens[:-1], salt))
+        hit = table.num_tokens
+        if (needed := table.num_new_blocks(len(tokens) - hit)) > pool.num_free:
+            print(f"   ({prefix.evict(needed - pool.num_free)} blocks evicted)")
+        table.append(len(tokens) - hit)
+        prefix.publish(tokens, table, salt)
+        print(f"{prompt!r}, salt {salt!r}: {hit} of {len(tokens)} tokens are there; {pool.num_free} blocks are free")
+        return table
+
+    def show() -> None:
+        print(prefix.tree(lambda tokens: repr(bytes(tokens).decode())) + "\n")
+
+    print("A pool of 8 blocks; 4 tokens a block, a character a token.\n")
+    first = admit("Be kind. Greet Ann.")
+    second = admit("Be kind. Greet Bo.")
+    show()
+    first.release()
+    second.release()
+    other = admit("Be kind. Greet Ann.", salt="another tenant")
+    show()
+    other.release()
+    pool.check_integrity(prefix.held_blocks())
+
+
+if __name__ == "__main__":
+    main()
