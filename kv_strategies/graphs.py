@@ -23,6 +23,7 @@ _SMALLEST_BUCKET = 1024  # tokens
 class _Graph:
     graph: torch.cuda.CUDAGraph
     buffer: PlanBuffer
+    inputs: tuple[Tensor, ...]  # kept alive: the graph reads their memory
     logits: Tensor  # [num_rows, V]
 
 
@@ -74,7 +75,7 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
             logits = step()
-        return _Graph(graph, buffer, logits)
+        return _Graph(graph, buffer, (last,), logits)
 
 
 def _batch_sizes() -> list[int]:
