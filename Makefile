@@ -79,7 +79,7 @@ bench: install model  ## measure every strategy and the native caches [MODEL=] [
 	@$(python) -m bench $(if $(MODEL),--model '$(MODEL)') $(if $(SUITE),--suite '$(SUITE)')
 
 report: install  ## write bench/results/comparison_table.md and the plots from the results
-	@$(python) -m bench report
+	@$(python) -m bench.report
 
 refresh: $(venv)  ## export the commits of transformers-dev into patches/ [CHECK=1] [FORCE=1]
 	@$(python) patches/fork.py refresh $(if $(CHECK),--check) $(if $(FORCE),--force)
