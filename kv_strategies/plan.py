@@ -57,6 +57,7 @@ class Plan:
     query_lens: list[int]  # [B] on the host
     row_lens: list[int]  # [B] on the host: upper bounds of context_lens (equal to them outside a CUDA graph)
     num_decodes: int  # the first num_decodes rows have exactly one query each; the rest have any number
+    host_tables: np.ndarray | None = None  # [B, max_blocks] the block tables on the host, for who moves blocks
     scratch: dict = field(default_factory=dict)  # what a kernel derives from the plan once and every layer uses
 
     @property
@@ -155,6 +156,7 @@ class PlanBuffer:
             **{name: self.tensors[name] for name in PLAN_TENSORS},
             query_lens=query_lens,
             row_lens=[table.num_tokens for table, _ in rows],
+            host_tables=arrays["block_tables"],
             num_decodes=next((i for i, query_len in enumerate(query_lens) if query_len != 1), len(rows)),
         )
 

@@ -43,12 +43,7 @@ class BlockStore:
             self.num_bytes = sum(plane.numel() * plane.element_size() for plane in self.planes.values())
             return
         slab = torch.empty(num_blocks, block_bytes(num_layers, planes), dtype=torch.uint8, device=device)
-        offset = 0
-        for name, (shape, dtype) in planes.items():
-            size = num_layers * math.prod(shape) * dtype.itemsize
-            plane = slab[:, offset : offset + size].view(dtype)
-            self.planes[name] = plane.unflatten(1, (num_layers, *shape))
-            offset += _aligned(size)
+        self.planes = views_of(slab, num_layers, planes)
         self.num_bytes = slab.numel()
 
     def layer(self, index: int) -> LayerStore:
@@ -75,6 +70,16 @@ class BlockStore:
         destinations = torch.tensor(destinations, device=self.device)
         for plane in self.planes.values():
             plane[destinations] = plane[sources]
+
+
+def views_of(slab: Tensor, num_layers: int, planes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+    """The planes in a slab [num_blocks, bytes] uint8, one contiguous piece a block: name -> [num_blocks, L, *shape]."""
+    views, offset = {}, 0
+    for name, (shape, dtype) in planes.items():
+        size = num_layers * math.prod(shape) * dtype.itemsize
+        views[name] = slab[:, offset : offset + size].view(dtype).unflatten(1, (num_layers, *shape))
+        offset += _aligned(size)
+    return views
 
 
 def block_bytes(num_layers: int, planes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> int:

@@ -1,6 +1,6 @@
 """Top-N attention of decode rows, V gathered straight from pinned host memory. See `topn.reference`.
 
-    scores_kernel   (KV head, split, row)    reads K once: a score a visible token and head, and each split's softmax sum
+    scores_kernel   (KV head, split, row)    reads K once: a score a token and head, and the softmax sum of each split
     choose_kernel   (query head, row)        finds the heaviest tokens, fetches their V, sums
 
 A GPU reaches pinned host memory by its own address. A fetch takes a microsecond or two, so what counts is how many are
@@ -55,12 +55,12 @@ def topn_attention(
     dim_p2, group_p2 = triton.next_power_of_2(dim), triton.next_power_of_2(group)
 
     def workspace() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        memory = query.new_empty
+        sizes = {"device": query.device, "dtype": torch.float32}
         return (
-            memory((rows, num_heads, width), dtype=torch.float32),  # scores
-            memory((rows, num_heads, num_splits, 3), dtype=torch.float32),  # of a split: largest, smallest, sum of weights
-            memory((rows, num_heads, limit), dtype=torch.int32),  # chosen tokens
-            memory((rows, num_heads, limit), dtype=torch.float32),  # and their weights
+            torch.empty(rows, num_heads, width, **sizes),  # scores
+            torch.empty(rows, num_heads, num_splits, 3, **sizes),  # of a split: largest, smallest, sum of weights
+            torch.empty(rows, num_heads, limit, **{**sizes, "dtype": torch.int32}),  # chosen tokens
+            torch.empty(rows, num_heads, limit, **sizes),  # and their weights
         )
 
     scores, parts, chosen, weights = plan.once(("top n", rows, num_heads, width, limit), workspace)
@@ -121,7 +121,8 @@ def scores_kernel(
     own = heads < GROUP
     mask = own[:, None] & (dims < DIM)[None, :]
     head = kv_head.to(tl.int64) * GROUP + heads
-    q = tl.load(query + row * query_stride_row + head[:, None] * query_stride_head + dims[None, :], mask=mask, other=0.0)
+    address = query + row * query_stride_row + head[:, None] * query_stride_head
+    q = tl.load(address + dims[None, :], mask=mask, other=0.0)
     q_sink = q
     if SINK_QUERY:
         address = sink_query + row * sink_query_stride_row + head[:, None] * sink_query_stride_head
@@ -142,7 +143,7 @@ def scores_kernel(
         )  # fmt: skip
         score = products(q, k, GROUP)  # [ROWS, TILE]
         if SINK_QUERY:
-            if start < num_sinks:
+            if start < num_sinks:  # noqa: SIM102 (the first is decided when compiled)
                 score = tl.where((place < num_sinks)[None, :], products(q_sink, k, GROUP), score)
         score = score * (k_scales * scaling)[None, :]
         tl.store(target + place[None, :], score, mask=own[:, None] & seen[None, :])

@@ -1,0 +1,85 @@
+"""Moving bytes between host and device: page-locked memory, side streams, and rows of it.
+
+A device copies from page-locked ("pinned") memory by itself, at the full rate of the link and beside the model's work,
+if the copy has a stream of its own. What must wait for what is said by marks: a stream leaves one, another waits for it.
+On a CPU there is one memory and one order of things: the same calls, and nothing to wait for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+
+import torch
+from torch import Tensor
+
+Mark = torch.cuda.Event | None
+
+
+class Lane:
+    """A stream of a device: its own or, as the main lane, whichever is current."""
+
+    def __init__(self, device: torch.device, *, main: bool = False):
+        self.device = device
+        self._stream = None if main or device.type != "cuda" else torch.cuda.Stream(device)
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        return self._stream or torch.cuda.current_stream(self.device)
+
+    def __enter__(self) -> Lane:
+        self._context = contextlib.nullcontext()
+        if self.device.type == "cuda":
+            self._context = torch.cuda.stream(self.stream)
+        self._context.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(*error)
+
+    def mark(self, *, timed: bool = False) -> Mark:
+        """Where this lane has got to."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=timed)
+        event.record(self.stream)
+        return event
+
+    def wait(self, *marks: Mark) -> None:
+        """What comes next in this lane comes after the marks. The host goes on."""
+        for mark in marks:
+            if mark is not None:
+                self.stream.wait_event(mark)
+
+    def uses(self, tensor: Tensor) -> None:
+        """The tensor belongs to another lane: its memory is not to be reused before this one is done with it."""
+        if self.device.type == "cuda":
+            tensor.record_stream(self.stream)
+
+
+def host_memory(*shape: int, device: torch.device) -> Tensor:
+    """uint8 in host memory, page-locked where `device` is a GPU.
+
+    Memory is locked in place: torch's own allocator of pinned memory rounds up to the next power of two.
+    """
+    memory = torch.empty(shape, dtype=torch.uint8)
+    if device.type != "cuda" or not memory.numel():
+        return memory
+    cuda = torch.cuda.cudart()
+    with torch.cuda.device(device):
+        if cuda.cudaHostRegister(memory.data_ptr(), memory.numel(), 0) != cuda.cudaError.success:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    weakref.finalize(memory.untyped_storage(), cuda.cudaHostUnregister, memory.data_ptr())
+    return memory
+
+
+def copy_row(source: Tensor, row: int, target: Tensor, target_row: int) -> None:
+    """target[:, target_row] = source[:, row], for memories [L, N, bytes] on a device or in its page-locked memory."""
+    if source.is_cuda and target.is_cuda:
+        target[:, target_row].copy_(source[:, row])
+    elif torch.cuda.is_available():
+        from .kernels.triton_rows import copy_row as copy_on_gpu  # the GPU reaches both; Triton is there only with one
+
+        copy_on_gpu(source, row, target, target_row)
+    else:
+        target[:, target_row] = source[:, row]
