@@ -201,24 +201,21 @@ class PromptCache(StrategyCache):
                 f"got {tuple(input_ids.shape)} and {tuple(mask.shape)}"
             )
         ids, is_token = torch.stack([input_ids, mask != 0]).cpu()  # one copy
-        self._salt = salt
+        self._salt, self._width = salt, ids.shape[1]
         self._prompts = [row[seen != 0].tolist() for row, seen in zip(ids, is_token, strict=True)]  # not yet computed
         for prompt in self._prompts:
             self.tables.append(strategy.open_table(prompt, salt))
         num_seen = is_token.cumsum(dim=1)  # [B, n] tokens up to and including a column
         found = torch.tensor([table.num_tokens for table in self.tables])
         fits = (num_seen <= found[:, None]).sum(dim=1)  # columns that each row could skip
-        self.num_columns = max(0, min(int(fits.min()), ids.shape[1] - 1))
-        for table, prompt, seen in zip(self.tables, self._prompts, num_seen.tolist(), strict=True):
+        self.num_columns = max(0, min(int(fits.min()), self._width - 1))
+        for table, seen in zip(self.tables, num_seen.tolist(), strict=True):
             strategy.truncate(table, seen[self.num_columns - 1] if self.num_columns else 0)
-            strategy.count_hit(prompt, table)
+        self._is_first = True
 
     def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
-        repeats, rest = divmod(inputs_embeds.shape[0], len(self.tables) or 1)
-        if self._prompts and repeats > 1 and not rest:  # beams, or several sequences a prompt
-            prompts = [prompt for prompt in self._prompts for _ in range(repeats)]
-            self.batch_repeat_interleave(repeats)
-            self._prompts = prompts
+        if self._prompts and self._is_first:
+            self._start(*inputs_embeds.shape[:2])
         super().plan_forward(config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if self._prompts and not self._is_fed(inputs_embeds, position_ids):
             self.reset()
@@ -245,8 +242,24 @@ class PromptCache(StrategyCache):
         super().reset()
         self._prompts = []
 
+    def _start(self, num_rows: int, num_columns: int) -> None:
+        """Before the first forward, which shows what kind of generation this is."""
+        self._is_first = False
+        if num_columns >= self._width:  # all of the prompt is fed, whatever is cached: assisted decoding does that
+            _release(self.tables)
+            self.num_columns = 0
+        for prompt, table in zip(self._prompts, self.tables, strict=True):
+            self.strategy.count_hit(prompt, table)
+        repeats, rest = divmod(num_rows, len(self.tables))
+        if repeats > 1 and not rest:  # beams, or several sequences a prompt
+            prompts = [prompt for prompt in self._prompts for _ in range(repeats)]
+            self.batch_repeat_interleave(repeats)
+            self._prompts = prompts
+
     def _is_fed(self, inputs_embeds: Tensor, position_ids: Tensor) -> bool:
         """Whether the layers are about to see the prompt: they see embeddings and positions, so these are compared."""
+        if position_ids.shape[1] != inputs_embeds.shape[1]:
+            return False
         expected, places, begin = [], [], 0
         for table, prompt, num_new in zip(self.tables, self._prompts, self.plan.query_lens, strict=True):
             tokens = prompt[table.num_tokens - num_new : table.num_tokens]

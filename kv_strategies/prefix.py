@@ -151,16 +151,20 @@ class PrefixCache(Sharing):
                 last = torch.tensor([len(chunk) - 1], device=device)
                 forward(strategy.model, cache, cache.plan, buffer.tensors["input_ids"], last)
                 self.publish(token_ids, table, salt)
-            path = self._path(token_ids, salt)
-            if path and path[-1] not in self._preloaded:
-                self._preloaded.add(path[-1])
-                for node in path:
-                    self.pool.share(node.block)
-                    self.num_pinned += node.num_pins == 0
-                    node.num_pins += 1
+            return self.pin(token_ids, salt)
         finally:
             table.release()
-        return len(path) * size
+
+    def pin(self, token_ids: Sequence[int], salt: str) -> int:
+        """Keep what is published of these tokens until `forget`. Returns how many tokens that are."""
+        path = self._path(token_ids, salt)
+        if path and path[-1] not in self._preloaded:
+            self._preloaded.add(path[-1])
+            for node in path:
+                self.pool.share(node.block)
+                self.num_pinned += node.num_pins == 0
+                node.num_pins += 1
+        return len(path) * self.pool.block_size
 
     def forget(self, token_ids: Sequence[int], salt: str) -> None:
         path = self._path(token_ids, salt)
