@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(case.name for case in cases) or f"no case matches {options.only!r}")
         return 0 if cases else 2
     results = options.out / f"{options.suite}-{machine.device_name(options.device)}.jsonl"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = run_all(cases, results, options.suite)
     table = report.write(options.out)
     print(f"\n{table.read_text()}" if options.suite == "default" else "")
@@ -125,7 +127,7 @@ def _in_process(case: Case, scratch: Path, say) -> dict:
             process.kill()
             process.wait()
             return {"status": "timeout", "error": f"stopped after {case.timeout} s"} | machine.conditions(case.device)
-        except KeyboardInterrupt:
+        except BaseException:  # interrupted or ended: no case outlives the bench
             process.kill()
             raise
         listener.join(5)

@@ -394,7 +394,7 @@ def _on_cpu(device: str, model: str | None, dtype: str) -> list[Case]:
     cases = []
     if not is_random(model):
         cases += _each("accuracy", ALL, model, dtype, device, {"lengths": [1, 17, 63, 300], "new_tokens": 16})
-    params = {"lengths": ragged(8, 16, 200), "new_tokens": 24, "repeats": 2}
+    params = {"lengths": ragged(8, 16, 320), "new_tokens": 24, "repeats": 2}
     cases += _each("throughput", ALL, model, dtype, device, params)
     params = {"points": [[1, 256], [1, 4200]], "new_tokens": 12}
     cases += _each("context", ["baseline", OURS, PAGED_GENERATE], model, dtype, device, params)
