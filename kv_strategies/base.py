@@ -142,10 +142,10 @@ class LowerTiers:
     A key names the contents of one block, all layers, K and V.
     """
 
-    def demote(self, key: bytes, block: int, tokens: Sequence[int] = ()) -> None:
+    def demote(self, key: bytes, block: int, tokens: bytes = b"") -> None:
         """Keep a copy of `block`, which holds `tokens`, under `key`. It may be overwritten as soon as this returns."""
 
-    def num_promotable(self, wanted: Sequence[tuple[bytes, Sequence[int]]]) -> int:
+    def num_promotable(self, wanted: Sequence[tuple[bytes, bytes]]) -> int:
         """How many of the first (key, tokens) of `wanted` are kept, and faster fetched than computed again."""
         return 0
 
@@ -354,10 +354,10 @@ class Strategy:
             first, last = self.retention.stale(table.num_tokens, self.block_size)
             if first == last:
                 continue
-            try:
-                copies = table.rebase(first, last)
-            except OutOfBlocks:
+            lacking = table.num_shared(last) - self.pool.num_free
+            if lacking > 0 and self.sharing.evict(lacking) < lacking:
                 continue
+            copies = table.rebase(first, last)
             if copies:
                 self.placement.copy_blocks(copies)
             blocks = torch.from_numpy(table.blocks[first:].astype("int64"))

@@ -223,12 +223,13 @@ class BlockTable:
         """
         pool = self.pool
         assert (self._ids[first:last] == NULL_BLOCK).all(), "only dropped blocks can be cut out"
-        shared = [place for place in range(last, self._size) if pool.ref_counts[self._ids[place]] > 1]
-        if len(shared) > pool.num_free:
-            raise OutOfBlocks(f"{len(shared)} shared blocks must be copied and {pool.num_free} are free")
+        if self.num_shared(last) > pool.num_free:
+            raise OutOfBlocks(f"{self.num_shared(last)} shared blocks must be copied and {pool.num_free} are free")
         copies = []
-        for place in shared:
+        for place in range(last, self._size):
             source = int(self._ids[place])
+            if pool.ref_counts[source] == 1:
+                continue
             self._ids[place] = pool.allocate(after=int(self._ids[place - 1]) if place else NULL_BLOCK)
             pool.release(source)
             copies.append((source, int(self._ids[place])))
@@ -238,6 +239,10 @@ class BlockTable:
         self.num_rebased += (last - first) * pool.block_size
         self.num_dead = first
         return copies
+
+    def num_shared(self, first: int) -> int:
+        """Blocks from table position `first` on that somebody else holds as well."""
+        return sum(self.pool.ref_counts[block] > 1 for block in self.blocks[first:] if block != NULL_BLOCK)
 
     @property
     def num_seen(self) -> int:

@@ -10,22 +10,24 @@ outlier costs precision in its own head of its own token alone (per-token scales
 with float32 accumulation, so no decoded copy of a context ever exists.
 
 Scales are bfloat16. They are rounded first and the codes computed from what was kept, so the coarse scale costs no
-accuracy: it moves the largest number by at most 127 * 2^-9 = 0.25 of a step, and rounding by 0.5 is there anyhow. The
-range is that of float32, where float16 would lose small heads. Bytes a token and head, K or V:
+accuracy: at worst the largest number is cut by 127 * 2^-8 = 0.496 of a step, and rounding may take 0.5 of one anyhow.
+The range is that of float32; float16 would lose precision in heads of small numbers. Bytes a token and head, K or V:
 
     D       bf16     1 byte and a bfloat16 scale      a float32 scale
     64      128      66      1.94 x the tokens        68     1.88 x
     128     256      130     1.97 x                   132    1.94 x
 
-Saves: half the memory, and half the bytes a decode step reads. Costs: int8 an error of at most absmax / 254 a number,
-which is even within a head; fp8 keeps three bits of mantissa, 2^-4 relative, better for small numbers and worse for
-large ones. Both are lossy. fp8 needs a GPU of compute capability 8.9 or higher; on a CPU torch converts it in software.
+Saves: half the memory, and half the bytes a decode step reads. Costs: with int8 an error of at most half a scale,
+absmax / 253, the same for all numbers of a head; fp8 keeps three bits of mantissa, an error of 2^-4 relative, which is
+better for small numbers and worse for large ones. fp8 needs a GPU of compute capability 8.9 or higher; on a CPU torch
+converts it in software.
 
     python -m kv_strategies.quantized      shows error and bytes on a small example
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -70,24 +72,28 @@ class Fp8(EightBit):
                 )
 
 
+def bytes_per_token(codec: Codec, num_heads: int, head_dim: int) -> int:
+    """Of K and V in one layer of a bfloat16 model."""
+    planes = codec.planes(num_heads, 1, head_dim, torch.bfloat16)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in planes.values())
+
+
 def main() -> None:
     torch.manual_seed(0)
     num_tokens, num_heads = 1000, 8
-    print(f"{num_tokens} random tokens of {num_heads} heads; an outlier of 20 in one of a hundred numbers.\n")
-    print(f"{'D':>4} {'codec':<6} {'bytes':>6} {'of bf16':>8} {'tokens':>8}   {'mean error':>10} {'worst':>8}   of absmax")
+    print(f"{num_tokens} random tokens of {num_heads} heads; one number in a hundred is an outlier (20 times).\n")
+    print(f"{'D':>3} {'codec':<5} {'bytes':>5} {'of bf16':>8} {'in the same memory':>19}   error / absmax: mean, worst")
     for head_dim in (64, 128):
         states = torch.randn(num_tokens, num_heads, head_dim)
         states[torch.rand(states.shape) < 0.01] *= 20
+        plain = bytes_per_token(Codec(), num_heads, head_dim)
         for codec in (Int8(), Fp8([])):
-            shapes = codec.planes(num_heads, 1, head_dim, torch.bfloat16).values()
-            plain = Codec().planes(num_heads, 1, head_dim, torch.bfloat16).values()
-            size, size_plain = (sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in all_)
-                                for all_ in (shapes, plain))  # fmt: skip
+            size = bytes_per_token(codec, num_heads, head_dim)
             codes, scale = quantise(states, codec.dtype, SCALE_DTYPE)
             error = (codes.float() * scale.float()[..., None] - states).abs() / states.abs().amax(-1, keepdim=True)
             print(
-                f"{head_dim:>4} {type(codec).__name__.lower():<6} {size:>6} {size / size_plain:>8.3f} "
-                f"{size_plain / size:>6.2f} x   {error.mean():>10.5f} {error.max():>8.5f}"
+                f"{head_dim:>3} {type(codec).__name__.lower():<5} {size:>5} {size / plain:>8.3f} "
+                f"{plain / size:>12.2f} x tokens   {error.mean():>20.5f} {error.max():.5f}"
             )
 
 

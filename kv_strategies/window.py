@@ -64,7 +64,7 @@ class SlidingWindow(Retention):
         if sinks < 0:
             raise ValueError(f"sinks must be 0 or more, got {sinks}")
         if window < max(1, sinks):
-            raise ValueError(f"the window must hold at least 1 token and as many as the sinks, got {window} and {sinks}")
+            raise ValueError(f"the window must be at least 1 token and as many as the sinks, got {window} and {sinks}")
         if window < block_size:
             raise ValueError(
                 f"a window of {window} tokens is smaller than a block of {block_size}, so no block could ever be freed "
