@@ -16,6 +16,7 @@ import torch
 
 from .base import Codec, KVShape, Spec, Strategy
 from .baseline import Baseline
+from .offload import Offload
 from .prefix import PrefixCache
 from .quantized import Fp8, Int8
 from .window import SlidingWindow
@@ -58,6 +59,28 @@ def _window(
     )
 
 
+def _offload(
+    spec: Spec,
+    model: LlamaForCausalLM,
+    top_n: int | None = None,
+    mass: float | None = None,
+    renormalise: bool = False,
+    resident: str = "k",
+    host_bytes: int | None = None,
+    disk_path: str | os.PathLike | None = None,
+    disk_bytes: int | None = None,
+) -> None:
+    spec.placement = Offload(
+        top_n=top_n,
+        mass=mass,
+        renormalise=renormalise,
+        resident=resident,
+        host_bytes=host_bytes,
+        disk_path=disk_path,
+        disk_bytes=disk_bytes,
+    )
+
+
 def _int8(spec: Spec, model: LlamaForCausalLM) -> None:
     _set_codec(spec, Int8())
 
@@ -78,6 +101,7 @@ STRATEGIES: dict[str, Preset] = {
     "paged": Preset("blocks of 16 tokens behind a block table (PagedAttention)", _paged),
     "prefix": Preset("requests that start alike share the blocks of their common start (RadixAttention)", _prefix),
     "window": Preset("the last 2048 tokens and 4 sinks, dead blocks given back (StreamingLLM); lossy", _window),
+    "offload": Preset("K on the GPU, V in host memory: streamed, or the heaviest tokens alone (KCache)", _offload),
     "int8": Preset("one byte a number and a scale a token and head; lossy", _int8),
     "fp8": Preset("the same bytes as float8 e4m3, where the GPU has it; lossy", _fp8),
 }
@@ -172,24 +196,27 @@ def _blocks_that_fit(model: LlamaForCausalLM, spec: Spec, memory_fraction: float
     if memory_fraction is not None and not 0 < memory_fraction <= 1:
         raise ValueError(f"memory_fraction must be in (0, 1], got {memory_fraction}")
     shape = KVShape.of(model)
-    bytes_per_block = shape.block_bytes(spec.codec, spec.block_size)
-    share_of_layers = max(shape.layer_devices.count(device) for device in set(shape.layer_devices))
-    bytes_per_block = bytes_per_block * share_of_layers // len(shape.layer_devices)
-    if shape.layer_devices[0].type == "cuda":
-        free = min(
-            torch.cuda.mem_get_info(device)[0]
-            + torch.cuda.memory_reserved(device)
-            - torch.cuda.memory_allocated(device)
-            for device in set(shape.layer_devices)
-        )
-        num_blocks = int(free * (memory_fraction or 0.8)) // bytes_per_block
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        num_blocks = int(free * (memory_fraction or 0.25)) // bytes_per_block
-        if memory_fraction is None:
-            num_blocks = min(num_blocks, -(-16 * model.config.max_position_embeddings // spec.block_size))
+    needed = spec.placement.bytes_per_block(shape.planes(spec.codec, spec.block_size), shape.layer_devices)
+    on_gpu = shape.layer_devices[0].type == "cuda"
+    share = memory_fraction or (0.8 if on_gpu else 0.25)
+    # Host memory beside a GPU: half of what is free, whatever share of the GPU is asked for.
+    fits = {
+        device: int(_free_bytes(device) * (0.5 if on_gpu and device.type == "cpu" else share)) // size
+        for device, size in needed.items()
+    }
+    scarce = min(fits, key=fits.__getitem__)
+    num_blocks, bytes_per_block, free = fits[scarce], needed[scarce], _free_bytes(scarce)
+    if not on_gpu and memory_fraction is None:
+        num_blocks = min(num_blocks, -(-16 * model.config.max_position_embeddings // spec.block_size))
     if num_blocks < 1:
         raise ValueError(
             f"one block of {spec.block_size} tokens takes {bytes_per_block / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
         )
     return num_blocks
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

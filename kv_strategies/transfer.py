@@ -1,8 +1,8 @@
 """Moving bytes between host and device: page-locked memory, side streams, and rows of it.
 
 A device copies from page-locked ("pinned") memory by itself, at the full rate of the link and beside the model's work,
-if the copy has a stream of its own. What must wait for what is said by marks: a stream leaves one, another waits for it.
-On a CPU there is one memory and one order of things: the same calls, and nothing to wait for.
+if the copy has a stream of its own. What must wait for what is said by marks: one stream leaves a mark, another waits
+for it. On a CPU there is one memory and one order of things: the same calls, and nothing to wait for.
 """
 
 from __future__ import annotations

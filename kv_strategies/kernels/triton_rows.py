@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan import LayerStore
-
 _WORDS = 2048  # int64 words a program
 
 
@@ -31,13 +29,15 @@ def copy_row_kernel(
     data = tl.load(
         source + layer * source_stride_layer + row.to(tl.int64) * source_stride_row + word, mask=word < size, other=0
     )
-    tl.store(target + layer * target_stride_layer + target_row.to(tl.int64) * target_stride_row + word, data, word < size)
+    tl.store(
+        target + layer * target_stride_layer + target_row.to(tl.int64) * target_stride_row + word, data, word < size
+    )
 
 
-def copy_slots(source: LayerStore, target: LayerStore, slot_mapping: Tensor, names: tuple[str, ...]) -> None:
-    """Copy the tokens in these slots [T] from one store to another, the planes named; slot -1 copies nothing."""
-    for name in names:
-        data, copy = getattr(source, name), getattr(target, name)
+def copy_slots(source: dict[str, Tensor], target: dict[str, Tensor], slot_mapping: Tensor) -> None:
+    """Copy the tokens in these slots [T] from one layer's planes to another's; slot -1 copies nothing."""
+    for name, data in source.items():
+        copy = target[name]
         dim = data.shape[3] if data.dim() == 4 else 1  # a scale a token is a vector of one number
         copy_slots_kernel[(len(slot_mapping),)](
             data, copy, slot_mapping, *data.stride()[:2], *copy.stride()[:2], data.stride(2), copy.stride(2),

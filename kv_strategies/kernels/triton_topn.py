@@ -142,8 +142,8 @@ def scores_kernel(
             k_scale_stride_block, k_scale_stride_head, BLOCK_SIZE, DIM, DIM_P2, QUANTISED,
         )  # fmt: skip
         score = products(q, k, GROUP)  # [ROWS, TILE]
-        if SINK_QUERY:
-            if start < num_sinks:  # noqa: SIM102 (the first is decided when compiled)
+        if SINK_QUERY:  # noqa: SIM102 (the first is decided when compiled)
+            if start < num_sinks:
                 score = tl.where((place < num_sinks)[None, :], products(q_sink, k, GROUP), score)
         score = score * (k_scales * scaling)[None, :]
         tl.store(target + place[None, :], score, mask=own[:, None] & seen[None, :])

@@ -1,0 +1,428 @@
+"""Offload: which tier holds these bytes?
+
+Keys decide where a query looks, values are what it takes from there. So all keys are needed at every step, and of the
+values only those that carry weight: KCache (He and Wu, 2024, arXiv 2404.18057) keeps K on the GPU and V in host memory.
+Blocks keep their numbers; half of each lies on the other side of the link:
+
+    block 7    K of all layers: GPU             V of all layers: page-locked host memory
+
+A prompt's V goes out as it is computed, a step's V token by token. Three ways to read it back:
+
+    exact    all V of a layer streams to the GPU while the layer before works (`stream.py`): lossless, at the rate of
+             the link
+    top_n    every head fetches the V of its N heaviest tokens, from inside the attention kernel (`kernels/topn.py`):
+             N rows in place of a context
+    mass     likewise, with N chosen per head and step so that the kept softmax mass reaches the bound, which bounds the
+             error; what was dropped is counted
+
+The lossy reads are for decode steps; prompts always attend exactly. `resident` says what stays on the GPU: "k" is
+KCache, with "none" both K and V stream, with "kv" nothing does. With `host_bytes` idle blocks move to host memory, and
+with `disk_path` on to a disk, instead of being forgotten (`tiers.py`).
+
+Saves: half of the KV memory of a GPU, or all but a few layers of it. Costs: exact, a step takes bytes / link rate,
+80 ms for 4 GB of V; top_n, what the dropped mass is worth, which the benchmark measures.
+
+    python -m kv_strategies.offload      shows the mass that N tokens cover, and where the bytes lie
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .base import Placement
+from .kernels import attention
+from .kernels.topn import TALLY, new_tally, topn_attention
+from .plan import LayerStore, Plan
+from .store import block_bytes, views_of
+from .stream import LayerStream
+from .tiers import Disk, Rate, Rates, Tiers
+from .transfer import Lane, Mark
+
+#: Fewer new tokens say little about how fast a prompt is computed.
+_MIN_TIMED_TOKENS = 32
+
+
+class Offload(Placement):
+    """K on the GPU and V in host memory, or what else the options say.
+
+    Args:
+        top_n: tokens whose V a head reads in a decode step; None for all.
+        mass: instead of `top_n`, the softmax mass that they must reach, in (0, 1].
+        renormalise: divide by the mass that was kept (see `kernels/topn.py`).
+        resident: what stays on the GPU: "k", "none" or "kv".
+        host_bytes: host memory that this may take, for what is not resident first and idle blocks with the rest.
+        disk_path, disk_bytes: a folder, and how much of it idle blocks may take that host memory has no room for.
+
+    Raises:
+        ValueError: options out of range, or that make no sense together.
+    """
+
+    def __init__(
+        self,
+        *,
+        top_n: int | None = None,
+        mass: float | None = None,
+        renormalise: bool = False,
+        resident: str = "k",
+        host_bytes: int | None = None,
+        disk_path: str | Path | None = None,
+        disk_bytes: int | None = None,
+    ):
+        if top_n is not None and mass is not None:
+            raise ValueError(f"give top_n or mass, not both: got top_n={top_n} and mass={mass}")
+        if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
+            raise ValueError(f"top_n must be a whole number of at least 1, got {top_n!r}; leave it out for exact reads")
+        if mass is not None and not 0 < mass <= 1:
+            raise ValueError(f"mass must be in (0, 1], got {mass}; leave it out for exact reads")
+        if resident not in ("k", "none", "kv"):
+            raise ValueError(f"resident must be 'k', 'none' or 'kv', got {resident!r}")
+        self.is_lossy = top_n is not None or mass is not None
+        if self.is_lossy and resident != "k":
+            raise ValueError(
+                f"top_n and mass read K on the GPU and V on the host: resident must be 'k', not {resident!r}"
+            )
+        if renormalise and not self.is_lossy:
+            raise ValueError("renormalise goes with top_n or mass: an exact read drops nothing")
+        if (disk_path is None) != (disk_bytes is None):
+            raise ValueError("disk_path and disk_bytes go together: a folder, and how much of it to use")
+        if disk_path is not None and host_bytes is None:
+            raise ValueError("blocks reach the disk through host memory: give host_bytes as well")
+        if resident == "kv" and host_bytes is None:
+            raise ValueError("with resident='kv' nothing streams: give host_bytes for idle blocks, or another resident")
+        self._resident, self._host_bytes = resident, host_bytes
+        self._disk_path, self._disk_bytes = disk_path, disk_bytes
+        self._lossy = {"top_n": top_n or 0, "mass": mass or 0.0, "renormalise": renormalise}
+        # An exact step streams by copies that change with the block tables; a graph would repeat those of its capture.
+        self.capturable = self.is_lossy or resident == "kv"
+        if self.is_lossy:
+            self.reads = f"top_n={top_n}" if top_n is not None else f"mass={mass}"
+            self.reads += ", renormalised" if renormalise else ""
+
+    # --- memory
+
+    def bytes_per_block(self, planes: dict, layer_devices: list[torch.device]) -> dict[torch.device, int]:
+        resident, streamed = self._split(planes)
+        needed: dict[torch.device, int] = {}
+        for device in dict.fromkeys(layer_devices):
+            num_layers = layer_devices.count(device)
+            if resident:
+                needed[device] = needed.get(device, 0) + block_bytes(num_layers, resident)
+            if streamed:
+                one = block_bytes(1, streamed)
+                needed[device] = needed.get(device, 0) + min(self._num_buffers, num_layers) * one
+                host = torch.device("cpu")
+                needed[host] = needed.get(host, 0) + num_layers * one
+        return needed
+
+    def allocate(self, num_blocks: int, planes: dict, layer_devices: list[torch.device]) -> None:
+        resident, streamed = self._split(planes)
+        self._names = list(planes)
+        self._parts = [
+            _Part(device, layer_devices.count(device), num_blocks, resident, streamed, self._num_buffers, self.is_lossy)
+            for device in dict.fromkeys(layer_devices)
+        ]
+        by_device = {part.device: part for part in self._parts}
+        seen = dict.fromkeys(by_device, 0)
+        self._layers: list[tuple[_Part, int]] = []
+        for device in layer_devices:
+            self._layers.append((by_device[device], seen[device]))
+            seen[device] += 1
+        rates = Rates()
+        self._clock = _PrefillClock(rates.prefill, layer_devices[0], len(layer_devices))
+        if self._host_bytes is not None:
+            self._add_tiers(num_blocks, next(iter(planes.values()))[0][1], rates)
+
+    @property
+    def _num_buffers(self) -> int:
+        """One is enough where only prompts stream: they have work to hide a copy behind, and memory is what counts."""
+        return 1 if self.is_lossy else 3
+
+    def _split(self, planes: dict) -> tuple[dict, dict]:
+        """The planes that stay on the device, and those that stream; a scale goes with what it scales."""
+        resident = {name: plane for name, plane in planes.items() if name[0] in self._resident}  # no letter of "none"
+        return resident, {name: plane for name, plane in planes.items() if name not in resident}
+
+    def _add_tiers(self, num_blocks: int, block_size: int, rates: Rates) -> None:
+        if len(self._parts) > 1:
+            raise ValueError("host_bytes keeps idle blocks of a model on one device; this one is spread over several")
+        part = self._parts[0]
+        memories = part.memories()
+        one = sum(memory.shape[0] * memory.shape[2] for memory in memories)
+        streamed = part.host_bytes
+        spare = self._host_bytes - streamed
+        wanted = self._resident == "kv" or self._disk_path is not None
+        if spare < 0 or (wanted and spare < one):
+            pieces = [f"{streamed} for what streams in {num_blocks} blocks"] * bool(streamed)
+            pieces += [f"{one} for at least one idle block"] * wanted
+            raise ValueError(
+                f"host_bytes={self._host_bytes} is too small: {streamed + one * wanted} bytes are needed "
+                f"({' and '.join(pieces)})"
+            )
+        if spare >= one:
+            disk = None if self._disk_path is None else Disk(self._disk_path, self._disk_bytes, one)
+            self.tiers = Tiers(memories, block_size, part.device, spare // one, rates, disk, part.settle, part.touched)
+
+    # --- the data plane
+
+    def open(self, layer_idx: int, plan: Plan) -> LayerStore:
+        part, layer = self._layers[layer_idx]
+        self._clock.open(layer_idx, plan)
+        if part.stream is None or self._reads_on_host(plan):
+            return part.layers[layer]
+        return LayerStore(**part.resident[layer], **part.stream.open(layer, plan))
+
+    def read(self, layer_idx: int, query: Tensor, layer: LayerStore, plan: Plan, **options) -> Tensor:
+        num_decodes = plan.num_decodes
+        if not self.is_lossy or not num_decodes:
+            return attention(query, layer, plan, **options)
+        part, index = self._layers[layer_idx]
+        is_mixed = not self._reads_on_host(plan)
+        if is_mixed:  # the decoding rows read their newest V on the host as well
+            part.stream.append(plan)
+            part.stream.settle()
+        both = {name: options[name] for name in ("scaling", "window", "sinks")}
+        sink_query = options["sink_query"]
+        own = None if sink_query is None else sink_query[:num_decodes]
+        part.num_heads = query.shape[1]
+        out = topn_attention(
+            query[:num_decodes], part.layers[index], plan, part.tally, sink_query=own, **both, **self._lossy
+        )
+        if not is_mixed:
+            return out
+        rest = plan.once("without the decoding rows", lambda: _without_decodes(plan))
+        behind = {
+            name: options[name][num_decodes:]
+            for name in ("sink_query", "key", "value")
+            if options.get(name) is not None
+        }
+        return torch.cat((out, attention(query[num_decodes:], layer, rest, **both, **behind)))
+
+    def close(self, layer_idx: int, plan: Plan) -> None:
+        part, _ = self._layers[layer_idx]
+        if part.stream is not None and not self._reads_on_host(plan):
+            part.stream.close(plan)
+        self._clock.close(layer_idx, plan)
+
+    def _reads_on_host(self, plan: Plan) -> bool:
+        """Whether this forward reads and writes V in host memory, where it is, and nothing streams."""
+        return self.is_lossy and plan.num_decodes == len(plan.query_lens)
+
+    # --- whole blocks
+
+    def key_layers(self) -> list[LayerStore]:
+        for part in self._parts:
+            part.synchronize()
+        return [part.layers[layer] for part, layer in self._layers]
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        for part in self._parts:
+            part.copy_blocks(list(copies))
+
+    def read_blocks(self, blocks: list[int]) -> Tensor:
+        for part in self._parts:
+            part.synchronize()
+        pieces = []
+        for name in self._names:
+            for part in self._parts:
+                plane = _bytes(part.planes[name])
+                pieces.append(plane[torch.tensor(blocks, device=plane.device)].flatten(1).cpu())
+        return torch.cat(pieces, dim=1)
+
+    def write_blocks(self, blocks: list[int], data: Tensor) -> None:
+        for part in self._parts:
+            part.synchronize()
+        for name in self._names:
+            for part in self._parts:
+                plane = _bytes(part.planes[name])
+                piece, data = data[:, : plane[0].numel()], data[:, plane[0].numel() :]
+                index = torch.tensor(blocks, device=plane.device)
+                plane[index] = piece.to(plane.device).view(-1, *plane.shape[1:])
+        for part in self._parts:
+            part.touched()
+
+    # --- figures
+
+    def bytes_per_tier(self) -> dict[str, int]:
+        tiers: dict[str, int] = {}
+        for part in self._parts:
+            tiers[part.device.type] = tiers.get(part.device.type, 0) + part.device_bytes
+            tiers["host"] = tiers.get("host", 0) + part.host_bytes
+        if isinstance(self.tiers, Tiers):
+            tiers[self._parts[0].device.type] += self.tiers.device_bytes
+            tiers["host"] += self.tiers.host_bytes
+        return {name: size for name, size in tiers.items() if size}
+
+    def stats(self) -> dict[str, object]:
+        streams = [part.stream for part in self._parts if part.stream is not None]
+        found = {
+            "bytes_to_device": sum(stream.bytes_fetched for stream in streams),
+            "bytes_to_host": sum(stream.bytes_appended for stream in streams),
+            **self.tiers.stats(),
+        }
+        if self.is_lossy:
+            reads, kept, dropped, _ = sum(part.tally.cpu() for part in self._parts).tolist()
+            worst = max(float(part.tally[TALLY.index("worst")]) for part in self._parts)
+            part = self._parts[0]
+            found["bytes_to_device"] += int(kept) * part.vector_bytes
+            found["bytes_to_host"] += int(reads) // part.num_heads * part.layers[0].v.shape[1] * part.vector_bytes
+            found |= {
+                "kept_tokens_mean": kept / reads if reads else None,
+                "dropped_mass_mean": dropped / reads if reads else None,
+                "dropped_mass_worst": worst if reads else None,
+            }
+        return found
+
+
+class _Part:
+    """The layers of one device: what is resident, and what streams."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        num_layers: int,
+        num_blocks: int,
+        resident: dict,
+        streamed: dict,
+        num_buffers: int,
+        in_order: bool,
+    ):
+        self.device, self.stream = device, None
+        self._slab = torch.empty(num_blocks, block_bytes(num_layers, resident), dtype=torch.uint8, device=device)
+        self.planes = views_of(self._slab, num_layers, resident)  # name -> [num_blocks, L, *shape]
+        self.resident = [{name: plane[:, layer] for name, plane in self.planes.items()} for layer in range(num_layers)]
+        self.tally, self.num_heads, self.vector_bytes = new_tally(device), 1, 0
+        if streamed:
+            self.stream = LayerStream(
+                num_blocks, num_layers, streamed, device, num_buffers=num_buffers, in_order=in_order
+            )
+            self.planes |= self.stream.planes
+            self.vector_bytes = sum(
+                math.prod(shape[2:]) * dtype.itemsize for name, (shape, dtype) in streamed.items() if name[0] == "v"
+            )
+        names = ("k", "v", "k_scale", "v_scale")
+        self.layers = [
+            LayerStore(*(self.planes[name][:, layer] if name in self.planes else None for name in names))
+            for layer in range(num_layers)
+        ]
+
+    def memories(self) -> list[Tensor]:
+        """Where the blocks lie: [L, N, bytes] each."""
+        near = [self._slab[None]] if self._slab.numel() else []
+        return near if self.stream is None else [*near, self.stream.host]
+
+    @property
+    def device_bytes(self) -> int:
+        return self._slab.numel() + (self.stream.buffers.numel() if self.stream else 0)
+
+    @property
+    def host_bytes(self) -> int:
+        return self.stream.host.numel() if self.stream else 0
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        if self._slab.numel():
+            source, destination = torch.tensor(copies, device=self.device).T
+            self._slab[destination] = self._slab[source]
+        if self.stream:
+            self.stream.copy_blocks(copies)
+
+    def settle(self) -> None:
+        if self.stream:
+            self.stream.settle()
+
+    def touched(self) -> None:
+        if self.stream:
+            self.stream.touched()
+
+    def synchronize(self) -> None:
+        """Wait, on the host, for all that is under way."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class _PrefillClock:
+    """How fast prompts are computed: the time from the first layer's attention to the last's, over their tokens."""
+
+    def __init__(self, rate: Rate, device: torch.device, num_layers: int):
+        self._rate, self._last_layer, self._lane = rate, num_layers - 1, Lane(device, main=True)
+        self._began: tuple[Mark, float] | None = None
+        self._timed: deque[tuple[int, Mark, Mark]] = deque()
+
+    def open(self, layer_idx: int, plan: Plan) -> None:
+        if layer_idx == 0:
+            is_prompt = plan.num_tokens - plan.num_decodes >= _MIN_TIMED_TOKENS
+            self._began = (self._lane.mark(timed=True), time.perf_counter()) if is_prompt else None
+
+    def close(self, layer_idx: int, plan: Plan) -> None:
+        if layer_idx != self._last_layer or self._began is None:
+            return
+        (mark, began), self._began = self._began, None
+        if mark is None:
+            self._rate.learn(plan.num_tokens, time.perf_counter() - began)
+            return
+        self._timed.append((plan.num_tokens, mark, self._lane.mark(timed=True)))
+        while self._timed[0][2].query():
+            num_tokens, mark, end = self._timed.popleft()
+            self._rate.learn(num_tokens, mark.elapsed_time(end) / 1e3)
+            if not self._timed:
+                break
+
+
+def _bytes(plane: Tensor) -> Tensor:
+    """[num_blocks, L, ..] of any type -> uint8, in place."""
+    return plane.view(torch.uint8)
+
+
+def _without_decodes(plan: Plan) -> Plan:
+    """The rows behind the first num_decodes, as a plan of their own."""
+    first = plan.num_decodes
+    return replace(
+        plan,
+        cu_seqlens_q=plan.cu_seqlens_q[first:] - first,
+        context_lens=plan.context_lens[first:],
+        positions=plan.positions[first:],
+        slot_mapping=plan.slot_mapping[first:],
+        block_tables=plan.block_tables[first:],
+        query_lens=plan.query_lens[first:],
+        row_lens=plan.row_lens[first:],
+        host_tables=plan.host_tables[first:],
+        num_decodes=0,
+        scratch={},
+    )
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    context, head_dim = 4096, 64
+    print(f"Softmax weights of one query over {context} random keys, by how sharp attention is.\n")
+    counts = (16, 32, 64, 128, 256)
+    print(f"{'scores spread over':<20}" + "".join(f"{f'top {n}':>9}" for n in counts) + f"{'N for 0.99':>12}")
+    query, keys = torch.randn(head_dim), torch.randn(context, head_dim)
+    for sharpness in (1, 2, 4):
+        weights = (sharpness * (keys @ query) * head_dim**-0.5).softmax(0).sort(descending=True).values
+        mass = weights.cumsum(0)
+        row = "".join(f"{mass[n - 1]:>9.3f}" for n in counts)
+        print(f"{f'{sharpness} standard deviations':<20.20}{row}{int((mass < 0.99).sum()) + 1:>12}")
+
+    print("\nLlama-2-7B, 16384 tokens, bfloat16: GB on the GPU, on the host, and over the link a step")
+    layers, heads, dim, size = 32, 32, 128, 2
+    plane = layers * heads * dim * size * 16384 / 1e9
+    rows = {
+        "all on the GPU": (2 * plane, 0, 0),
+        "resident='k', exact": (plane + 3 * plane / layers, plane, plane),
+        "resident='k', top_n=128": (plane + plane / layers, plane, plane * 128 / 16384),
+        "resident='none'": (3 * 2 * plane / layers, 2 * plane, 2 * plane),
+    }
+    for name, figures in rows.items():
+        print(f"{name:<26}" + "".join(f"{figure:>9.3f}" for figure in figures))
+
+
+if __name__ == "__main__":
+    main()
