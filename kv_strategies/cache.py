@@ -49,7 +49,7 @@ class AttendingCache(Cache):
         """
         num_rows, _, num_columns, _ = query.shape
         packed = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # [B * n, H, D], views
-        out = self.strategy.attend(layer_idx, *packed, self.plan, scaling)
+        out = self.strategy.attend(layer_idx, *packed, self.plan.on(query.device), scaling)
         return out.reshape(num_rows, num_columns, -1)
 
     def update(self, *args, **kwargs):
@@ -116,9 +116,10 @@ class StrategyCache(AttendingCache):
         if self._packing is None:
             return super().attend(layer_idx, query, key, value, scaling)
         num_rows, num_heads, num_columns, head_dim = query.shape
-        packed = (states.transpose(1, 2).flatten(0, 1)[self._packing] for states in (query, key, value))
+        packing = self._packing.to(query.device)
+        packed = (states.transpose(1, 2).flatten(0, 1)[packing] for states in (query, key, value))
         out = query.new_zeros(num_rows * num_columns, num_heads, head_dim)  # padding attends to nothing
-        out[self._packing] = self.strategy.attend(layer_idx, *packed, self.plan, scaling)
+        out[packing] = self.strategy.attend(layer_idx, *packed, self.plan.on(query.device), scaling)
         return out.view(num_rows, num_columns, -1)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -36,7 +36,7 @@ class Runner:
     Args:
         max_num_seqs: sequences in a step, samples counted.
         max_batch_tokens: tokens in a forward; longer prompts are prefilled in chunks.
-        cuda_graphs: replay decode steps as CUDA graphs; None for yes on a GPU.
+        cuda_graphs: replay decode steps as CUDA graphs; None for yes where the strategy allows it.
     """
 
     def __init__(
@@ -74,7 +74,13 @@ class Runner:
         # The newest token of each sequence, by slot; one more slot for the padding rows of a graph.
         self._last_token = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self._graphs = None
-        if on_gpu if cuda_graphs is None else cuda_graphs:
+        can_capture = on_gpu and strategy.placement.capturable and len(set(strategy.shape.layer_devices)) == 1
+        if cuda_graphs and not can_capture:
+            raise ValueError(
+                f"cuda_graphs needs all layers on one GPU and reads that a graph can hold; {strategy.name!r} on "
+                f"{self.device.type} cannot be captured"
+            )
+        if can_capture if cuda_graphs is None else cuda_graphs:
             self._graphs = DecodeGraphs(model, self._cache, self._last_token, max_num_seqs)
 
     # --- whole runs
@@ -279,7 +285,7 @@ class Runner:
             device_ids[:num_decoding] = self._last_token[buffer.tensors["slots"]]
         self._cache.plan = plan
         logits = forward(self.model, self._cache, plan, device_ids, buffer.tensors["last"])
-        return logits, sampling
+        return logits.to(self.device), sampling
 
     def _fork(self, seq: _Sequence) -> list[_Sequence]:
         """The other samples of a request whose prompt has just been computed: same blocks, own seeds."""
