@@ -13,6 +13,8 @@ The fifth question, where is token t, is the pool's own (`paged.py`). No policy 
 
 from __future__ import annotations
 
+import uuid
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +26,7 @@ from torch import Tensor
 from .identity import identity
 from .kernels import attention, store_kv
 from .paged import BlockPool, BlockTable, OutOfBlocks
-from .plan import LayerStore, Plan
+from .plan import NULL_BLOCK, LayerStore, Plan
 from .store import BlockStore, block_bytes
 
 if TYPE_CHECKING:
@@ -59,8 +61,10 @@ class Sharing:
     def clear(self) -> None:
         """Forget everything, and give all held blocks back."""
 
-    def open(self, pool: BlockPool, identity: dict[str, object]) -> None:
-        """Called once: the pool to share from, and what K and V depend on beside the tokens (see `identity.py`)."""
+    def open(self, pool: BlockPool, identity: dict[str, object], tiers: LowerTiers) -> None:
+        """Called once: the pool to share from, what K and V depend on beside the tokens (see `identity.py`), and where
+        evicted blocks may go.
+        """
 
     def count_hit(self, blocks: Iterable[int]) -> None:
         """A request that begins with these shared blocks was admitted."""
@@ -141,6 +145,8 @@ class LowerTiers:
 
     A key names the contents of one block, all layers, K and V.
     """
+
+    num_places = 0  # blocks that can be kept at once
 
     def demote(self, key: bytes, block: int, tokens: bytes = b"") -> None:
         """Keep a copy of `block`, which holds `tokens`, under `key`. It may be overwritten as soon as this returns."""
@@ -233,6 +239,19 @@ class Placement:
         return self.tiers.stats()
 
 
+class Suspended:
+    """The table of a preempted request, without blocks, and where their contents are: table position -> key."""
+
+    def __init__(self, table: BlockTable, keys: dict[int, bytes], tiers: LowerTiers):
+        self.table, self.keys = table, keys
+        weakref.finalize(self, _discard, tiers, list(keys.values()))
+
+
+def _discard(tiers: LowerTiers, keys: list[bytes]) -> None:
+    for key in keys:
+        tiers.discard(key)
+
+
 @dataclass
 class Spec:
     """What a strategy is built from. It starts as a plain block pool, and each part of the name changes its answer."""
@@ -259,7 +278,8 @@ class Strategy:
         self.pool = BlockPool(num_blocks, spec.block_size)
         planes = self.shape.planes(self.codec, spec.block_size)
         self.placement.allocate(num_blocks, planes, self.shape.layer_devices)
-        self.sharing.open(self.pool, identity(model, planes, spec.block_size, self.retention, self.placement))
+        about = identity(model, planes, spec.block_size, self.retention, self.placement)
+        self.sharing.open(self.pool, about, self.placement.tiers)
         self.num_prompt_tokens = self.num_hit_tokens = 0
         self.num_evictions = 0
 
@@ -290,12 +310,49 @@ class Strategy:
 
         return StrategyCache(self) if input_ids is None else PromptCache(self, input_ids, attention_mask, salt)
 
-    def open_table(self, token_ids: Sequence[int], salt: str = "") -> BlockTable:
+    def open_table(
+        self, token_ids: Sequence[int], salt: str = "", suspended: Suspended | None = None
+    ) -> BlockTable:
         """A block table for a new request, with the blocks that already hold the start of `token_ids`.
 
         At least the last token is left to compute, since its logits are wanted.
+
+        Args:
+            suspended: what `suspend` gave when the request was preempted; brought back where that pays.
         """
-        return BlockTable(self.pool, *self.sharing.match(token_ids[:-1], salt))
+        table = BlockTable(self.pool, *self.sharing.match(token_ids[:-1], salt))
+        if suspended is None or table.num_tokens + self.block_size > suspended.table.num_seen:
+            return table
+        return self._resume(suspended, beside=table) or table
+
+    def suspend(self, table: BlockTable) -> Suspended | None:
+        """Copy the contents of a table to a lower tier, if there is room: its blocks may be given back then."""
+        places = [place for place, block in enumerate(table.blocks) if block != NULL_BLOCK]
+        tiers = self.placement.tiers
+        if not places or len(places) > tiers.num_places:
+            return None
+        suspended = Suspended(table.hollow(), {place: uuid.uuid4().bytes for place in places}, tiers)
+        for place, key in suspended.keys.items():
+            tiers.demote(key, int(table.blocks[place]))
+        return suspended
+
+    def _resume(self, suspended: Suspended, beside: BlockTable) -> BlockTable | None:
+        """The table as it was, or None: there is no room yet, computing is faster, or a part has been lost."""
+        keys, tiers = suspended.keys, self.placement.tiers
+        needed = len(keys) + 1
+        if needed > self.pool.num_free + self.sharing.num_evictable():
+            return None
+        if tiers.num_promotable([(key, b"") for key in keys.values()]) < len(keys):
+            return None
+        beside.release()
+        if needed > self.pool.num_free:
+            self.num_evictions += self.sharing.evict(needed - self.pool.num_free)
+        table = suspended.table
+        table.fill(keys)
+        if all(tiers.promote(key, int(table.blocks[place])) for place, key in keys.items()):
+            return table
+        table.release()
+        return None
 
     def count_hit(self, token_ids: Sequence[int], table: BlockTable) -> None:
         """A request was admitted with a table that `open_table` gave."""
@@ -349,11 +406,11 @@ class Strategy:
         For those who take positions from the plan: afterwards a token stands at another index of its row. A table whose
         shared blocks find no room to be copied is left for a later step.
         """
-        self.retire(tables)
         for table in tables:
             first, last = self.retention.stale(table.num_tokens, self.block_size)
             if first == last:
                 continue
+            self.retire([table])
             lacking = table.num_shared(last) - self.pool.num_free
             if lacking > 0 and self.sharing.evict(lacking) < lacking:
                 continue
@@ -438,7 +495,7 @@ class Strategy:
         """What the pool holds and what has moved. Bytes are what the allocators have set aside for blocks."""
         held = self.sharing.held_blocks()
         num_cached = sum(self.pool.ref_counts[block] == 1 for block in set(held))
-        live = [table for table in self.pool.tables if table.num_tokens]
+        live = [table for table in self.pool.tables if (table.blocks != NULL_BLOCK).any()]
         tokens = sum(table.num_live for table in live)
         places = sum(int((table.blocks >= 0).sum()) for table in live) * self.block_size
         kv_bytes = self.placement.bytes_per_tier()

@@ -118,19 +118,21 @@ class SlidingWindow(Retention):
         layer.k[blocks], layer.k_scale[blocks] = quantise(turn(key, cos, sin), layer.k.dtype, layer.k_scale.dtype)
 
     def _angles(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [.., 1, D / 2] float32 of turning by so many places [..]."""
+        """cos and sin [.., 1, D] float32 of turning by so many places [..]; see `turn` for the signs."""
         inv_freq = self._rotary_emb.inv_freq.to(places.device, torch.float32)
         angles = places[..., None, None] * inv_freq
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys [.., H, D] further by angles [.., 1, D / 2], in float32.
+    """Rotate queries or keys [.., H, D] further, in float32.
 
-    Number i and number i + D / 2 of a head are one pair (the convention of Transformers' Llama).
+    Number i and number i + D / 2 of a head are one pair (x, y), the convention of Transformers' Llama, and become
+    (x cos - y sin, y cos + x sin).
     """
-    x, y = states.float().chunk(2, -1)
-    return torch.cat((x * cos - y * sin, y * cos + x * sin), -1).to(states.dtype)
+    swapped = states.roll(states.shape[-1] // 2, -1)
+    return torch.addcmul(states * cos, swapped, sin).to(states.dtype)
 
 
 def main() -> None:
