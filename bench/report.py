@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
+README = RESULTS.parent.parent / "README.md"
+MARKS = ("<!-- made by make report -->", "<!-- end -->")
 COMPARISON = ("default", "equality")  # suites that make comparison_table.md; any other makes <suite>_table.md
 NONE = "-"
 GENERATE_BATCH_NOTE = (
@@ -49,7 +51,29 @@ def write(folder: Path = RESULTS) -> Path:
         text = render([line for line in lines if line["suite"] == suite], f"Suite {suite}")
         (folder / f"{suite}_table.md").write_text(text)
     plot(compared, folder)
+    if folder == RESULTS:
+        README.write_text(with_headline(README.read_text(), compared))
     return path
+
+
+def with_headline(readme: str, lines: list[dict]) -> str:
+    """The README with its picture and table, between the two marks, made anew: from the largest model on a GPU, else
+    from what there is."""
+    throughput = [line for line in lines if line["workload"] == "throughput" and line["status"] == "ok"]
+    if not throughput:
+        return readme
+    best = max(throughput, key=lambda line: ("gpu" in line["machine"], line["result"]["parameter_bytes"]))
+    section = Machine([line for line in lines if _machine(line) == _machine(best)])
+    model, dtype, picture = best["model"], best["dtype"], _picture(best["device"], best["model"], best["dtype"])
+    text = [
+        f"![{model}: throughput, memory and decode step](bench/results/{picture})",
+        f"{model} ({dtype}) on {_machine(best)}. All tables, conditions and losses: "
+        "[bench/results/comparison_table.md](bench/results/comparison_table.md).",
+        section.comparison(model, dtype).split("\n\n", 1)[1],
+    ]
+    begin, rest = readme.split(MARKS[0])
+    _, end = rest.split(MARKS[1])
+    return "\n\n".join([begin + MARKS[0], *text, MARKS[1] + end])
 
 
 def render(lines: list[dict], title: str) -> str:
@@ -401,10 +425,14 @@ def plot(lines: list[dict], folder: Path) -> list[Path]:
         section = Machine(own)
         device = own[0]["device"]
         for model, dtype in _unique((line["model"], line["dtype"]) for line in own if line["workload"] == "throughput"):
-            path = folder / f"{device}-{model}-{dtype}.png".lower()
+            path = folder / _picture(device, model, dtype)
             if _figure(section, model, dtype, f"{model}, {dtype}, {machine}", path):
                 written.append(path)
     return written
+
+
+def _picture(device: str, model: str, dtype: str) -> str:
+    return f"{device}-{model}-{dtype}.png".lower()
 
 
 def _figure(section: Machine, model: str, dtype: str, title: str, path: Path) -> bool:

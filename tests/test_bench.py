@@ -211,3 +211,14 @@ def test_a_process_that_dies_or_hangs_is_a_line(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\nexec sleep 30\n")
     line = run_one(Case("machine", "limits", None, "float32", "cpu", timeout=1), tmp_path, "default")
     assert (line["status"], line["error"]) == ("timeout", "stopped after 1 s")
+
+
+def test_the_readme_shows_the_largest_model_on_a_gpu():
+    small = throughput("paged", 10.0, 1e9)
+    large = throughput("paged", 4321.0, 2e9, about=GPU, model="llama-2-7b-random", dtype="bfloat16")
+    large["result"]["parameter_bytes"] = 13_000_000_000
+    once = report.with_headline(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n", [small, large])
+    assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once
+    assert "4321.0" in once and "a-card-llama-2-7b-random-bfloat16.png" in once and "10.0" not in once
+    assert report.with_headline(once, [small, large]) == once
+    assert report.with_headline(once, []) == once
