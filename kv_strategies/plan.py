@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ class LayerStore(NamedTuple):
 class Group(NamedTuple):
     """Rows whose first `num_tokens` tokens are in the same blocks: a multiple of block_size, none of them new.
 
-    All queries of the group see all of these tokens, so attention may read them once for all (cascade attention; Juravsky
+    All queries of the group see all of these tokens, so attention may read them once for all (cascade; Juravsky
     et al., Hydragen, 2024, arXiv 2402.05099) and merge each row's private rest by log-sum-exp:
 
         rows first..last - 1    [ shared, read once ][ private 0 ]
@@ -213,7 +214,7 @@ class PlanBuffer:
 
 
 def find_groups(block_tables: np.ndarray, past_lens: list[int], block_size: int) -> list[Group]:
-    """Neighbouring rows to be read as groups, chosen so that the fewest tokens are read.
+    """Neighbouring rows to be read as groups: all of a stretch, or the stretches between its weakest links.
 
     Args:
         block_tables: [B or more, max_blocks].

@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from common import VOCAB, baseline_tokens, random_requests, tiny_llama
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers import DynamicCache
 
-from kv_strategies import Request, Runner, build, prefix, saved
+from kv_strategies import Request, Runner, build, plan, prefix, saved
 from kv_strategies.paged import BlockPool, BlockTable, OutOfBlocks
 from kv_strategies.prefix import PrefixCache
 
@@ -716,3 +717,81 @@ def test_a_failed_copy_leaves_no_block_behind(tmp_path, monkeypatch):
         strategy.load(path)
     strategy.check_integrity()
     assert strategy.stats()["blocks_free"] == 60 and strategy.sharing.tree() == ""
+
+
+# --- fan-out: one history, many candidates
+
+
+def group_tables(rows, width=8):
+    tables = np.full((len(rows), width), -1, dtype=np.int32)
+    for index, row in enumerate(rows):
+        tables[index, : len(row)] = row
+    return tables
+
+
+@pytest.mark.parametrize(
+    ("rows", "past_lens", "expected"),
+    [
+        ([[1, 2, 3], [1, 2, 4], [1, 2, 5]], [6, 6, 6], [(0, 3, 4)]),
+        ([[1, 2, 3], [4, 5, 6]], [6, 6], []),
+        ([[1, 2, 3], [1, 2, 3]], [3, 6], [(0, 2, 2)]),  # the second block of the first row is partly new
+        ([[1, 2, 3], [1, 2, 4], [7, 8], [7, 8]], [6, 6, 4, 4], [(0, 2, 4), (2, 4, 4)]),
+        ([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 7], [1, 7, 8]], [10, 10, 4, 6], [(0, 2, 8), (2, 4, 4)]),
+        ([[1, 2, 3], [1, 2, 4], [1, 5, 6], [1, 5, 7]], [6] * 4, [(0, 2, 4), (2, 4, 4)]),  # 8 spared, 6 as one
+        ([[1, 2], [1, 3], [1, 4], [1, 5, 5], [1, 5, 6]], [4, 4, 4, 6, 6], [(0, 5, 2)]),  # 8 spared, 4 as a pair
+        ([[-1, 2, 3], [-1, 2, 3]], [6, 6], []),  # out of the window
+        ([[-1, 2, 3], [1, 2, 3], [1, 2, 3]], [6] * 3, [(1, 3, 6)]),
+        ([[1, 2]], [4], []),
+    ],
+)
+def test_rows_that_begin_alike_form_groups(monkeypatch, rows, past_lens, expected):
+    monkeypatch.setattr(plan, "MIN_TOKENS_SHARED", 2)
+    monkeypatch.setattr(plan, "MIN_TOKENS_SPARED", 2)
+    assert plan.find_groups(group_tables(rows), past_lens, block_size=2) == expected
+
+
+def test_groups_are_formed_where_they_pay(monkeypatch):
+    block_size = plan.MIN_TOKENS_SHARED // 4
+    worth = -(-plan.MIN_TOKENS_SPARED // plan.MIN_TOKENS_SHARED) + 1
+    for num_rows, num_blocks, expected in [(worth, 4, 1), (worth - 1, 4, 0), (10 * worth, 3, 0), (2, 4 * worth, 1)]:
+        rows = group_tables([list(range(num_blocks))] * num_rows, width=num_blocks)
+        assert len(plan.find_groups(rows, [num_blocks * block_size] * num_rows, block_size)) == expected
+
+
+@pytest.mark.parametrize("name", ["prefix", "prefix+int8"])
+@pytest.mark.parametrize("chunk", [12, 400])
+def test_candidates_read_the_history_once(monkeypatch, name, chunk):
+    """Tokens as without groups, and the shared blocks are read once a step."""
+    history = STEM * 3
+    requests = [Request([*history, *[i] * (i % 7 + 1)], max_new_tokens=6, n=1 + i % 2, seed=i) for i in range(20)]
+    groups, plans = [], []
+    fill = plan.PlanBuffer.fill
+
+    def record(self, *args):
+        plans.append(fill(self, *args))
+        groups.extend(plans[-1].row_groups)
+        return plans[-1]
+
+    monkeypatch.setattr(plan.PlanBuffer, "fill", record)
+    results = []
+    for limit in (4, 10**9):
+        monkeypatch.setattr(plan, "MIN_TOKENS_SHARED", limit)
+        monkeypatch.setattr(plan, "MIN_TOKENS_SPARED", limit)
+        strategy = build(name, DEEP, num_blocks=200, block_size=4)
+        strategy.preload(history)
+        runner = Runner(DEEP, strategy, max_num_seqs=30, max_batch_tokens=30 + chunk)
+        results.append([result.token_ids for result in runner.generate(requests)])
+        strategy.check_integrity()
+        if limit == 4:
+            assert max(group.last_row - group.first_row for group in groups) > 10
+            assert {group.num_tokens for group in groups} >= {148}, "all full blocks of the history"
+            for made in plans:
+                for index, group in enumerate(made.row_groups):
+                    assert tuple(made.groups[index].tolist()) == group
+                    assert (made.shared_lens[group.first_row : group.last_row] == group.num_tokens).all()
+                assert not made.groups[len(made.row_groups) :].any()
+            groups.clear()
+    assert not groups, "10**9 tokens are never spared"
+    assert results[0] == results[1]
+    if name == "prefix":
+        assert results[0] == baseline_tokens(DEEP, requests)

@@ -12,7 +12,7 @@ together. The parts depend on the block tables alone: they are found once a plan
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -63,15 +63,19 @@ def attention(
     grouped = query.to(dtype).reshape(shape)  # [T, 1, Hkv, G, D]
     sink_grouped = grouped if sink_query is None else sink_query.to(dtype).reshape(shape)
 
+    shared = cascade(grouped, layer, plan, scaling) if not (window or sinks) else {}
     outs = []  # one [n, Hkv, G, D] a row
     begin = 0
     for row, (query_len, context_len) in enumerate(zip(plan.query_lens, plan.row_lens, strict=True)):
         end = begin + query_len
         first = max(sinks, context_len - window) if window else sinks
+        num_shared, seen = shared.get(row, (0, []))
         if query_len == 1 and context_len:
+            first = max(first, num_shared)
             partials = [
                 flash(grouped[begin], k, v, scale=scaling) for k, v in parts(layer, plan, row, first, context_len)
             ]
+            partials += seen  # n = 1: [1, Hkv, G, D] are [n, Hkv, G, D]
             for k, v in parts(layer, plan, row, 0, min(sinks, context_len)):
                 partials.append(flash(sink_grouped[begin], k, v, scale=scaling))
             outs.append(merge(partials))
@@ -79,7 +83,7 @@ def attention(
             queries, sink_queries = grouped[begin:end, 0], sink_grouped[begin:end, 0]
             outs.append(windowed_prefill(queries, sink_queries, layer, plan, row, scaling, window, sinks))
         elif query_len and context_len:
-            outs.append(prefill(grouped[begin:end, 0], layer, plan, row, scaling))
+            outs.append(prefill(grouped[begin:end, 0], layer, plan, row, scaling, num_shared, seen))
         else:
             outs.append(torch.zeros_like(grouped[begin:end, 0]))
         begin = end
@@ -89,8 +93,36 @@ def attention(
     return out.view(query.shape).to(query.dtype)
 
 
-def prefill(query: Tensor, layer: LayerStore, plan: Plan, row: int, scaling: float) -> Tensor:
-    """Queries [n, Hkv, G, D] of one row: the past without a mask, their own tokens causally, merged; no mask."""
+def cascade(grouped: Tensor, layer: LayerStore, plan: Plan, scaling: float) -> dict[int, tuple[int, list]]:
+    """The tokens that several rows share, read once for all of their queries [T, 1, Hkv, G, D].
+
+    Returns:
+        row -> how many tokens are done, and for each part of them (out [n, Hkv, G, D], lse [n, Hkv, G]) of its queries.
+    """
+    done = {}
+    starts = [0, *accumulate(plan.query_lens)]
+    for first, last, num_tokens in plan.row_groups:
+        queries = grouped[starts[first] : starts[last], 0]  # [m, Hkv, G, D], of all rows
+        num_queries, num_kv_heads, group, head_dim = queries.shape
+        stacked = queries.transpose(0, 1).reshape(1, num_kv_heads, num_queries * group, head_dim)
+        partials = []
+        for k, v in parts(layer, plan, first, 0, num_tokens):
+            out, lse = flash(stacked, k, v, scale=scaling)
+            out = out.reshape(num_kv_heads, num_queries, group, head_dim).transpose(0, 1)
+            partials.append((out, lse.reshape(num_kv_heads, num_queries, group).transpose(0, 1)))
+        for row in range(first, last):
+            own = slice(starts[row] - starts[first], starts[row + 1] - starts[first])
+            done[row] = num_tokens, [(out[own], lse[own]) for out, lse in partials]
+    return done
+
+
+def prefill(
+    query: Tensor, layer: LayerStore, plan: Plan, row: int, scaling: float, num_shared: int, seen: list
+) -> Tensor:
+    """Queries [n, Hkv, G, D] of one row: the past without a mask, their own tokens causally, merged; no mask.
+
+    The first `num_shared` tokens are done already: `seen` holds what they give, see `cascade`.
+    """
     query_len, num_kv_heads, group, head_dim = query.shape
     context_len = plan.row_lens[row]
     past = context_len - query_len
@@ -98,10 +130,10 @@ def prefill(query: Tensor, layer: LayerStore, plan: Plan, row: int, scaling: flo
     ((k, v),) = parts(layer, plan, row, past, context_len, whole=True)  # [1, Hkv, n, D]
     shared = (num_kv_heads, group, query_len, head_dim)
     partials = [flash(heads, k[0, :, None].expand(shared), v[0, :, None].expand(shared), 0.0, True, scale=scaling)]
-    if past:
-        for k, v in parts(layer, plan, row, 0, past):
-            shared = (num_kv_heads, group, k.shape[2], head_dim)
-            partials.append(flash(heads, k[0, :, None].expand(shared), v[0, :, None].expand(shared), scale=scaling))
+    for k, v in parts(layer, plan, row, num_shared, past):
+        shared = (num_kv_heads, group, k.shape[2], head_dim)
+        partials.append(flash(heads, k[0, :, None].expand(shared), v[0, :, None].expand(shared), scale=scaling))
+    partials += [(out.permute(1, 2, 0, 3), lse.permute(1, 2, 0)) for out, lse in seen]
     return merge(partials).permute(2, 0, 1, 3)  # [n, Hkv, G, D]
 
 
