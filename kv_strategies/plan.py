@@ -99,7 +99,8 @@ class Plan:
         if device == self.device:
             return self
         if device not in self.scratch:
-            tensors = {name: getattr(self, name).to(device) for name in PLAN_TENSORS}
+            tensors = {name: getattr(self, name) for name in PLAN_TENSORS}
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
             self.scratch[device] = replace(self, **tensors, scratch={})
         return self.scratch[device]
 
