@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import output_capturing
 
+from . import fused
 from .base import Strategy
 from .paged import BlockTable, OutOfBlocks
 from .plan import Plan, PlanBuffer
@@ -32,8 +33,11 @@ class AttendingCache(Cache):
 
     @property
     def decoder_layers(self):
-        """The stack that `LlamaModel` runs."""
-        return self.strategy.model.model.layers
+        """The stack that `LlamaModel` runs: the strategy's own, in one piece, or the plain layers."""
+        stack = self.strategy.stack
+        if stack is None or fused.is_observed():
+            return self.strategy.model.model.layers
+        return [stack]
 
     def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
         """Called in place of `create_causal_mask`: nothing to do where the plan is there already."""
@@ -124,7 +128,8 @@ class StrategyCache(AttendingCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest columns: a negative count of them, or (older releases) the positive length to keep."""
-        keep = tokens_to_remove if tokens_to_remove > 0 else self.num_columns + tokens_to_remove
+        count = int(tokens_to_remove)  # a tensor in older releases
+        keep = count if count > 0 else self.num_columns + count
         removed = self.num_columns - keep
         if removed <= 0:
             return
