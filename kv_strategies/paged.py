@@ -193,6 +193,19 @@ class BlockTable:
         twin.num_dead, twin.num_rebased = self.num_dead, self.num_rebased
         return twin
 
+    def hollow(self) -> BlockTable:
+        """A table like this one without any blocks, to be filled when their contents come back."""
+        twin = BlockTable(self.pool, np.full(self._size, NULL_BLOCK), self.num_tokens)
+        twin.num_dead, twin.num_rebased = self.num_dead, self.num_rebased
+        return twin
+
+    def fill(self, places: Iterable[int]) -> None:
+        """Take a block from the pool for each of these table positions."""
+        last = NULL_BLOCK
+        for place in places:
+            assert self._ids[place] == NULL_BLOCK, "the place is taken"
+            self._ids[place] = last = self.pool.allocate(after=last)
+
     def truncate(self, num_tokens: int) -> None:
         """Forget all tokens after the first `num_tokens`."""
         if not 0 <= num_tokens <= self.num_tokens:

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from . import saved
-from .base import Placement, Sharing
+from .base import LowerTiers, Placement, Sharing
 from .identity import fingerprint
 from .paged import BlockPool, BlockTable
 from .plan import NULL_BLOCK, PlanBuffer
@@ -60,8 +60,9 @@ class Node:
 class PrefixCache(Sharing):
     """Blocks by the hash of their tokens and of all tokens before them."""
 
-    def open(self, pool: BlockPool, identity: dict[str, object]) -> None:
+    def open(self, pool: BlockPool, identity: dict[str, object], tiers: LowerTiers | None = None) -> None:
         self.pool = pool
+        self._tiers = tiers or LowerTiers()
         self.identity = identity
         self._fingerprint = fingerprint(identity)
         self._roots: dict[bytes, Node] = {}
@@ -76,6 +77,7 @@ class PrefixCache(Sharing):
         path = self._path(token_ids, salt)
         for node in path:
             self.pool.share(node.block)
+        path += self._promote(path[-1] if path else self.root(salt_digest(self._fingerprint, salt)), token_ids, len(path))
         return [node.block for node in path], len(path) * self.pool.block_size
 
     def publish(self, token_ids: Sequence[int], table: BlockTable, salt: str) -> None:
@@ -106,7 +108,7 @@ class PrefixCache(Sharing):
     def evict(self, num_blocks: int) -> int:
         before = self.pool.num_free
         while self.pool.num_free < before + num_blocks and self.pool.idle:
-            self.drop(self._by_block[next(iter(self.pool.idle))])
+            self.drop(self._by_block[next(iter(self.pool.idle))], self._tiers.demote)
         return self.pool.num_free - before
 
     def num_evictable(self) -> int:
@@ -255,8 +257,27 @@ class PrefixCache(Sharing):
         data, size = np.asarray(token_ids, dtype="<i4").tobytes(), 4 * self.pool.block_size
         return (data[begin : begin + size] for begin in range(0, len(data) - size + 1, size))
 
-    def drop(self, node: Node) -> None:
-        """Let go of a block and of all behind it, which nobody could reach any more."""
+    def _promote(self, parent: Node, token_ids: Sequence[int], num_known: int) -> list[Node]:
+        """The blocks behind the first `num_known` that a lower tier holds, one reference each to the caller."""
+        digest, wanted = parent.digest, []
+        for tokens in list(self._split(token_ids))[num_known:]:
+            digest = block_digest(digest, tokens)
+            wanted.append((digest, tokens))
+        promoted = []
+        for digest, tokens in wanted[: self._tiers.num_promotable(wanted)]:
+            if not self.pool.num_free and not self.evict(1):
+                break
+            block = self.pool.allocate()
+            node = self.insert(parent, tokens, block) if self._tiers.promote(digest, block) else None
+            if node is None:
+                self.pool.release(block)
+                break
+            promoted.append(node)
+            parent = node
+        return promoted
+
+    def drop(self, node: Node, keep: Callable[[bytes, int, bytes], None] = lambda *_: None) -> None:
+        """Let go of a block and of all behind it, which nobody could reach any more; `keep` may copy them first."""
         del node.parent.children[node.digest]
         if node.parent.parent is None and not node.parent.children:
             del self._roots[node.parent.digest]
@@ -264,6 +285,7 @@ class PrefixCache(Sharing):
         while below:
             node = below.pop()
             below += node.children.values()
+            keep(node.digest, node.block, node.tokens)
             del self._nodes[node.digest], self._by_block[node.block]
             self.pool.discard(node.block)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Strategy
+from .base import Strategy, Suspended
 from .baseline import Baseline
 from .cache import AttendingCache
 from .graphs import DecodeGraphs
@@ -204,19 +204,23 @@ class Runner:
         if not self._waiting or len(self._free_slots) < self._waiting[0].num_samples:
             return None
         seq = self._waiting[0]
-        table = self.strategy.open_table(seq.tokens, seq.request.salt)
+        table = self.strategy.open_table(seq.tokens, seq.request.salt, seq.suspended)
         if not self.strategy.has_room(table, len(seq.tokens) - table.num_tokens, self.max_batch_tokens):
             table.release()
             return None
-        self.strategy.count_hit(seq.tokens, table)
+        if seq.suspended is None or table is not seq.suspended.table:
+            self.strategy.count_hit(seq.tokens, table)
         self._waiting.popleft()
         seq.admit(table, [self._free_slots.pop() for _ in range(seq.num_samples)])
         self._running.append(seq)
         return seq
 
     def _preempt(self, seq: _Sequence) -> None:
-        """Take the blocks of a sequence away; it waits at the head of the queue and is computed again."""
+        """Take the blocks of a sequence away. It waits at the head of the queue, and is computed again where no lower
+        tier has taken them.
+        """
         self.num_preemptions += 1
+        seq.suspended = self.strategy.suspend(seq.table)
         self.strategy.sharing.publish(seq.tokens, seq.table, seq.request.salt)
         self._leave(seq)
         self._waiting.appendleft(seq)
@@ -398,6 +402,7 @@ class _Sequence:
         self.output = Output(request, sample_index, submitted)  # tokens read back
         self.num_issued = 0  # tokens drawn, those still on the device included
         self.table: BlockTable | None = None
+        self.suspended: Suspended | None = None  # what it had computed when it was preempted
         self.slots: list[int] = []  # its own, and until the prompt is computed those of its other samples
         self.num_to_prefill = 0
         self.finished = False
@@ -418,7 +423,7 @@ class _Sequence:
 
     def admit(self, table: BlockTable, slots: list[int]) -> None:
         """Start, or start again, with all tokens known so far to compute but those that `table` holds."""
-        self.table, self.slots = table, slots
+        self.table, self.slots, self.suspended = table, slots, None
         self.num_to_prefill = len(self.tokens)
         if not self.num_issued:
             self.output.num_cached_tokens = table.num_tokens

@@ -65,17 +65,20 @@ class Tiers(LowerTiers):
         self.rates = rates
         self.block_bytes = bytes_of(memories)
         self.num_promoted = self.num_refused = self.bytes_down = self.bytes_up = 0
+        self.num_places = num_blocks + (disk.num_places if disk else 0)
         self._block_size, self._disk = block_size, disk
         self._host = host_memory(num_blocks, self.block_bytes, device=device)
         self._crossing = _Crossing(memories, device, self.rates, settle, touched)
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # in host memory, the longest unused first
         self._leaving: OrderedDict[bytes, tuple[_Kept, Future]] = OrderedDict()  # in host memory, being written to disk
+        self._unwanted: deque[bytes] = deque()
         self._free = list(range(num_blocks))
         self._spare = max(1, min(8, num_blocks // 8))  # places freed ahead of need, while the disk writes beside
 
     # --- down
 
     def demote(self, key: bytes, block: int, tokens: bytes = b"") -> None:
+        self._collect()
         if self._find(key) is not None:
             return  # a key names contents: what is kept is the same
         place = self._free_place()
@@ -85,7 +88,6 @@ class Tiers(LowerTiers):
         self._write_behind()
 
     def _free_place(self) -> int:
-        self._collect()
         if not self._free and self._leaving:
             self._collect(wait=True)
         if not self._free:
@@ -106,7 +108,9 @@ class Tiers(LowerTiers):
             self._leaving[key] = kept, written
 
     def _collect(self, *, wait: bool = False) -> None:
-        """Take back the places of blocks that the disk has; wait for the first of them, if told."""
+        """Take back the places of what is not wanted, and of blocks that the disk has; wait for the first, if told."""
+        while self._unwanted:
+            self._forget(self._unwanted.popleft())
         while self._leaving and (wait or next(iter(self._leaving.values()))[1].done()):
             _, (kept, written) = self._leaving.popitem(last=False)
             self.rates.disk_write.learn(self.block_bytes, written.result())
@@ -117,6 +121,7 @@ class Tiers(LowerTiers):
 
     def num_promotable(self, wanted: Sequence[tuple[bytes, bytes]]) -> int:
         """The number of leading blocks that saves most: a block too slow to fetch may lead to others that are not."""
+        self._collect()
         best, best_saved, saved = 0, 0.0, 0.0
         for count, (key, tokens) in enumerate(wanted, start=1):
             kept = self._find(key)
@@ -166,6 +171,9 @@ class Tiers(LowerTiers):
         return self._disk.find(key) if self._disk else None
 
     def discard(self, key: bytes) -> None:
+        self._unwanted.append(key)  # a finalizer may call this in the middle of anything
+
+    def _forget(self, key: bytes) -> None:
         if key in self._leaving:
             kept, written = self._leaving.pop(key)
             written.result()
@@ -179,7 +187,7 @@ class Tiers(LowerTiers):
         while self._leaving:
             self._collect(wait=True)
         for key in list(self._kept):
-            self.discard(key)
+            self._forget(key)
         if self._disk:
             self._disk.clear()
 
@@ -306,9 +314,9 @@ class Disk:
             handle, path = tempfile.mkstemp(dir=folder, prefix="kv-blocks-", suffix=".bin")
         except OSError as error:
             raise ValueError(f"disk_path {str(folder)!r} cannot be written: {error.strerror}") from error
-        self.num_damaged = 0
+        self.num_damaged, self.num_places = 0, num_bytes // block_bytes
         self._handle, self._block_bytes, self._path = handle, block_bytes, path
-        self._free = list(range(num_bytes // block_bytes))
+        self._free = list(range(self.num_places))
         self._kept: OrderedDict[bytes, _OnDisk] = OrderedDict()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv-disk")
         self._is_broken = False
