@@ -1,0 +1,173 @@
+"""Offload: exact reads change no token, lossy ones converge to exact; what it takes and moves; what it refuses."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from common import VOCAB, baseline_tokens, random_requests, tiny_llama
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kv_strategies import Request, Runner, build
+from kv_strategies.offload import Offload
+
+MODEL = tiny_llama(num_layers=3)
+RESIDENT = ["k", "none"]
+
+
+def generate(strategy, ids, **options):
+    cache = strategy.cache() if strategy.name != "baseline" else None
+    return MODEL.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False, **options).tolist()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 10_000),
+    block_size=st.sampled_from([1, 3, 16]),
+    spare_tokens=st.integers(0, 100),
+    chunk=st.integers(1, 40),
+    options=st.sampled_from(
+        [{}, {"resident": "none"}, {"resident": "kv", "host_bytes": 1 << 20}, {"host_bytes": 1 << 22}]
+        + [{"top_n": 1000}, {"mass": 1.0}]
+    ),
+)
+def test_any_schedule_gives_the_tokens_of_the_native_cache(seed, block_size, spare_tokens, chunk, options):
+    rng = random.Random(seed)
+    requests = random_requests(rng, rng.randint(1, 5), longest=30, max_new=8)
+    longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
+    num_blocks = -(-(longest + spare_tokens) // block_size)
+    strategy = build("offload", MODEL, num_blocks=num_blocks, block_size=block_size, **options)
+    runner = Runner(MODEL, strategy, max_num_seqs=4, max_batch_tokens=4 + chunk)
+    results = runner.generate(requests)
+    strategy.check_integrity()
+    assert [result.token_ids for result in results] == baseline_tokens(MODEL, requests)
+
+
+@pytest.mark.parametrize("options", [{}, {"resident": "none"}, {"top_n": 500}, {"mass": 1.0}], ids=str)
+def test_generate(options):
+    ids = torch.randint(1, VOCAB, (3, 21))
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    strategy = build("offload", MODEL, num_blocks=80, block_size=4, **options)
+    for extra in ({}, {"num_beams": 3}):
+        for rows in (slice(0, 1), slice(0, 3)):
+            inputs = {"attention_mask": mask[rows], "pad_token_id": 0, **extra}
+            assert generate(strategy, ids[rows], **inputs) == generate(build("baseline", MODEL), ids[rows], **inputs)
+
+
+@pytest.mark.parametrize("name", ["offload+int8", "offload+window", "window+offload+int8", "prefix+offload"])
+@pytest.mark.parametrize("resident", RESIDENT)
+def test_composed_it_changes_what_the_others_change_alone(name, resident):
+    rng = random.Random(3)
+    requests = random_requests(rng, 6, longest=60, max_new=15)
+    options = {"window": 20, "sinks": 4} if "window" in name else {}
+    tokens = []
+    for parts, extra in ((name, {"resident": resident}), (name.replace("offload", "paged"), {})):
+        strategy = build(parts, MODEL, num_blocks=60, block_size=4, **options, **extra)
+        runner = Runner(MODEL, strategy, max_num_seqs=4, max_batch_tokens=30)
+        tokens.append([result.token_ids for result in runner.generate(requests)])
+        strategy.check_integrity()
+    assert tokens[0] == tokens[1]
+
+
+def test_a_rebased_row_streams_its_turned_keys():
+    requests = [Request(list(range(1, 40)), max_new_tokens=80)]
+    tokens = []
+    for name, options in (("window", {}), ("window+offload", {"resident": "none"})):
+        strategy = build(name, MODEL, num_blocks=40, block_size=4, window=16, sinks=4, rebase_at=50, **options)
+        tokens.append(Runner(MODEL, strategy, max_num_seqs=2, max_batch_tokens=30).generate(requests)[0].token_ids)
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("options", [{"top_n": 2}, {"mass": 0.7}], ids=str)
+def test_a_lossy_read_reports_what_it_dropped(options):
+    requests = [Request([i + 1] * 3 + list(range(1, 30)), max_new_tokens=8) for i in range(3)]
+    strategy = build("offload", MODEL, num_blocks=80, block_size=4, **options)
+    Runner(MODEL, strategy, max_num_seqs=3, max_batch_tokens=20).generate(requests)
+    stats = strategy.stats()
+    assert 0 < stats["dropped_mass_mean"] <= stats["dropped_mass_worst"] < 1
+    if "mass" in options:
+        assert stats["dropped_mass_worst"] <= 0.3 + 1e-6
+    else:
+        assert stats["kept_tokens_mean"] == 2
+
+
+def test_a_row_does_not_depend_on_its_neighbours_when_top_n_reads():
+    """Decoding beside the chunks of a long prompt, the same tokens as alone."""
+    requests = [Request(list(range(1, 20)), max_new_tokens=12), Request(list(range(40, 1, -1)), max_new_tokens=3)]
+    strategy = build("offload", MODEL, num_blocks=80, block_size=4, top_n=3)
+    together = Runner(MODEL, strategy, max_num_seqs=2, max_batch_tokens=7).generate(requests)
+    alone = [Runner(MODEL, strategy, max_num_seqs=2, max_batch_tokens=7).generate([request])[0] for request in requests]
+    assert [result.token_ids for result in together] == [result.token_ids for result in alone]
+
+
+def test_only_new_tokens_go_out_and_only_past_blocks_come_in():
+    strategy = build("offload", MODEL, num_blocks=40, block_size=4)
+    runner = Runner(MODEL, strategy, max_num_seqs=2, max_batch_tokens=100)
+    runner.submit([Request(list(range(1, 18)), max_new_tokens=3)])
+    runner.step()
+    v_bytes = 3 * 2 * 16 * 4  # layers, heads, numbers, bytes of a token
+    stats = strategy.stats()
+    assert (stats["bytes_to_host"], stats["bytes_to_device"]) == (17 * v_bytes, 0)
+    runner.step()
+    stats = strategy.stats()
+    assert stats["bytes_to_host"] == 18 * v_bytes
+    assert stats["bytes_to_device"] == 5 * 4 * v_bytes, "the five blocks with something in them"
+
+
+def test_bytes_per_tier():
+    whole = build("paged", MODEL, num_blocks=64).stats()["kv_bytes"]
+    layers = 3
+    for options, near, far in (
+        ({}, whole / 2 * (1 + 3 / layers), whole / 2),
+        ({"top_n": 4}, whole / 2 * (1 + 1 / layers), whole / 2),
+        ({"resident": "none"}, whole * 3 / layers, whole),
+    ):
+        tiers = build("offload", MODEL, num_blocks=64, **options).stats()["kv_bytes_per_tier"]
+        assert tiers == {"cpu": near, "host": far}
+    fitting = build("offload", MODEL)
+    assert fitting.pool.num_blocks > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_n": 0}, "top_n must be a whole number of at least 1, got 0"),
+        ({"top_n": -3}, "at least 1, got -3"),
+        ({"top_n": 1.5}, "whole number"),
+        ({"mass": 0}, r"mass must be in \(0, 1\], got 0"),
+        ({"mass": 1.01}, "got 1.01"),
+        ({"mass": float("nan")}, "got nan"),
+        ({"top_n": 4, "mass": 0.9}, "top_n or mass, not both"),
+        ({"resident": "v"}, "resident must be 'k', 'none' or 'kv', got 'v'"),
+        ({"resident": "none", "top_n": 4}, "resident must be 'k', not 'none'"),
+        ({"resident": "kv"}, "nothing streams"),
+        ({"renormalise": True}, "drops nothing"),
+        ({"disk_path": "x"}, "go together"),
+        ({"disk_bytes": 1000}, "go together"),
+        ({"disk_path": "x", "disk_bytes": 1000}, "give host_bytes as well"),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        build("offload", MODEL, num_blocks=8, **options)
+
+
+def test_a_host_budget_too_small_says_what_is_needed():
+    streamed = build("offload", MODEL, num_blocks=8).stats()["kv_bytes_per_tier"]["host"]
+    with pytest.raises(ValueError, match=f"{streamed} bytes are needed"):
+        build("offload", MODEL, num_blocks=8, host_bytes=streamed - 1)
+    build("offload", MODEL, num_blocks=8, host_bytes=streamed)
+    block = build("paged", MODEL, num_blocks=8).stats()["kv_bytes"] // 8
+    with pytest.raises(ValueError, match=f"{block} bytes are needed"):
+        build("offload", MODEL, num_blocks=8, resident="kv", host_bytes=block - 1)
+
+
+def test_an_exact_step_is_no_graph():
+    assert not Offload().capturable and not Offload(resident="none").capturable
+    assert Offload(top_n=3).capturable and Offload(mass=0.9).capturable
+    assert Offload(resident="kv", host_bytes=1).capturable
+    with pytest.raises(ValueError, match="cuda_graphs"):
+        Runner(MODEL, build("offload", MODEL, num_blocks=8), cuda_graphs=True)
