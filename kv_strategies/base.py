@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from .cache import StrategyCache
+    from .fused import FusedStack
     from .saved import Loaded
 
 
@@ -244,7 +245,7 @@ class Suspended:
 
     def __init__(self, table: BlockTable, keys: dict[int, bytes], tiers: LowerTiers):
         self.table, self.keys = table, keys
-        weakref.finalize(self, _discard, tiers, list(keys.values()))
+        weakref.finalize(self, _discard, tiers, list(keys.values())).atexit = False
 
 
 def _discard(tiers: LowerTiers, keys: list[bytes]) -> None:
@@ -282,6 +283,15 @@ class Strategy:
         self.sharing.open(self.pool, about, self.placement.tiers)
         self.num_prompt_tokens = self.num_hit_tokens = 0
         self.num_evictions = 0
+        #: Whether the layers run in one piece with fused kernels (`fused.py`) where the model allows it.
+        self.fused = self.shape.layer_devices[0].type == "cuda"
+
+    @property
+    def stack(self) -> FusedStack | None:
+        """What runs the decoder layers; None for the layers themselves."""
+        from .fused import stack_of
+
+        return stack_of(self.model) if self.fused else None
 
     @property
     def block_size(self) -> int:

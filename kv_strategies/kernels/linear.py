@@ -1,0 +1,129 @@
+"""A linear layer together with what stands around it, so that its neighbours cost no pass over memory of their own.
+
+    norm ->  y = x W^T + b  -> rotary embedding           q, k and v
+    norm ->                 -> silu(gate) * up            the MLP's first half
+                            -> + residual                 the output of attention, the MLP's second half
+
+`reference` says what is meant, in plain torch. Three ways to get there:
+
+    a CPU       the reference itself
+    few rows    one Triton kernel that streams W once and does the rest on the way (triton_linear.py)
+    many rows   cuBLAS, with a kernel before or after it (triton_fused.py); the residual is its accumulator
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """RMSNorm (Zhang and Sennrich, 2019): x / rms(x) * weight."""
+
+    weight: Tensor  # [K]
+    eps: float
+
+
+class Rotary(NamedTuple):
+    """Which part of the output is rotated, and how far: the first `num_heads` heads of D columns each (q and k)."""
+
+    cos: Tensor  # [T, D], as sin: those of all dimensions of a head, the second half like the first
+    sin: Tensor
+    num_heads: int
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    rotary: Rotary | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    arrived: Tensor | None = None,
+) -> Tensor:
+    """x [T, K], weight [N, K] -> [T, N], or [T, N / 2] if gated. At most one of rotary, gated and residual.
+
+    Args:
+        norm: applied to x first.
+        rotary: applied to the result.
+        gated: the first half of the result is the gate, the second what it gates: silu(gate) * up.
+        residual: [T, N], what the result is added to, in place; it is what is returned.
+        arrived: counters for the kernel for few rows, see `triton_linear.counters`; needed on a GPU.
+    """
+    options = {"norm": norm, "rotary": rotary, "gated": gated, "residual": residual}
+    if not x.is_cuda:
+        return reference(x, weight, bias, **options)
+    from . import triton_linear  # Triton is there only where a GPU is
+
+    tuned = triton_linear.tuning(len(x), *weight.shape, weight.dtype)
+    if tuned is not None:
+        return triton_linear.linear(x, weight, bias, **options, tuned=tuned, arrived=arrived)
+    return many_rows(x, weight, bias, **options)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    rotary: Rotary | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """See `linear`. What is between two tensors of the model's own dtype is computed in float32."""
+    if norm is not None:
+        x = rms_norm(x, norm)
+    y = F.linear(x, weight, bias)
+    if rotary is not None:
+        rotate(y, rotary)
+    if gated:
+        gate, up = y.float().chunk(2, dim=-1)
+        y = (F.silu(gate) * up).to(y.dtype)
+    return y if residual is None else residual.add_(y)
+
+
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """[T, K] -> [T, K]"""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    return (wide * norm.weight).to(x.dtype)
+
+
+def rotate(y: Tensor, rotary: Rotary) -> None:
+    """Turn the heads of y [T, N] in place: dimension d of a head is a pair with dimension d + D / 2."""
+    cos, sin = rotary.cos[:, None].float(), rotary.sin[:, None].float()  # [T, 1, D]
+    heads = y[:, : rotary.num_heads * cos.shape[-1]].view(len(y), rotary.num_heads, -1)
+    first, second = heads.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    heads.copy_(heads * cos + turned * sin)
+
+
+def many_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    rotary: Rotary | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """See `linear`: the product by cuBLAS, which is at its best with many rows."""
+    from . import triton_fused
+
+    if norm is not None:
+        x = triton_fused.rms_norm(x, norm)
+    if residual is not None and bias is None:
+        return residual.addmm_(x, weight.mT)
+    y = F.linear(x, weight, bias)
+    if rotary is not None:
+        triton_fused.rotate(y, rotary)
+    if gated:
+        y = triton_fused.silu_mul(y)
+    return y if residual is None else residual.add_(y)

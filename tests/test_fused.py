@@ -1,0 +1,273 @@
+"""The fused stack against the layers it stands in for, and each kernel against its plain version."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import VOCAB, tiny_llama
+from torch import nn
+
+from kv_strategies import Request, Runner, build, fused
+from kv_strategies.kernels import linear as plain
+from kv_strategies.kernels import triton_fused, triton_linear
+from kv_strategies.kernels.linear import Norm, Rotary
+from kv_strategies.kernels.triton_linear import Tuning
+
+EXACT = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def model_of(kind: str):
+    torch.manual_seed(1)
+    model = tiny_llama(
+        **{"plain": {}, "biased": {"attention_bias": True, "mlp_bias": True}, "mha": {"num_kv_heads": 4}}[kind]
+    )
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+    return model
+
+
+def fused_strategy(model, name="paged"):
+    strategy = build(name, model, num_blocks=64, block_size=4)
+    strategy.fused = True
+    return strategy
+
+
+@pytest.mark.parametrize("kind", ["plain", "biased", "mha"])
+@torch.no_grad()
+def test_the_stack_computes_what_the_layers_do(kind, device):
+    model = model_of(kind).to(device)
+    steps = [torch.randint(VOCAB, (2, n), device=device) for n in (7, 1, 3, 1)]
+    expected, before = [], model.state_dict()
+    before = {name: weight.clone() for name, weight in before.items()}
+    cache = build("baseline", model).cache()
+    for ids in steps:
+        expected.append(model(ids, past_key_values=cache).logits)
+    strategy = fused_strategy(model)
+    assert strategy.stack is not None
+    cache = strategy.cache()
+    for ids, logits in zip(steps, expected, strict=True):
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, logits, **EXACT)
+    strategy.fused = False
+    cache = strategy.cache()
+    for ids, logits in zip(steps, expected, strict=True):  # the plain layers, over the merged weights
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, logits, **EXACT)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+@torch.no_grad()
+def test_weights_are_held_once():
+    model = model_of("biased")
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    strategies = [fused_strategy(model), fused_strategy(model)]
+    stack = strategies[0].stack
+    assert stack is strategies[1].stack is fused.stack_of(model), "one stack a model"
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(storages.values()) == 4 * sum(sizes.values())
+    attention = model.model.layers[1].self_attn
+    first, last = attention.q_proj.weight, attention.v_proj.weight
+    assert first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+    ids = torch.randint(VOCAB, (1, 5))
+    was = model(ids, past_key_values=strategies[0].cache()).logits
+    model.load_state_dict({name: weight * 1.5 for name, weight in model.state_dict().items()})  # into the same memory
+    now = model(ids, past_key_values=strategies[0].cache()).logits
+    assert not torch.allclose(was, now)
+    torch.testing.assert_close(now, model(ids, past_key_values=build("baseline", model).cache()).logits, **EXACT)
+
+
+def test_padded_generate_and_runner_run_through_the_stack(device):
+    model = model_of("plain").to(device)
+    prompts = [[5, 6, 7, 8, 9], [3, 4]]
+    ids = torch.tensor([prompts[0], [0, 0, 0, *prompts[1]]], device=device)
+    mask = torch.tensor([[1] * 5, [0, 0, 0, 1, 1]], device=device)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, **options)
+    strategy = fused_strategy(model)
+    assert torch.equal(model.generate(ids, past_key_values=strategy.cache(), **options), expected)
+    assert torch.equal(model.generate(ids, past_key_values=strategy.cache(ids, mask), **options), expected)
+    results = Runner(model, strategy).generate([Request(prompt, max_new_tokens=6) for prompt in prompts])
+    assert [result.token_ids for result in results] == expected[:, 5:].tolist()
+
+
+@torch.no_grad()
+def test_what_asks_for_the_layers_gets_them():
+    model = model_of("plain")
+    strategy = fused_strategy(model)
+    ids = torch.randint(VOCAB, (1, 5))
+    expected = model(ids, output_hidden_states=True)
+    output = model(ids, past_key_values=strategy.cache(), output_hidden_states=True)
+    for states, wanted in zip(output.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(states, wanted, **EXACT)
+    assert strategy.stack is not None, "the capture hooks stay, and are no reason"
+
+    seen = []
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *args: seen.append(1))
+    assert strategy.stack is None
+    model(ids, past_key_values=strategy.cache())
+    assert seen
+    handle.remove()
+    assert strategy.stack is not None
+
+    projection = model.model.layers[0].self_attn.q_proj
+    model.model.layers[0].self_attn.q_proj = nn.Sequential(projection)  # as an adapter would
+    assert strategy.stack is None
+    model.model.layers[0].self_attn.q_proj = projection
+    assert strategy.stack is not None
+
+    model.double().float()  # moves the weights out of the merged memory
+    stack = strategy.stack
+    assert stack is not None and stack.is_current
+
+
+def change_activation(model):
+    model.model.layers[0].mlp.act_fn = nn.GELU()
+
+
+def replace_method(model):
+    model.model.layers[0].input_layernorm.forward = lambda x: x
+
+
+def share_weights(model):
+    model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+
+
+def mix_dtypes(model):
+    model.model.layers[0].mlp.half()
+
+
+class Quantised(nn.Linear):
+    """As quantisation libraries do."""
+
+
+def quantise(model):
+    model.model.layers[0].mlp.down_proj = Quantised(96, 64, bias=False)
+
+
+@pytest.mark.parametrize("change", [change_activation, replace_method, share_weights, mix_dtypes, quantise])
+def test_other_models_keep_their_layers(change):
+    model = model_of("plain")
+    assert fused.supports(model)
+    change(model)
+    assert not fused.supports(model)
+    assert fused_strategy(model).stack is None
+
+
+# --- kernels
+
+SHAPES = [(1, 64, 96), (1, 37, 50), (3, 64, 96), (17, 37, 50), (33, 20, 130)]  # rows, N, K
+TUNINGS = [Tuning(16, 32, 1, 4, 1), Tuning(16, 32, 3, 4, 2)]
+
+
+def arguments(num_rows, n, k, device, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(num_rows * n)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    return draw(num_rows, k), draw(n, k) / k**0.5, draw(n), Norm(1 + draw(k) / 4, 1e-5), draw
+
+
+def run(x, weight, bias, tuned, **options):
+    """The kernel for few rows, twice over the same counters."""
+    arrived = triton_linear.counters(x.device)
+    residual = options.pop("residual", None)
+    outs = []
+    for _ in range(2):
+        given = options if residual is None else {"residual": residual.clone()}
+        outs.append(triton_linear.linear(x, weight, bias, **given, tuned=tuned, arrived=arrived))
+    assert torch.equal(*outs), "the same every time"
+    assert not arrived.any()
+    return outs[0]
+
+
+@pytest.mark.parametrize("tuned", TUNINGS)
+@pytest.mark.parametrize(("num_rows", "n", "k"), SHAPES)
+def test_few_rows(num_rows, n, k, tuned, device):
+    x, weight, bias, norm, draw = arguments(num_rows, n, k, device)
+    torch.testing.assert_close(run(x, weight, None, tuned), x @ weight.mT, **EXACT)
+    torch.testing.assert_close(
+        run(x, weight, bias, tuned, norm=norm), plain.reference(x, weight, bias, norm=norm), **EXACT
+    )
+    residual = draw(num_rows, n)
+    expected = plain.reference(x, weight, bias, residual=residual.clone())
+    torch.testing.assert_close(run(x, weight, bias, tuned, residual=residual), expected, **EXACT)
+
+
+@pytest.mark.parametrize("tuned", TUNINGS)
+@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize(("half", "heads", "rotated"), [(8, 4, 3), (3, 5, 2), (20, 3, 3)])
+def test_few_rows_rotated_and_gated(half, heads, rotated, num_rows, tuned, device):
+    x, weight, bias, norm, draw = arguments(num_rows, heads * 2 * half, 50, device)
+    rotary = Rotary(draw(num_rows, 2 * half), draw(num_rows, 2 * half), rotated)
+    for options in ({"rotary": rotary}, {"gated": True}):
+        expected = plain.reference(x, weight, bias, norm=norm, **options)
+        torch.testing.assert_close(run(x, weight, bias, tuned, norm=norm, **options), expected, **EXACT)
+
+
+def test_many_rows(device):
+    x, weight, bias, norm, draw = arguments(9, 40, 50, device)
+    rotary = Rotary(draw(9, 10), draw(9, 10), 3)
+    residual = draw(9, 40)
+    for given in ({"rotary": rotary}, {"gated": True}, {"residual": residual}, {}):
+        for given_bias in (bias, None):
+            copies = [{k: v.clone() if k == "residual" else v for k, v in given.items()} for _ in range(2)]
+            got = plain.many_rows(x, weight, given_bias, norm=norm, **copies[0])
+            torch.testing.assert_close(got, plain.reference(x, weight, given_bias, norm=norm, **copies[1]), **EXACT)
+    assert torch.equal(triton_fused.rms_norm(x[:, ::1], norm), triton_fused.rms_norm(x.clone(), norm))
+
+
+def test_upstream_norm_and_rotary_are_meant(device):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+    x, _, _, norm, draw = arguments(6, 8, 48, device)
+    module = LlamaRMSNorm(48, norm.eps).to(device)
+    module.weight.data = norm.weight
+    torch.testing.assert_close(plain.rms_norm(x, norm), module(x), **EXACT)
+    cos, sin = draw(6, 8), draw(6, 8)
+    heads = x.view(1, 6, 6, 8).transpose(1, 2)  # [1, heads, T, D]
+    first, second = apply_rotary_pos_emb(heads[:, :2], heads[:, 2:4], cos[None], sin[None])
+    plain.rotate(x, Rotary(cos, sin, 4))
+    torch.testing.assert_close(x.view(6, 6, 8)[:, :4].transpose(0, 1), torch.cat([first, second], dim=1)[0], **EXACT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 2, 16, 17, 32, 64, 65])
+def test_gpu_products_of_a_7b_layer(num_rows, device):
+    """bf16, tuned sizes: no worse than cuBLAS with kernels of its own around it, against float64."""
+    for n, k, option in ((12288, 4096, "rotary"), (4096, 4096, "residual"), (22016, 4096, "gated"), (4096, 11008, "")):
+        x, weight, _, norm, draw = arguments(num_rows, n, k, device, torch.bfloat16)
+        options = {
+            "rotary": {"norm": norm, "rotary": Rotary(draw(num_rows, 128), draw(num_rows, 128), 64)},
+            "residual": {"residual": draw(num_rows, n)},
+            "gated": {"norm": norm, "gated": True},
+            "": {},
+        }[option]
+
+        def cast(value, dtype):
+            if isinstance(value, tuple):
+                return type(value)(*(cast(part, dtype) for part in value))
+            return value.to(dtype, copy=True) if torch.is_tensor(value) else value
+
+        wide = {name: cast(value, torch.float32) for name, value in options.items()}
+        exact = plain.reference(x.float(), weight.float(), **wide).double()
+        plainly = plain.reference(x, weight, **{name: cast(v, torch.bfloat16) for name, v in options.items()})
+        got = plain.linear(x, weight, **options, arrived=triton_linear.counters(device))
+        error, error_plainly = ((out.double() - exact).norm() / exact.norm() for out in (got, plainly))
+        assert error < 1.05 * error_plainly + 1e-4, (num_rows, n, k, float(error), float(error_plainly))
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_gpu_stack_in_a_graph(device):
+    """A captured decode step gives the tokens of the eager plain layers, in float32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = model_of("plain").to(device)
+    requests = [Request([i + 1] * (i + 3), max_new_tokens=20) for i in range(5)]
+    tokens = []
+    for is_fused, graphs in ((False, False), (True, False), (True, True)):
+        strategy = build("paged", model, num_blocks=64, block_size=4)
+        strategy.fused = is_fused
+        results = Runner(model, strategy, cuda_graphs=graphs).generate(requests)
+        tokens.append([result.token_ids for result in results])
+    assert tokens[0] == tokens[1] == tokens[2]
