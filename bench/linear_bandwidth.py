@@ -1,0 +1,165 @@
+"""The products of a decoder layer alone: how much of the read bandwidth they reach with few rows, against cuBLAS.
+
+    python -m bench.linear_bandwidth                                     # tuned sizes and cuBLAS, every product
+    python -m bench.linear_bandwidth --products llama-2-7b/down --rows 1 --tile-n 4 8 16 --splits 2 4 8 --overlap 0 1
+
+A CUDA graph runs a product over as many copies of its weights as leave the L2 cache behind; the median of its replays
+over the number of copies is the time of one product, launch included. Ours runs with what stands around it in a layer
+(norm, rotary embedding, gating, residual), cuBLAS without. share = bytes of weights / measured read bandwidth / time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from bench.machine import conditions, limits
+from bench.measure import seconds
+from kv_strategies.kernels import triton_linear
+from kv_strategies.kernels.linear import Norm, Rotary, many_rows
+from kv_strategies.kernels.triton_linear import Tuning, tuning
+
+DIM = 128
+#: name -> (N, K, what stands around it)
+PRODUCTS = {
+    "llama-2-7b/qkv": (12288, 4096, "rotary"),
+    "llama-2-7b/o": (4096, 4096, "residual"),
+    "llama-2-7b/gate_up": (22016, 4096, "gated"),
+    "llama-2-7b/down": (4096, 11008, "residual"),
+    "llama-2-7b/lm_head": (32000, 4096, "nothing"),
+    "llama-3.1-8b/qkv": (6144, 4096, "rotary"),
+    "llama-3.1-8b/gate_up": (28672, 4096, "gated"),
+    "llama-3.1-8b/down": (4096, 14336, "residual"),
+    "llama-3.1-8b/lm_head": (128256, 4096, "nothing"),
+}
+WORKING_SET = 1 << 30  # bytes of weights in rotation, far beyond the L2 cache
+SIZES = ("tile_n", "tile_k", "splits", "num_warps", "num_stages", "overlap")
+
+
+class Problem:
+    """One product, with fresh weights at every call until all have had their turn."""
+
+    def __init__(self, name: str, num_rows: int):
+        n, k, around = PRODUCTS[name]
+        self.n, self.k, self.num_rows = n, k, num_rows
+        self.bytes = 2 * n * k
+        self.weights = torch.empty(
+            max(2, -(-WORKING_SET // self.bytes)), n, k, dtype=torch.bfloat16, device="cuda"
+        ).normal_(std=0.02)
+        self.x = torch.randn(num_rows, k, dtype=torch.bfloat16, device="cuda")
+        norm = Norm(torch.ones(k, dtype=torch.bfloat16, device="cuda"), 1e-5)
+        angles = torch.rand(num_rows, DIM, dtype=torch.bfloat16, device="cuda")
+        heads = n // DIM
+        rotary = Rotary(angles, angles, heads * 2 // 3 if heads == 96 else heads * 5 // 6)
+        residual = torch.randn(num_rows, n, dtype=torch.bfloat16, device="cuda")
+        self.options = {
+            "rotary": {"norm": norm, "rotary": rotary},
+            "gated": {"norm": norm, "gated": True},
+            "residual": {"residual": residual},
+            "nothing": {},
+        }[around]
+        self.counters = triton_linear.counters(self.x.device)
+
+    def ours(self, tuned: Tuning) -> Callable:
+        return lambda weight: triton_linear.linear(self.x, weight, **self.options, tuned=tuned, arrived=self.counters)
+
+    def cublas(self, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.x, weight)
+
+    def around_cublas(self, weight: torch.Tensor) -> torch.Tensor:
+        return many_rows(self.x, weight, **self.options)
+
+    def time(self, one: Callable, repeats: int) -> float:
+        """Of one product: the median over replays of a graph of all copies."""
+        one(self.weights[0])  # compiles
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            one(self.weights[1])
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for weight in self.weights:
+                one(weight)
+        taken = seconds(graph.replay, "cuda", repeats=repeats, warmup=2)["median"] / len(self.weights)
+        del graph
+        return taken
+
+
+def check(problem: Problem, tuned: Tuning) -> float:
+    """Relative error of a tuning's result against kernels of their own around cuBLAS."""
+    fresh = {name: value.clone() if torch.is_tensor(value) else value for name, value in problem.options.items()}
+    got = triton_linear.linear(problem.x, problem.weights[0], **fresh, tuned=tuned, arrived=problem.counters).float()
+    fresh = {name: value.clone() if torch.is_tensor(value) else value for name, value in problem.options.items()}
+    expected = many_rows(problem.x, problem.weights[0], **fresh).float()
+    return float((got - expected).norm() / expected.norm())
+
+
+def sweep(base: Tuning, args: argparse.Namespace) -> list[Tuning]:
+    choices = [getattr(args, name) or [getattr(base, name)] for name in SIZES]
+    return [Tuning(*choice[:-1], bool(choice[-1])) for choice in product(*choices)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.linear_bandwidth", description=__doc__.splitlines()[0])
+    parser.add_argument("--products", nargs="+", choices=PRODUCTS, default=list(PRODUCTS), metavar="NAME")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 32, 64])
+    for name in SIZES:
+        option = "--" + name.removeprefix("num_").replace("_", "-")
+        parser.add_argument(
+            option, dest=name, type=int, nargs="+", help="values to sweep; the tuned constant unless given"
+        )
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="write all results here, as JSON")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this measures a GPU, and torch sees none")
+
+    read = limits("cuda")["read"]
+    print(f"{torch.cuda.get_device_name()}: reads {read / 1e9:.0f} GB/s; us (share of it)")
+    results = []
+    for name, num_rows in product(args.products, args.rows):
+        problem = Problem(name, num_rows)
+
+        def record(kind: str, taken: float, name=name, num_rows=num_rows, problem=problem, **more) -> dict:
+            share = problem.bytes / read / taken
+            results.append({"product": name, "rows": num_rows, "kind": kind, "seconds": taken, "share": share, **more})
+            return results[-1]
+
+        cublas = record("cublas", problem.time(problem.cublas, args.repeats))
+        around = record("cublas and kernels around it", problem.time(problem.around_cublas, args.repeats))
+        base = tuning(num_rows, problem.n, problem.k, torch.bfloat16)
+        tried = []
+        for tuned in sweep(base, args) if base else []:
+            try:
+                error = check(problem, tuned)
+                taken = problem.time(problem.ours(tuned), args.repeats)
+            except Exception as error:  # a size that does not fit the chip is a result of a sweep, not its end
+                print(f"  {name} {tuned}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                continue
+            tried.append(record("ours", taken, error=error, base=tuned == base, **asdict(tuned)))
+        line = f"{name:22} {num_rows:3} rows  cuBLAS {show(cublas)}, with its neighbours {show(around)}"
+        tried.sort(key=lambda result: result["seconds"])
+        for place, result in enumerate(tried[:6]):
+            sizes = "/".join(str(int(result[size])) for size in SIZES)
+            mark = " (tuned)" if result["base"] else ""
+            print(line if place == 0 else " " * len(line), f" ours {show(result)}  {sizes}{mark}", end="")
+            print(f"  error {result['error']:.1e}" if result["error"] > 8e-3 else "", flush=True)
+        del problem, record
+    if args.out:
+        args.out.write_text(json.dumps({"read": read, **conditions("cuda"), "results": results}, indent=1) + "\n")
+
+
+def show(result: dict) -> str:
+    return f"{result['seconds'] * 1e6:6.1f} ({result['share']:.2f})"
+
+
+if __name__ == "__main__":
+    main()
