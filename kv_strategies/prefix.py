@@ -77,7 +77,8 @@ class PrefixCache(Sharing):
         path = self._path(token_ids, salt)
         for node in path:
             self.pool.share(node.block)
-        path += self._promote(path[-1] if path else self.root(salt_digest(self._fingerprint, salt)), token_ids, len(path))
+        root = self.root(salt_digest(self._fingerprint, salt))
+        path += self._promote(path[-1] if path else root, token_ids, len(path))
         return [node.block for node in path], len(path) * self.pool.block_size
 
     def publish(self, token_ids: Sequence[int], table: BlockTable, salt: str) -> None:

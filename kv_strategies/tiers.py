@@ -32,6 +32,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -295,7 +296,7 @@ class _Crossing:
 
 
 class Disk:
-    """Blocks in one file, in places of equal size; a checksum each, in memory, since the file dies with its owner.
+    """Blocks in one file, in places of equal size. It has no name, and dies with its owner; so checksums are in memory.
 
     Written by a thread beside the model's work, in the order asked for. What fails is forgotten, and after the first
     failure to write nothing more is written.
@@ -311,16 +312,16 @@ class Disk:
             )
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            handle, path = tempfile.mkstemp(dir=folder, prefix="kv-blocks-", suffix=".bin")
+            file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (lives as long as this)
         except OSError as error:
             raise ValueError(f"disk_path {str(folder)!r} cannot be written: {error.strerror}") from error
         self.num_damaged, self.num_places = 0, num_bytes // block_bytes
-        self._handle, self._block_bytes, self._path = handle, block_bytes, path
+        self._file, self._handle, self._folder, self._block_bytes = file, file.fileno(), folder, block_bytes
         self._free = list(range(self.num_places))
         self._kept: OrderedDict[bytes, _OnDisk] = OrderedDict()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv-disk")
         self._is_broken = False
-        weakref.finalize(self, _remove, self._writer, handle, path)
+        weakref.finalize(self, _close, self._writer, file)
 
     def write(self, key: bytes, tokens: bytes, data: Tensor, arrived: Mark) -> Future:
         """Start to write a block [bytes]; the future gives the seconds it took. The data must stay until then."""
@@ -344,7 +345,7 @@ class Disk:
         except OSError as error:
             self._is_broken = True
             warnings.warn(
-                f"the disk tier in {os.path.dirname(self._path)} takes no more blocks ({error.strerror}); those it "
+                f"the disk tier in {self._folder} takes no more blocks ({error.strerror}); those it "
                 "cannot take are computed again when they are needed",
                 RuntimeWarning,
                 stacklevel=2,
@@ -367,7 +368,7 @@ class Disk:
         if not is_sound and entry.checksum:
             self.num_damaged += 1
             warnings.warn(
-                f"a block in {os.path.dirname(self._path)} is truncated or altered; it is computed again",
+                f"a block in {self._folder} is truncated or altered; it is computed again",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -412,11 +413,9 @@ def _checksum(data) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _remove(writer: ThreadPoolExecutor, handle: int, path: str) -> None:
+def _close(writer: ThreadPoolExecutor, file: BinaryIO) -> None:
     writer.shutdown(wait=True, cancel_futures=True)
-    os.close(handle)
-    with suppress(OSError):
-        os.unlink(path)
+    file.close()
 
 
 class Rate:

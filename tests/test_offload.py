@@ -29,8 +29,14 @@ def generate(strategy, ids, **options):
     spare_tokens=st.integers(0, 100),
     chunk=st.integers(1, 40),
     options=st.sampled_from(
-        [{}, {"resident": "none"}, {"resident": "kv", "host_bytes": 1 << 20}, {"host_bytes": 1 << 22}]
-        + [{"top_n": 1000}, {"mass": 1.0}]
+        [
+            {},
+            {"resident": "none"},
+            {"resident": "kv", "host_bytes": 1 << 20},
+            {"host_bytes": 1 << 22},
+            {"top_n": 1000},
+            {"mass": 1.0},
+        ]
     ),
 )
 def test_any_schedule_gives_the_tokens_of_the_native_cache(seed, block_size, spare_tokens, chunk, options):
