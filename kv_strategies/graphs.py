@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .paged import BlockTable
 from .plan import PlanBuffer
+from .sampling import greedy
 
 _SMALLEST_BUCKET = 1024  # tokens
 
@@ -22,9 +23,9 @@ _SMALLEST_BUCKET = 1024  # tokens
 @dataclass
 class _Graph:
     graph: torch.cuda.CUDAGraph
-    buffer: PlanBuffer
-    inputs: tuple[Tensor, ...]  # kept alive: the graph reads their memory
+    buffer: PlanBuffer  # the graph reads its memory
     logits: Tensor  # [num_rows, V]
+    tokens: Tensor  # [num_rows] the likeliest ones
 
 
 class DecodeGraphs:
@@ -32,7 +33,8 @@ class DecodeGraphs:
 
     Args:
         cache: the cache whose plan the captured layers read.
-        last_token: [S + 1] the newest token of each slot; the last slot belongs to padding rows.
+        last_token: [S + 1] the newest token of each slot, read and written by every step; the last slot belongs to
+            padding rows.
     """
 
     def __init__(self, model, cache, last_token: Tensor, max_num_seqs: int):
@@ -41,8 +43,12 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._memory = torch.cuda.graph_pool_handle()
 
-    def run(self, rows: Sequence[tuple[BlockTable, int]], slots: Sequence[int]) -> Tensor:
-        """Logits [B, V] of one step over rows of one query each; valid until the next step."""
+    def run(self, rows: Sequence[tuple[BlockTable, int]], slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """One step over rows of one query each. The likeliest tokens are the newest of their slots when it has run.
+
+        Returns:
+            logits [B, V] and the likeliest tokens [B], both valid until the next step.
+        """
         num_rows = next(size for size in self._sizes if size >= len(rows))
         longest = max(table.num_tokens for table, _ in rows)
         bucket = max(_SMALLEST_BUCKET, 1 << (longest - 1).bit_length())
@@ -52,7 +58,7 @@ class DecodeGraphs:
         padding = [len(self._last_token) - 1] * (num_rows - len(rows))
         captured.buffer.fill(rows, {"slots": [*slots, *padding]})
         captured.graph.replay()
-        return captured.logits[: len(rows)]
+        return captured.logits[: len(rows)], captured.tokens[: len(rows)]
 
     def _capture(self, num_rows: int, bucket: int, block_size: int) -> _Graph:
         from .runner import forward
@@ -61,10 +67,13 @@ class DecodeGraphs:
         buffer = PlanBuffer(device, num_rows, num_rows, -(-bucket // block_size), {"slots": num_rows})
         plan = buffer.fill([], {"slots": [len(self._last_token) - 1] * num_rows})
         plan = replace(plan, query_lens=[1] * num_rows, row_lens=[bucket] * num_rows, num_decodes=num_rows)
-        last = torch.arange(num_rows, device=device)
+        slots = buffer.tensors["slots"]
 
-        def step() -> Tensor:
-            return forward(self._model, self._cache, plan, self._last_token[buffer.tensors["slots"]], last)
+        def step() -> tuple[Tensor, Tensor]:
+            logits = forward(self._model, self._cache, plan, self._last_token[slots], 0)
+            tokens = greedy(logits)
+            self._last_token[slots] = tokens
+            return logits, tokens
 
         self._cache.plan = plan
         stream = torch.cuda.Stream(device)
@@ -74,8 +83,8 @@ class DecodeGraphs:
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
-            logits = step()
-        return _Graph(graph, buffer, (last,), logits)
+            logits, tokens = step()
+        return _Graph(graph, buffer, logits, tokens)
 
 
 def _batch_sizes() -> list[int]:

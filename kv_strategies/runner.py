@@ -27,7 +27,7 @@ from .graphs import DecodeGraphs
 from .paged import BlockTable, OutOfBlocks
 from .plan import Plan, PlanBuffer
 from .requests import Event, Output, Request, Result
-from .sampling import sample
+from .sampling import sample, to_device
 
 
 class Runner:
@@ -237,8 +237,9 @@ class Runner:
         if not decoding and not prefilling:
             return None
         rows = [(seq.table, 1) for seq in decoding] + [(seq.table, n) for seq, n in prefilling]
+        drawn = None
         if self._graphs is not None and not prefilling:
-            logits = self._graphs.run(rows, [seq.slot for seq in decoding])
+            logits, drawn = self._graphs.run(rows, [seq.slot for seq in decoding])
             sampling = list(range(len(decoding)))
         else:
             logits, sampling = self._forward(rows, decoding, prefilling)
@@ -254,13 +255,13 @@ class Runner:
         if not sequences:
             return _Step([], None, None)
         if len(source) > logits.shape[0]:
-            logits = logits[torch.tensor(source, device=self.device)]
-        tokens = sample(logits, [seq.sampling for seq in sequences], [seq.num_issued for seq in sequences])
-        slots = torch.tensor([seq.slot for seq in sequences], device=self.device)
-        self._last_token[slots] = tokens
+            logits = logits[to_device(source, self.device)]
+        if drawn is None or any(seq.sampling.temperature for seq in sequences):
+            drawn = sample(logits, [seq.sampling for seq in sequences], [seq.num_issued for seq in sequences])
+            self._last_token[to_device([seq.slot for seq in sequences], self.device)] = drawn
         for seq in sequences:
             seq.num_issued += 1
-        return _Step(sequences, *_start_copy(tokens))
+        return _Step(sequences, *_start_copy(drawn))
 
     def _forward(self, rows, decoding, prefilling) -> tuple[Tensor, list[int]]:
         """Logits [R, V] of the rows that have computed all their tokens, and which rows those are."""
@@ -293,6 +294,8 @@ class Runner:
 
     def _fork(self, seq: _Sequence) -> list[_Sequence]:
         """The other samples of a request whose prompt has just been computed: same blocks, own seeds."""
+        if len(seq.slots) == 1:
+            return []
         siblings = []
         while len(seq.slots) > 1:
             index = len(seq.slots) - 1
@@ -375,11 +378,11 @@ class Runner:
                     )
 
 
-def forward(model, cache: AttendingCache, plan: Plan, input_ids: Tensor, last: Tensor) -> Tensor:
+def forward(model, cache: AttendingCache, plan: Plan, input_ids: Tensor, last: Tensor | int) -> Tensor:
     """Logits [R, V] of the packed tokens at `last`, from ordinary modules.
 
     Args:
-        input_ids: [T]; last: [R] indices into T.
+        input_ids: [T]; last: [R] indices into T, or 0 for all of them.
     """
     output = model(
         input_ids=input_ids[None],

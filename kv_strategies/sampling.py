@@ -33,19 +33,31 @@ def sample(logits: Tensor, params: list[SamplingParams], steps: list[int]) -> Te
     Returns:
         [R] int64
     """
-    logits = logits.float()
     if all(p.temperature == 0 for p in params):
-        return logits.argmax(dim=-1)
+        return greedy(logits)
+    logits = logits.float()
     device = logits.device
-    temperature = torch.tensor([p.temperature for p in params], device=device)[:, None]
+    temperature = to_device([p.temperature for p in params], device)[:, None]
     scores = logits / temperature.masked_fill(temperature == 0, 1.0)
     if any(p.top_k or p.top_p < 1 for p in params):
-        top_k = torch.tensor([p.top_k or logits.shape[-1] for p in params], device=device)[:, None]
-        top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
+        top_k = to_device([p.top_k or logits.shape[-1] for p in params], device)[:, None]
+        top_p = to_device([p.top_p for p in params], device)[:, None]
         scores = _keep_top(scores, top_k, top_p)
-    keys = torch.tensor([_mix(_mix(p.seed) ^ step) for p, step in zip(params, steps, strict=True)], device=device)
+    keys = to_device([_mix(_mix(p.seed) ^ step) for p, step in zip(params, steps, strict=True)], device)
     drawn = (scores + _gumbel(keys, logits.shape[-1])).argmax(dim=-1)
-    return torch.where(temperature[:, 0] == 0, logits.argmax(dim=-1), drawn)
+    return torch.where(temperature[:, 0] == 0, greedy(logits), drawn)
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The likeliest token of each row, [R, V] -> [R]."""
+    return logits.argmax(dim=-1)
+
+
+def to_device(values: list, device: torch.device) -> Tensor:
+    """A list of numbers as a tensor. The host does not wait for the device, as `torch.tensor` would make it."""
+    if device.type != "cuda":
+        return torch.tensor(values, device=device)
+    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
 
 
 def _keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
