@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from transformers import DynamicCache
 from kv_strategies import Request, Runner, build, plan, prefix, saved
 from kv_strategies.paged import BlockPool, BlockTable, OutOfBlocks
 from kv_strategies.prefix import PrefixCache
+from kv_strategies.store import BlockStore, block_bytes, views_of
 
 MODEL = tiny_llama(num_layers=1)
 DEEP = tiny_llama()  # where K and V of a layer depend on all tokens before
@@ -356,14 +358,16 @@ def test_any_schedule_gives_the_tokens_of_the_native_cache(seed, block_size, spa
 @pytest.mark.parametrize("name", ["window", "int8", "window+int8"])
 def test_sharing_changes_nothing_about_a_lossy_strategy(name):
     """Equal to the same strategy without sharing, windows that move and are rebased included."""
-    options = {"window": 24, "sinks": 2, "rebase_at": 64} if "window" in name else {}
+    options = {"window": 24, "sinks": 2} if "window" in name else {}
+    if name == "window":  # where keys are quantised as well, turning them rounds, and a preempted request has not turned
+        options["rebase_at"] = 64
     for seed in range(6):
         requests = family_of_requests(random.Random(seed), 6)
         for request in requests:
             request.max_new_tokens += 40
         results = []
         for part in ("prefix+", ""):
-            strategy = build(part + name, DEEP, num_blocks=60, block_size=4, **options)
+            strategy = build(part + name, DEEP, num_blocks=30 + 15 * (seed % 3), block_size=4, **options)
             runner = Runner(DEEP, strategy, max_num_seqs=6, max_batch_tokens=30)
             results.append([[result.token_ids for result in runner.generate(requests)] for _ in range(2)])
             strategy.check_integrity()
@@ -607,6 +611,21 @@ def test_saved_blocks_serve_after_a_restart(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     assert second.load(tmp_path / "saved").num_known == len(second.sharing.held_blocks()), "loading twice adds nothing"
     second.check_integrity()
+
+
+def test_a_gpu_reads_what_a_cpu_has_saved():
+    """Both layouts of the memory read and write the same bytes."""
+    planes = build("int8", DEEP, num_blocks=1).placement.stores[torch.device("cpu")].planes
+    planes = {name: (tuple(plane.shape[2:]), plane.dtype) for name, plane in planes.items()}
+    flat = BlockStore(6, 2, planes, torch.device("cpu"))
+    slab = copy.copy(flat)
+    slab.planes = views_of(torch.zeros(6, block_bytes(2, planes), dtype=torch.uint8), 2, planes)
+    for name, plane in flat.planes.items():
+        plane.copy_(torch.randint(0, 100, plane.shape))
+        slab.write(name, [3, 0], flat.read(name, [1, 5]))
+        assert torch.equal(slab.planes[name][[3, 0]], plane[[1, 5]])
+        assert torch.equal(slab.read(name, [0, 3]), flat.read(name, [5, 1]))
+        assert slab.bytes_of(name) == flat.read(name, [0]).shape[1]
 
 
 def test_salts_are_saved_as_digests_and_still_separate(tmp_path):

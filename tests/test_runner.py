@@ -61,7 +61,7 @@ def test_every_strategy_serves_the_runner(name):
     runner = Runner(MODEL, strategy, max_num_seqs=8)
     results = runner.generate(requests)
     strategy.check_integrity()
-    if name in ("baseline", "contiguous", "paged"):
+    if name in ("baseline", "contiguous", "paged", "prefix"):
         assert [result.token_ids for result in results] == baseline_tokens(MODEL, requests)
     assert [result.request_id for result in results] == [i for i, r in enumerate(requests) for _ in range(r.n)]
     for result, request in zip(results, [r for r in requests for _ in range(r.n)], strict=True):
