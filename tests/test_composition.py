@@ -69,7 +69,7 @@ def test_lossless_parts_change_no_token(name):
         assert tokens == expected, options
         if "prefix" in parts:
             assert runner.strategy.stats()["hit_tokens"] > 0
-        if "top_n" not in options and "mass" not in options::  # a token computed again is prompt, read exactly
+        if "top_n" not in options and "mass" not in options:  # a token computed again is prompt, read exactly
             tokens, runner = run(name, options, num_blocks=16)
             assert tokens == expected, options
             assert runner.num_preemptions > 0 or "window" in parts or "prefix" in parts
