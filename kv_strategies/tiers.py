@@ -73,7 +73,7 @@ class Tiers(LowerTiers):
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # in host memory, the longest unused first
         self._leaving: OrderedDict[bytes, tuple[_Kept, Future]] = OrderedDict()  # in host memory, being written to disk
         self._unwanted: deque[bytes] = deque()
-        self._free = list(range(num_blocks))
+        self._free: deque[tuple[int, Mark]] = deque((place, None) for place in range(num_blocks))  # free at the mark
         self._spare = max(1, min(8, num_blocks // 8))  # places freed ahead of need, while the disk writes beside
 
     # --- down
@@ -94,12 +94,13 @@ class Tiers(LowerTiers):
         if not self._free:
             _, kept = self._kept.popitem(last=False)
             self._release(kept)
-        return self._free.pop()
+        place, mark = self._free.popleft()
+        if mark is not None:
+            mark.synchronize()
+        return place
 
     def _release(self, kept: _Kept) -> None:
-        if kept.arrived is not None:
-            kept.arrived.synchronize()
-        self._free.append(kept.place)
+        self._free.append((kept.place, kept.arrived))
 
     def _write_behind(self) -> None:
         """Send the longest unused blocks to the disk, so that there is room in host memory when it is needed."""
@@ -148,13 +149,11 @@ class Tiers(LowerTiers):
             seconds = self._disk.read(key, self._host[place]) if place is not None else None
             if seconds is None:
                 if place is not None:
-                    self._free.append(place)
+                    self._free.append((place, None))
                 return False
             self.rates.disk_read.learn(self.block_bytes, seconds)
             kept = _Kept(b"", place, None)
-        if kept.arrived is not None:
-            kept.arrived.synchronize()
-        kept.arrived = self._crossing.up(self._host[kept.place], block)
+        kept.arrived = self._crossing.up(self._host[kept.place], kept.arrived, block)
         self._release(kept)
         self.num_promoted += 1
         self.bytes_up += self.block_bytes
@@ -256,9 +255,12 @@ class _Crossing:
         self._busy[at] = self._copy(self._down, ready, self._bounce[at], host, self._rates.down)
         return self._busy[at]
 
-    def up(self, host: Tensor, block: int) -> Mark:
-        """Fill a block from host memory [bytes], which is free at the mark. The model's lane waits for it to arrive."""
+    def up(self, host: Tensor, filled: Mark, block: int) -> Mark:
+        """Fill a block from host memory [bytes], which is filled at one mark and free at the one returned. The model's
+        lane waits for it to arrive.
+        """
         at = self._take()
+        self._up.wait(filled)
         arrived = self._copy(self._up, self._busy[at], host, self._bounce[at], self._rates.up)
         self._main.wait(arrived)
         for memory, piece in self._pieces(at):

@@ -68,6 +68,8 @@ def host_memory(*shape: int, device: torch.device) -> Tensor:
     cuda = torch.cuda.cudart()
     with torch.cuda.device(device):
         if cuda.cudaHostRegister(memory.data_ptr(), memory.numel(), 0) != cuda.cudaError.success:
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=device)  # the next launch reports the failure, and clears it
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
     weakref.finalize(memory.untyped_storage(), cuda.cudaHostUnregister, memory.data_ptr())
     return memory
@@ -77,8 +79,8 @@ def copy_row(source: Tensor, row: int, target: Tensor, target_row: int) -> None:
     """target[:, target_row] = source[:, row], for memories [L, N, bytes] on a device or in its page-locked memory."""
     if source.is_cuda and target.is_cuda:
         target[:, target_row].copy_(source[:, row])
-    elif torch.cuda.is_available():
-        from .kernels.triton_rows import copy_row as copy_on_gpu  # the GPU reaches both; Triton is there only with one
+    elif source.is_cuda or target.is_cuda or source.is_pinned():
+        from .kernels.triton_rows import copy_row as copy_on_gpu  # Triton is there only where a GPU is
 
         copy_on_gpu(source, row, target, target_row)
     else:

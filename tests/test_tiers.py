@@ -80,7 +80,7 @@ class TiersMachine(RuleBasedStateMachine):
             return
         tiers = self.tiers
         held = [kept.place for kept in tiers._kept.values()] + [kept.place for kept, _ in tiers._leaving.values()]
-        assert sorted(held + tiers._free) == list(range(tiers._host.shape[0]))
+        assert sorted(held + [place for place, _ in tiers._free]) == list(range(tiers._host.shape[0]))
         if tiers._disk:
             slots = [entry.slot for entry in tiers._disk._kept.values()]
             assert sorted(slots + tiers._disk._free) == list(range(tiers._disk.num_places))
