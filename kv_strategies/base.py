@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from .cache import StrategyCache
     from .fused import FusedStack
+    from .graphs import StackGraphs
     from .saved import Loaded
 
 
@@ -152,7 +153,7 @@ class LowerTiers:
     def demote(self, key: bytes, block: int, tokens: bytes = b"") -> None:
         """Keep a copy of `block`, which holds `tokens`, under `key`. It may be overwritten as soon as this returns."""
 
-    def num_promotable(self, wanted: Sequence[tuple[bytes, bytes]]) -> int:
+    def num_promotable(self, wanted: Iterable[tuple[bytes, bytes]]) -> int:
         """How many of the first (key, tokens) of `wanted` are kept, and faster fetched than computed again."""
         return 0
 
@@ -285,6 +286,7 @@ class Strategy:
         self.num_evictions = 0
         #: Whether the layers run in one piece with fused kernels (`fused.py`) where the model allows it.
         self.fused = self.shape.layer_devices[0].type == "cuda"
+        self._stack_graphs: StackGraphs | None = None
 
     @property
     def stack(self) -> FusedStack | None:
@@ -292,6 +294,18 @@ class Strategy:
         from .fused import stack_of
 
         return stack_of(self.model) if self.fused else None
+
+    @property
+    def stack_graphs(self) -> StackGraphs | None:
+        """Decode steps of the stack for `generate()` to replay, where they can be captured."""
+        stack = self.stack
+        if stack is None or stack.device.type != "cuda" or not self.placement.capturable:
+            return None
+        from .graphs import StackGraphs
+
+        if self._stack_graphs is None or self._stack_graphs.stack is not stack:
+            self._stack_graphs = StackGraphs(stack)
+        return self._stack_graphs
 
     @property
     def block_size(self) -> int:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -260,12 +261,18 @@ class PrefixCache(Sharing):
 
     def _promote(self, parent: Node, token_ids: Sequence[int], num_known: int) -> list[Node]:
         """The blocks behind the first `num_known` that a lower tier holds, one reference each to the caller."""
-        digest, wanted = parent.digest, []
-        for tokens in list(self._split(token_ids))[num_known:]:
-            digest = block_digest(digest, tokens)
-            wanted.append((digest, tokens))
-        promoted = []
-        for digest, tokens in wanted[: self._tiers.num_promotable(wanted)]:
+        wanted, promoted = [], []
+
+        def wants() -> Iterator[tuple[bytes, bytes]]:
+            """Hashed as far as somebody looks: mostly not at all."""
+            digest = parent.digest
+            for tokens in islice(self._split(token_ids), num_known, None):
+                digest = block_digest(digest, tokens)
+                wanted.append((digest, tokens))
+                yield digest, tokens
+
+        count = self._tiers.num_promotable(wants())
+        for digest, tokens in wanted[:count]:
             if not self.pool.num_free and not self.evict(1):
                 break
             block = self.pool.allocate()
