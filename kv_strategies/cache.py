@@ -11,6 +11,7 @@ keeps tokens only, so a row of the batch is a block table without its padding.
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from . import fused
 from .base import Strategy
 from .paged import BlockTable, OutOfBlocks
 from .plan import Plan, PlanBuffer
+
+if TYPE_CHECKING:
+    from .fused import FusedStack
+    from .graphs import StackStep
 
 
 class AttendingCache(Cache):
@@ -34,10 +39,13 @@ class AttendingCache(Cache):
     @property
     def decoder_layers(self):
         """The stack that `LlamaModel` runs: the strategy's own, in one piece, or the plain layers."""
-        stack = self.strategy.stack
+        stack = self._stack()
         if stack is None or fused.is_observed():
             return self.strategy.model.model.layers
         return [stack]
+
+    def _stack(self) -> FusedStack | StackStep | None:
+        return self.strategy.stack
 
     def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
         """Called in place of `create_causal_mask`: nothing to do where the plan is there already."""
@@ -79,6 +87,7 @@ class StrategyCache(AttendingCache):
         self.tables: list[BlockTable] = []
         self.num_columns = 0  # tokens and padding that generate() believes to be cached
         self._packing: Tensor | None = None  # [T] where the tokens stand among B * n columns, if there is padding
+        self._step: StackStep | None = None  # what replays the stack in this forward
         # The tables live in a list of their own, so that the finalizer does not keep the cache alive.
         weakref.finalize(self, _release, self.tables)
 
@@ -110,11 +119,22 @@ class StrategyCache(AttendingCache):
         self._packing = None
         if is_token is not None and not is_token.all():
             self._packing = is_token.flatten().nonzero().squeeze(1).to(inputs_embeds.device)
-        buffer = PlanBuffer(
-            inputs_embeds.device, num_rows, sum(query_lens), max(1, *(len(table.blocks) for table in self.tables))
-        )
-        self.plan = buffer.fill(rows)
+        graphs = self.strategy.stack_graphs if num_columns == 1 and self._packing is None and self._replays else None
+        self._step = None if graphs is None else graphs.step(rows)
+        if self._step is not None:
+            self.plan = self._step.plan
+        else:
+            max_blocks = max(1, *(len(table.blocks) for table in self.tables))
+            self.plan = PlanBuffer(inputs_embeds.device, num_rows, sum(query_lens), max_blocks).fill(rows)
         self.num_columns += num_columns
+
+    @property
+    def _replays(self) -> bool:
+        """Whether a decode step may be a graph, in which `attend` is not called."""
+        return True
+
+    def _stack(self) -> FusedStack | StackStep | None:
+        return self._step or self.strategy.stack
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         if self._packing is None:
@@ -229,6 +249,10 @@ class PromptCache(StrategyCache):
                 "generate() feeds other tokens, or at other positions, than cache() was given; give both the same "
                 "input_ids and attention_mask"
             )
+
+    @property
+    def _replays(self) -> bool:
+        return not self._prompts  # else the last layer publishes them
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         out = super().attend(layer_idx, query, key, value, scaling)

@@ -36,6 +36,7 @@ class FusedStack:
     def __init__(self, model: LlamaForCausalLM):
         """Merges the weights of each layer, in place."""
         attention = model.model.layers[0].self_attn
+        self.device = attention.q_proj.weight.device
         self._head_dim, self._scaling = attention.head_dim, attention.scaling
         self._layers = [_Layer(layer) for layer in model.model.layers]
         modules = [module for layer in model.model.layers for module in layer.modules()]
@@ -137,7 +138,7 @@ def supports(model: LlamaForCausalLM) -> bool:
 
 def is_observed() -> bool:
     """Whether this forward has to show what is between the layers (`output_hidden_states`)."""
-    return output_capturing._active_collector.get() is not None
+    return bool(output_capturing._active_collector.get())
 
 
 def _has_hooks(module: nn.Module) -> bool:

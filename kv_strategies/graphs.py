@@ -3,19 +3,27 @@
 A graph has fixed shapes and addresses, so there is one for each (batch size, context bucket) that occurs, made when it
 first occurs. Smaller batches are padded with rows that read and store nothing; the bucket bounds the grid of the
 attention kernel.
+
+`DecodeGraphs` holds whole steps of the runner, `StackGraphs` the decoder stack alone for `generate()`, which keeps what
+is around it to itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .cache import AttendingCache
 from .paged import BlockTable
-from .plan import PlanBuffer
+from .plan import Plan, PlanBuffer
 from .sampling import greedy
+
+if TYPE_CHECKING:
+    from .fused import FusedStack
 
 _SMALLEST_BUCKET = 1024  # tokens
 
@@ -50,8 +58,7 @@ class DecodeGraphs:
             logits [B, V] and the likeliest tokens [B], both valid until the next step.
         """
         num_rows = next(size for size in self._sizes if size >= len(rows))
-        longest = max(table.num_tokens for table, _ in rows)
-        bucket = max(_SMALLEST_BUCKET, 1 << (longest - 1).bit_length())
+        bucket = _bucket(rows)
         captured = self._graphs.get((num_rows, bucket))
         if captured is None:
             captured = self._graphs[num_rows, bucket] = self._capture(num_rows, bucket, rows[0][0].pool.block_size)
@@ -65,8 +72,7 @@ class DecodeGraphs:
 
         device = self._last_token.device
         buffer = PlanBuffer(device, num_rows, num_rows, -(-bucket // block_size), {"slots": num_rows})
-        plan = buffer.fill([], {"slots": [len(self._last_token) - 1] * num_rows})
-        plan = replace(plan, query_lens=[1] * num_rows, row_lens=[bucket] * num_rows, num_decodes=num_rows)
+        plan = _bounded(buffer.fill([], {"slots": [len(self._last_token) - 1] * num_rows}), bucket)
         slots = buffer.tensors["slots"]
 
         def step() -> tuple[Tensor, Tensor]:
@@ -85,6 +91,80 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._memory):
             logits, tokens = step()
         return _Graph(graph, buffer, logits, tokens)
+
+
+class StackGraphs:
+    """The decode steps of `generate()` through one stack. The first of a kind runs as it is, the second is captured."""
+
+    def __init__(self, stack: FusedStack):
+        self.stack = stack
+        self._steps: dict[tuple[int, int], StackStep] = {}
+
+    def step(self, rows: Sequence[tuple[BlockTable, int]]) -> StackStep:
+        """What stands in for the stack in a step over rows of one query each, its plan filled in."""
+        key = len(rows), _bucket(rows)
+        if key not in self._steps:
+            self._steps[key] = StackStep(self.stack, *key, rows[0][0].pool.block_size)
+        step = self._steps[key]
+        step.fill(rows)
+        return step
+
+
+class StackStep:
+    """One decode step of so many rows and so long contexts at most: called as the stack is."""
+
+    def __init__(self, stack: FusedStack, num_rows: int, bucket: int, block_size: int):
+        self.plan: Plan | None = None
+        self._stack, self._bucket = stack, bucket
+        self._buffer = PlanBuffer(stack.device, num_rows, num_rows, -(-bucket // block_size))
+        self._is_warm = False
+        self._replay: Callable[[], object] | None = None
+        self._inputs: list[Tensor] = []
+        self._output: Tensor | None = None
+
+    def fill(self, rows: Sequence[tuple[BlockTable, int]]) -> None:
+        self.plan = _bounded(self._buffer.fill(rows), self._bucket)
+
+    def __call__(
+        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], past_key_values, **kwargs
+    ) -> Tensor:
+        """See `FusedStack`. The result is valid until the next step."""
+        if not self._is_warm:  # kernels compile
+            self._is_warm = True
+            return self._stack(hidden_states, position_embeddings=position_embeddings, past_key_values=past_key_values)
+        given = (hidden_states, *(part.expand(len(hidden_states), -1, -1) for part in position_embeddings))
+        if self._replay is None:
+            cache = AttendingCache(past_key_values.strategy)  # of no call: the graph serves all of them
+            cache.plan = self.plan
+            with torch.inference_mode(False), torch.no_grad():  # what is kept serves all modes
+                self._inputs = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in given]
+                self._replay, self._output = _record(
+                    lambda: self._stack(self._inputs[0], position_embeddings=self._inputs[1:], past_key_values=cache)
+                )
+        for own, tensor in zip(self._inputs, given, strict=True):
+            own.copy_(tensor)
+        self._replay()
+        return self._output
+
+
+def _record(work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+    """What repeats `work` on the same memory, and where its result will be."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = work()
+    return graph.replay, output
+
+
+def _bucket(rows: Sequence[tuple[BlockTable, int]]) -> int:
+    """Tokens that the longest row may have without another graph: the next power of two."""
+    longest = max(table.num_tokens for table, _ in rows)
+    return max(_SMALLEST_BUCKET, 1 << (longest - 1).bit_length())
+
+
+def _bounded(plan: Plan, bucket: int) -> Plan:
+    """The plan of decode rows with bounds that hold for all steps of a bucket."""
+    num_rows = plan.num_tokens
+    return replace(plan, query_lens=[1] * num_rows, row_lens=[bucket] * num_rows, num_decodes=num_rows)
 
 
 def _batch_sizes() -> list[int]:

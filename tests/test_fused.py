@@ -7,7 +7,10 @@ import torch
 from common import VOCAB, tiny_llama
 from torch import nn
 
-from kv_strategies import Request, Runner, build, fused
+from kv_strategies import Request, Runner, build, fused, graphs
+from kv_strategies.base import Strategy
+from kv_strategies.fused import FusedStack
+from kv_strategies.graphs import StackGraphs, StackStep
 from kv_strategies.kernels import linear as plain
 from kv_strategies.kernels import triton_fused, triton_linear
 from kv_strategies.kernels.linear import Norm, Rotary
@@ -27,6 +30,14 @@ def model_of(kind: str):
     return model
 
 
+@pytest.fixture
+def forwards(monkeypatch) -> list[int]:
+    """Counts the forwards that went through a stack."""
+    seen, call = [], FusedStack.__call__
+    monkeypatch.setattr(FusedStack, "__call__", lambda *args, **kwargs: seen.append(1) or call(*args, **kwargs))
+    return seen
+
+
 def fused_strategy(model, name="paged"):
     strategy = build(name, model, num_blocks=64, block_size=4)
     strategy.fused = True
@@ -35,7 +46,7 @@ def fused_strategy(model, name="paged"):
 
 @pytest.mark.parametrize("kind", ["plain", "biased", "mha"])
 @torch.no_grad()
-def test_the_stack_computes_what_the_layers_do(kind, device):
+def test_the_stack_computes_what_the_layers_do(kind, device, forwards):
     model = model_of(kind).to(device)
     steps = [torch.randint(VOCAB, (2, n), device=device) for n in (7, 1, 3, 1)]
     expected, before = [], model.state_dict()
@@ -48,10 +59,12 @@ def test_the_stack_computes_what_the_layers_do(kind, device):
     cache = strategy.cache()
     for ids, logits in zip(steps, expected, strict=True):
         torch.testing.assert_close(model(ids, past_key_values=cache).logits, logits, **EXACT)
+    assert len(forwards) == 4
     strategy.fused = False
     cache = strategy.cache()
     for ids, logits in zip(steps, expected, strict=True):  # the plain layers, over the merged weights
         torch.testing.assert_close(model(ids, past_key_values=cache).logits, logits, **EXACT)
+    assert len(forwards) == 4
     after = model.state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
@@ -76,7 +89,7 @@ def test_weights_are_held_once():
     torch.testing.assert_close(now, model(ids, past_key_values=build("baseline", model).cache()).logits, **EXACT)
 
 
-def test_padded_generate_and_runner_run_through_the_stack(device):
+def test_padded_generate_and_runner_run_through_the_stack(device, forwards):
     model = model_of("plain").to(device)
     prompts = [[5, 6, 7, 8, 9], [3, 4]]
     ids = torch.tensor([prompts[0], [0, 0, 0, *prompts[1]]], device=device)
@@ -88,10 +101,49 @@ def test_padded_generate_and_runner_run_through_the_stack(device):
     assert torch.equal(model.generate(ids, past_key_values=strategy.cache(ids, mask), **options), expected)
     results = Runner(model, strategy).generate([Request(prompt, max_new_tokens=6) for prompt in prompts])
     assert [result.token_ids for result in results] == expected[:, 5:].tolist()
+    assert len(forwards) >= 18 or device.type == "cuda"  # of which replays are none
+
+
+def fake_record(work):
+    """A graph that replays by running again: same inputs, same memory for the result."""
+    output = work()
+    return lambda: output.copy_(work()), output
+
+
+def fill_in_place(step, rows):
+    """What a graph reads is memory; here it is a plan."""
+    plan = step._buffer.fill(rows)
+    step.plan = step.plan or plan
+    vars(step.plan).update(vars(plan))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_generate_replays_the_stack(mode, monkeypatch):
+    model = model_of("plain")
+    strategy = fused_strategy(model, "prefix")
+    replayed = StackGraphs(strategy.stack)
+    monkeypatch.setattr(graphs, "_record", fake_record)
+    monkeypatch.setattr(graphs, "_SMALLEST_BUCKET", 8)
+    monkeypatch.setattr(graphs, "_bounded", lambda plan, bucket: plan)  # kernels of a CPU read lengths on the host
+    monkeypatch.setattr(StackStep, "fill", fill_in_place)
+    monkeypatch.setattr(Strategy, "stack_graphs", property(lambda self: replayed))
+    prompts = torch.tensor([[0, 0, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    for options in ({}, {"num_beams": 2}, {"max_new_tokens": 30}, {"output_hidden_states": True}):
+        options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False} | options
+        with mode():
+            expected = model.generate(prompts, **options, return_dict_in_generate=True).sequences
+        for cache in (strategy.cache(), strategy.cache(prompts, mask), strategy.cache(prompts, mask)):
+            with torch.no_grad():  # the other mode, over the same buffers
+                got = model.generate(prompts, past_key_values=cache, **options, return_dict_in_generate=True).sequences
+            assert torch.equal(got, expected)
+    assert strategy.num_hit_tokens > 0
+    assert {bucket for _, bucket in replayed._steps} == {8, 16, 32, 64}
+    assert all(step._replay is not None for (_, bucket), step in replayed._steps.items() if bucket > 8)
 
 
 @torch.no_grad()
-def test_what_asks_for_the_layers_gets_them():
+def test_what_asks_for_the_layers_gets_them(forwards):
     model = model_of("plain")
     strategy = fused_strategy(model)
     ids = torch.randint(VOCAB, (1, 5))
@@ -99,6 +151,7 @@ def test_what_asks_for_the_layers_gets_them():
     output = model(ids, past_key_values=strategy.cache(), output_hidden_states=True)
     for states, wanted in zip(output.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(states, wanted, **EXACT)
+    assert not forwards
     assert strategy.stack is not None, "the capture hooks stay, and are no reason"
 
     seen = []
@@ -265,9 +318,24 @@ def test_gpu_stack_in_a_graph(device):
     model = model_of("plain").to(device)
     requests = [Request([i + 1] * (i + 3), max_new_tokens=20) for i in range(5)]
     tokens = []
-    for is_fused, graphs in ((False, False), (True, False), (True, True)):
+    for is_fused, in_graphs in ((False, False), (True, False), (True, True)):
         strategy = build("paged", model, num_blocks=64, block_size=4)
         strategy.fused = is_fused
-        results = Runner(model, strategy, cuda_graphs=graphs).generate(requests)
+        results = Runner(model, strategy, cuda_graphs=in_graphs).generate(requests)
         tokens.append([result.token_ids for result in results])
     assert tokens[0] == tokens[1] == tokens[2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["paged", "prefix", "window", "contiguous"])
+def test_gpu_generate_replays_the_stack(name, device):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = model_of("plain").to(device)
+    prompts = torch.tensor([[0, 0, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]], device=device)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7], device=device)
+    expected = model.generate(prompts, attention_mask=mask, max_new_tokens=40, do_sample=False)
+    strategy = build(name, model, num_blocks=64)
+    for cache in (strategy.cache(), strategy.cache(prompts, mask), strategy.cache(prompts, mask)):
+        got = model.generate(prompts, attention_mask=mask, max_new_tokens=40, do_sample=False, past_key_values=cache)
+        assert torch.equal(got, expected)
+    assert strategy.stack_graphs.step([(strategy.open_table(()), 1)] * 2)._replay is not None
