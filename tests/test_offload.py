@@ -177,3 +177,67 @@ def test_an_exact_step_is_no_graph():
     assert Offload(resident="kv", host_bytes=1).capturable
     with pytest.raises(ValueError, match="cuda_graphs"):
         Runner(MODEL, build("offload", MODEL, num_blocks=8), cuda_graphs=True)
+
+
+@pytest.mark.parametrize("resident", RESIDENT)
+def test_a_saved_prefix_moves_between_placements(tmp_path, resident):
+    requests = [Request(list(range(1, 40)), max_new_tokens=5)]
+    plain = build("prefix", MODEL, num_blocks=30, block_size=4)
+    far = build("prefix+offload", MODEL, num_blocks=30, block_size=4, resident=resident)
+    for source, target in ((plain, far), (far, plain)):
+        source.reset()
+        target.reset()
+        expected = Runner(MODEL, source).generate(requests)[0].token_ids
+        assert source.save(tmp_path / "saved") == 10
+        assert target.load(tmp_path / "saved").num_blocks == 10
+        result = Runner(MODEL, target).generate(requests)[0]
+        assert result.num_cached_tokens == 36 and result.token_ids == expected
+
+
+GPU_OPTIONS = [
+    {},
+    {"resident": "none"},
+    {"top_n": 1000},
+    {"mass": 1.0},
+    {"resident": "kv", "host_bytes": 1 << 22},
+    {"host_bytes": 1 << 22},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_blocks", [30, 300])
+@pytest.mark.parametrize("options", GPU_OPTIONS, ids=str)
+@pytest.mark.parametrize("name", ["offload", "prefix+offload"])
+def test_on_a_gpu(name, options, num_blocks):
+    """Streams, graphs, preemption and eviction; float32, so that tokens are those of the native cache."""
+    model = tiny_llama(num_layers=3).cuda()
+    rng = random.Random(5)
+    requests = random_requests(rng, 12, longest=60, max_new=30)
+    strategy = build(name, model, num_blocks=num_blocks, block_size=4, **options)
+    runner = Runner(model, strategy, max_num_seqs=5, max_batch_tokens=40)
+    expected = baseline_tokens(model, requests)
+    for _ in range(3):
+        assert [result.token_ids for result in runner.generate(requests)] == expected
+    strategy.check_integrity()
+    if "host_bytes" in options and num_blocks == 30:
+        assert strategy.stats()["tier_bytes_down"] > 0
+
+
+@pytest.mark.gpu
+def test_beams_and_samples_on_a_gpu():
+    model = tiny_llama(num_layers=3).cuda()
+    ids = torch.randint(1, VOCAB, (2, 21), device="cuda")
+    for options in GPU_OPTIONS[:4]:
+        strategy = build("offload", model, num_blocks=120, block_size=4, **options)
+        for extra in ({}, {"num_beams": 3}):
+            both = [
+                model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False, pad_token_id=0, **extra)
+                for cache in (None, strategy.cache())
+            ]
+            assert torch.equal(*both)
+
+
+@pytest.mark.gpu
+def test_v_is_page_locked():
+    strategy = build("offload", tiny_llama().cuda(), num_blocks=8)
+    assert strategy.placement._parts[0].stream.host.is_pinned()
