@@ -89,6 +89,8 @@ class Tiers(LowerTiers):
         self._write_behind()
 
     def _free_place(self) -> int:
+        if not self._free and not self._leaving:
+            self._write_behind(wait=True)
         if not self._free and self._leaving:
             self._collect(wait=True)
         if not self._free:
@@ -102,12 +104,18 @@ class Tiers(LowerTiers):
     def _release(self, kept: _Kept) -> None:
         self._free.append((kept.place, kept.arrived))
 
-    def _write_behind(self) -> None:
-        """Send the longest unused blocks to the disk, so that there is room in host memory when it is needed."""
+    def _write_behind(self, *, wait: bool = False) -> None:
+        """Send the longest unused blocks to the disk, so that there is room in host memory when it is needed. A block
+        must have arrived: the thread that writes may not ask the device, which a graph under capture forbids.
+        """
         while self._disk and self._kept and len(self._free) + len(self._leaving) < self._spare:
-            key, kept = self._kept.popitem(last=False)
-            written = self._disk.write(key, kept.tokens, self._host[kept.place], kept.arrived)
-            self._leaving[key] = kept, written
+            key, kept = next(iter(self._kept.items()))
+            if kept.arrived is not None and not kept.arrived.query():
+                if not wait:
+                    return
+                kept.arrived.synchronize()
+            del self._kept[key]
+            self._leaving[key] = kept, self._disk.write(key, kept.tokens, self._host[kept.place])
 
     def _collect(self, *, wait: bool = False) -> None:
         """Take back the places of what is not wanted, and of blocks that the disk has; wait for the first, if told."""
@@ -325,17 +333,15 @@ class Disk:
         self._is_broken = False
         weakref.finalize(self, _close, self._writer, file)
 
-    def write(self, key: bytes, tokens: bytes, data: Tensor, arrived: Mark) -> Future:
+    def write(self, key: bytes, tokens: bytes, data: Tensor) -> Future:
         """Start to write a block [bytes]; the future gives the seconds it took. The data must stay until then."""
         if not self._free:
             self._drop(next(iter(self._kept)))
         entry = _OnDisk(tokens, self._free.pop())
         self._kept[key] = entry
-        return self._writer.submit(self._write, entry, data, arrived)
+        return self._writer.submit(self._write, entry, data)
 
-    def _write(self, entry: _OnDisk, data: Tensor, arrived: Mark) -> float:
-        if arrived is not None:
-            arrived.synchronize()
+    def _write(self, entry: _OnDisk, data: Tensor) -> float:
         if self._is_broken:
             return 0.0
         begin, view, offset = time.perf_counter(), memoryview(data.numpy()), entry.slot * self._block_bytes

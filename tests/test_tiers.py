@@ -231,7 +231,7 @@ def test_short_writes_and_reads_are_continued(tmp_path, monkeypatch):
     monkeypatch.setattr(tiers_module.os, "preadv", lambda handle, to, at: preadv(handle, [to[0][:5]], at))
     disk = Disk(tmp_path, 2 * ROW, ROW)
     data = torch.arange(ROW, dtype=torch.uint8)
-    disk.write(b"a", b"", data, None).result()
+    disk.write(b"a", b"", data).result()
     back = torch.zeros_like(data)
     assert disk.read(b"a", back) is not None and torch.equal(back, data)
 
