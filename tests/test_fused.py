@@ -338,4 +338,4 @@ def test_gpu_generate_replays_the_stack(name, device):
     for cache in (strategy.cache(), strategy.cache(prompts, mask), strategy.cache(prompts, mask)):
         got = model.generate(prompts, attention_mask=mask, max_new_tokens=40, do_sample=False, past_key_values=cache)
         assert torch.equal(got, expected)
-    assert strategy.stack_graphs.step([(strategy.open_table(()), 1)] * 2)._replay is not None
+    assert strategy.stack_graphs._steps[2, 1024]._replay is not None

@@ -20,6 +20,7 @@ Bytes that have to move: N * K * itemsize.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -53,11 +54,12 @@ def tuning(num_rows: int, n: int, k: int, dtype: torch.dtype) -> Tuning | None:
     if num_rows == 1:  # a warp of its own for eight rows of W: no barrier, and one wave of them fills the chip
         tile_n, tile_k, programs, num_warps, num_stages = 8, 256, 2048, 1, 1
     elif num_rows <= MAX_ROWS and dtype == torch.bfloat16:  # float16 might overflow between the norm's two factors
-        tile_n, tile_k, programs, num_warps, num_stages = 64, 128, 512, 4, 4
+        tile_n, tile_k, programs, num_warps, num_stages = 64, 128, 768, 4, 4 if num_rows <= 32 else 3
     else:
         return None
-    tiles = triton.cdiv(n, tile_n)
-    splits = max(1, min(programs // tiles, triton.cdiv(k, tile_k)))
+    tiles, steps = triton.cdiv(n, tile_n), triton.cdiv(k, tile_k)
+    splits = max(1, min(programs // tiles, steps // 4))
+    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none of them empty
     return Tuning(tile_n, tile_k, splits, num_warps, num_stages)
 
 
@@ -92,7 +94,7 @@ def linear(
         square_parts = torch.empty(num_tiles, tuned.splits, rows, dtype=torch.float32, device=x.device)
     norm_weight, eps = (x, 0.0) if norm is None else norm  # x stands for what is not read
     cos, sin, num_rotated = (x, x, 0) if rotary is None else rotary
-    overlap = tuned.overlap and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    overlap = tuned.overlap and x.is_cuda and _can_overlap(x.device)
     linear_kernel[(num_tiles, tuned.splits)](
         x, weight, x if bias is None else bias, norm_weight, cos, sin, out, parts, square_parts, arrived,
         num_rows, n, eps, x.stride(0), out.stride(0), cos.stride(0), sin.stride(0),
@@ -103,6 +105,11 @@ def linear(
         **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return out
+
+
+@cache
+def _can_overlap(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit
