@@ -110,7 +110,10 @@ class PrefixCache(Sharing):
     def evict(self, num_blocks: int) -> int:
         before = self.pool.num_free
         while self.pool.num_free < before + num_blocks and self.pool.idle:
-            self.drop(self._by_block[next(iter(self.pool.idle))], self._tiers.demote)
+            node = self._by_block[next(iter(self.pool.idle))]
+            while idle := [child for child in node.children.values() if child.block in self.pool.idle]:
+                node = idle[0]  # a leaf goes before what it hangs on, though it may have been idle for less long
+            self.drop(node, self._tiers.demote)
         return self.pool.num_free - before
 
     def num_evictable(self) -> int:
