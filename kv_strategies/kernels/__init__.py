@@ -4,7 +4,8 @@
     cpu.py         torch's flash attention over zero-copy views of the blocks
     triton_*.py    the GPU: store, split-KV decode, prefill
 
-Tensors choose by where they live. See `reference.py` for what the arguments mean.
+Tensors choose by where they live. See `reference.py` for what the arguments mean. What a decoder layer has beside
+attention is in `linear.py`, in the same manner.
 """
 
 from __future__ import annotations
