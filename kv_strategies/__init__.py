@@ -6,13 +6,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .strategies import STRATEGIES, build
     from .requests import Request, Result
     from .runner import Runner
+    from .strategies import STRATEGIES, build
 
 __all__ = ["STRATEGIES", "Request", "Result", "Runner", "build"]
 
-_HOME = {"STRATEGIES": "strategies", "build": "strategies", "Request": "requests", "Result": "requests", "Runner": "runner"}
+_HOME = {
+    "STRATEGIES": "strategies",
+    "build": "strategies",
+    "Request": "requests",
+    "Result": "requests",
+    "Runner": "runner",
+}
 
 
 def __getattr__(name: str) -> object:

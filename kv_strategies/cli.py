@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
 
     generate = commands.add_parser("generate", help="continue a prompt with a strategy and print what it held")
     generate.add_argument("prompt", nargs="+", help="one or more prompts; they run as one batch")
-    generate.add_argument("--strategy", default="paged", help='such as "paged" or a sum of parts (default: %(default)s)')
+    generate.add_argument("--strategy", default="paged", help="a name or a sum of names (default: %(default)s)")
     generate.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the strategy")
     generate.add_argument("--model", help="a folder, a hub id, or a known random shape (default: the embedded model)")
     generate.add_argument("--max-new-tokens", type=int, default=64)

@@ -72,7 +72,9 @@ class BlockStore:
             plane[destinations] = plane[sources]
 
 
-def views_of(slab: Tensor, num_layers: int, planes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+def views_of(
+    slab: Tensor, num_layers: int, planes: dict[str, tuple[tuple[int, ...], torch.dtype]]
+) -> dict[str, Tensor]:
     """The planes in a slab [num_blocks, bytes] uint8, one contiguous piece a block: name -> [num_blocks, L, *shape]."""
     views, offset = {}, 0
     for name, (shape, dtype) in planes.items():

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples on every run of CI; others on every run elsewhere, which is where new failures are to be found.
+hypothesis.settings.register_profile("ci", derandomize=True, print_blob=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:

@@ -228,7 +228,7 @@ def test_an_unpatched_model_gets_an_error_not_wrong_tokens():
     other = Qwen2ForCausalLM(config).eval()
     with pytest.raises(RuntimeError, match="not patched"):
         other(batch()["input_ids"], past_key_values=strategy.cache())
-    with pytest.raises(ValueError, match="'qwen2'.*LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"'qwen2'.*LlamaForCausalLM"):
         build("paged", other, num_blocks=4)
 
 
