@@ -394,6 +394,9 @@ def _without_decodes(plan: Plan) -> Plan:
         row_lens=plan.row_lens[first:],
         host_tables=plan.host_tables[first:],
         num_decodes=0,
+        row_groups=[],  # theirs are counted from the first row, and nobody has to use them
+        groups=None,
+        shared_lens=None,
         scratch={},
     )
 

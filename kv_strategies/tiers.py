@@ -27,7 +27,7 @@ import time
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -129,7 +129,7 @@ class Tiers(LowerTiers):
 
     # --- up
 
-    def num_promotable(self, wanted: Sequence[tuple[bytes, bytes]]) -> int:
+    def num_promotable(self, wanted: Iterable[tuple[bytes, bytes]]) -> int:
         """The number of leading blocks that saves most: a block too slow to fetch may lead to others that are not."""
         self._collect()
         best, best_saved, saved = 0, 0.0, 0.0

@@ -10,7 +10,7 @@ from common import VOCAB, baseline_tokens, random_requests, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kv_strategies import Request, Runner, build
+from kv_strategies import Request, Runner, build, plan
 from kv_strategies.offload import Offload
 
 MODEL = tiny_llama(num_layers=3)
@@ -107,6 +107,19 @@ def test_a_row_does_not_depend_on_its_neighbours_when_top_n_reads():
     together = Runner(MODEL, strategy, max_num_seqs=2, max_batch_tokens=7).generate(requests)
     alone = [Runner(MODEL, strategy, max_num_seqs=2, max_batch_tokens=7).generate([request])[0] for request in requests]
     assert [result.token_ids for result in together] == [result.token_ids for result in alone]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_n": 1000}, {"resident": "none"}], ids=str)
+def test_rows_that_share_blocks_beside_a_prompt_that_shares_them(options, monkeypatch):
+    """Decoding rows and the chunks of another, all over one prefix that attention may read once."""
+    monkeypatch.setattr(plan, "MIN_TOKENS_SHARED", 4)
+    monkeypatch.setattr(plan, "MIN_TOKENS_SPARED", 4)
+    shared = list(range(1, 30))
+    requests = [Request(shared + [40 + i] * (1 + 9 * i), max_new_tokens=10) for i in range(4)]
+    strategy = build("prefix+offload", MODEL, num_blocks=90, block_size=4, **options)
+    runner = Runner(MODEL, strategy, max_num_seqs=4, max_batch_tokens=9)
+    runner.generate([shared])
+    assert [result.token_ids for result in runner.generate(requests)] == baseline_tokens(MODEL, requests)
 
 
 def test_only_new_tokens_go_out_and_only_past_blocks_come_in():
