@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -89,6 +90,15 @@ class Plan:
     def num_tokens(self) -> int:
         """T"""
         return self.positions.shape[0]
+
+    @cached_property
+    def private_lens(self) -> list[int]:
+        """[B] on the host: upper bounds of the tokens that no group reads for a row."""
+        lens = list(self.row_lens)
+        for group in self.row_groups:
+            for row in range(group.first_row, group.last_row):
+                lens[row] -= group.num_tokens
+        return lens
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kv_strategies import kernels
 from kv_strategies.kernels import cpu, gpu, reference, triton_decode, triton_prefill, triton_store
-from kv_strategies.plan import NULL_BLOCK, NULL_SLOT, LayerStore, Plan
+from kv_strategies.plan import NULL_BLOCK, NULL_SLOT, Group, LayerStore, Plan
 
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -35,6 +35,7 @@ class Shape:
     sinks: int = 0
     sink_query: bool = False
     shuffled: bool = True
+    groups: tuple[tuple[int, int, int], ...] = ()  # rows that share their first tokens, see plan.Group
     head_major: bool = True  # the pool's layout on a CPU; else that of a GPU
     seed: int = 0
 
@@ -61,6 +62,10 @@ def build(shape: Shape, device: torch.device | str = "cpu") -> Case:
     tables = torch.full((len(counts), max(counts) + 1), NULL_BLOCK, dtype=torch.int32)
     for row, count in enumerate(counts):
         tables[row, :count] = torch.tensor([ids.pop() for _ in range(count)][:: 1 if shape.shuffled else -1])
+    for first, last, num_tokens in shape.groups:
+        tables[first:last, : num_tokens // bs] = tables[first, : num_tokens // bs].clone()
+    shared_lens = [sum(n for first, last, n in shape.groups if first <= row < last) for row in range(len(counts))]
+    groups = list(shape.groups) + [(0, 0, 0)] * (max(1, len(counts) // 2) - len(shape.groups))
 
     def slots(row: int, begin: int, end: int) -> torch.Tensor:
         index = torch.arange(begin, end)
@@ -79,6 +84,9 @@ def build(shape: Shape, device: torch.device | str = "cpu") -> Case:
         query_lens=list(shape.query_lens),
         row_lens=list(shape.row_lens),
         num_decodes=next((row for row, q in enumerate(shape.query_lens) if q != 1), len(pairs)),
+        row_groups=[Group(*group) for group in shape.groups],
+        groups=torch.tensor(groups, dtype=torch.int32).to(device),
+        shared_lens=torch.tensor(shared_lens, dtype=torch.int32).to(device),
     )
 
     def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:

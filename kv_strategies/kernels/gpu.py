@@ -1,5 +1,6 @@
 """The GPU path: who computes which rows.
 
+tokens that rows share                     triton_cascade, one launch for all of them, then without these tokens:
 rows with one query                        triton_decode, one launch for all of them
 long rows with nothing cached              torch's own attention over this step's K and V, one call a row
 the rest: prefix hits, chunks, short rows  triton_prefill, one launch for as many as follow each other
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..plan import LayerStore, Plan
+from .triton_cascade import read_shared
 from .triton_decode import decode
 from .triton_prefill import prefill
 
@@ -49,6 +51,8 @@ def attention(
         return fresh_attention(query, key, value, scaling)
 
     out = query.new_empty(query.shape)
+    if not window and sink_query is None:  # what a window hides is another part for each row
+        options["shared"] = read_shared(query, layer, plan, scaling=scaling)
     if first_prefill:
         decode(query, layer, plan, out, **options)
     for is_fresh, rows in groupby(range(first_prefill, num_rows), fresh):

@@ -45,6 +45,44 @@ def load_tile(
 
 
 @triton.jit
+def attend(
+    best, total, acc, q, scaling, begin, end, position,
+    k_store, v_store, k_scale, v_scale, table, kv_head,
+    k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token,
+    k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head,
+    BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, QUANTISED: tl.constexpr,
+    WINDOW: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Go on with the online softmax of q [ROWS, DIM_P2] over the tokens begin:end of a row."""
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        index = start + tl.arange(0, TILE)
+        seen = index < end
+        k, k_scales = load_tile(
+            k_store, k_scale, table, kv_head, index, seen, k_stride_block, k_stride_head, k_stride_token,
+            k_scale_stride_block, k_scale_stride_head, BLOCK_SIZE, DIM, DIM_P2, QUANTISED,
+        )  # fmt: skip
+        v, v_scales = load_tile(
+            v_store, v_scale, table, kv_head, index, seen, v_stride_block, v_stride_head, v_stride_token,
+            v_scale_stride_block, v_scale_stride_head, BLOCK_SIZE, DIM, DIM_P2, QUANTISED,
+        )  # fmt: skip
+        # A scale belongs to a token, so it can wait until after the product (K) or join the weight (V).
+        score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * (k_scales * scaling)[None, :]
+        if MASKED:
+            visible = seen[None, :] & (index[None, :] <= position[:, None])
+            if WINDOW > 0:
+                visible = visible & (index[None, :] > position[:, None] - WINDOW)
+            score = tl.where(visible, score, float("-inf"))
+        new_best = tl.maximum(best, tl.max(score, 1))
+        keep = tl.exp2(best - new_best)
+        weight = tl.exp2(score - new_best[:, None])
+        total = total * keep + tl.sum(weight, 1)
+        weight = (weight * v_scales[None, :]).to(q.dtype)
+        acc = tl.dot(weight, v.to(q.dtype), acc * keep[:, None], input_precision="ieee")
+        best = new_best
+    return best, total, acc
+
+
+@triton.jit
 def merge_parts(
     parts, part_lses, num_parts, rows, rows_mask, dims,
     ROWS: tl.constexpr, DIM_P2: tl.constexpr, TILE_PARTS: tl.constexpr,
@@ -53,10 +91,22 @@ def merge_parts(
     best = tl.full(rows.shape, LOWEST, tl.float32)
     total = tl.zeros(rows.shape, tl.float32)
     out = tl.zeros([rows.shape[0], DIM_P2], tl.float32)
+    best, total, out = fold_parts(
+        best, total, out, parts, part_lses, num_parts, rows, rows_mask, dims, ROWS, DIM_P2, TILE_PARTS
+    )
+    return out / tl.where(total > 0, total, 1.0)[:, None]
+
+
+@triton.jit
+def fold_parts(
+    best, total, out, parts, part_lses, num_parts, rows, rows_mask, dims,
+    STRIDE: tl.constexpr, DIM_P2: tl.constexpr, TILE_PARTS: tl.constexpr,
+):  # fmt: skip
+    """Go on with an online softmax over parts that are done: row r of part p is entry `rows[r] + p * STRIDE`."""
     for start in range(0, num_parts, TILE_PARTS):
         part = start + tl.arange(0, TILE_PARTS)
         mask = (part < num_parts)[:, None] & rows_mask[None, :]
-        at = part[:, None] * ROWS + rows[None, :]  # [TILE_PARTS, ROWS_P2]
+        at = part[:, None] * STRIDE + rows[None, :]  # [TILE_PARTS, ROWS_P2]
         # .cg: other programs wrote these, so they are read from L2, past this core's own cache.
         lse = tl.load(part_lses + at, mask=mask, other=LOWEST, cache_modifier=".cg")
         address = parts + at[:, :, None] * DIM_P2 + dims[None, None, :]
@@ -67,7 +117,7 @@ def merge_parts(
         total = total * keep + tl.sum(tl.where(mask, weight, 0.0), 0)
         out = out * keep[:, None] + tl.sum(weight[:, :, None] * data, 0)
         best = new_best
-    return out / tl.where(total > 0, total, 1.0)[:, None]
+    return best, total, out
 
 
 def workspace(plan: Plan, name: str, rows: int, parts: int, size: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:

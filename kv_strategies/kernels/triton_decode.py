@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import LayerStore, Plan
+from .triton_cascade import SharedParts, fold_shared
 from .triton_common import LOG2_E, LOWEST, load_tile, merge_parts, workspace
 
 
@@ -57,9 +58,12 @@ def decode(
     window: int = 0,
     sinks: int = 0,
     sink_query: Tensor | None = None,
+    shared: SharedParts | None = None,
     tuned: Tuning | None = None,
 ) -> None:
     """Write out[b] for the first plan.num_decodes rows, which have one query each. See `reference.attention`.
+
+    `shared`, only without a window: what the tokens that rows share give, which are not read again.
 
     Nothing here depends on host values but shapes and the bounds in plan.row_lens, so that a CUDA graph can hold it.
     """
@@ -68,23 +72,26 @@ def decode(
     group, rows = num_heads // num_kv_heads, plan.num_decodes
     tuned = tuned or tuning(group, dim, layer.k.element_size())
     sinks = sinks if window or sink_query is not None else 0  # else all is visible anyhow
-    longest = max(plan.row_lens[:rows])
+    longest = max((plan.row_lens if shared is None else plan.private_lens)[:rows])
     num_splits = min(tuned.max_splits, triton.cdiv(min(longest, window or longest), tuned.split)) + (sinks > 0)
     num_splits = max(num_splits, 1)
     dim_p2, group_p2 = max(triton.next_power_of_2(dim), 16), triton.next_power_of_2(group)
     parts, part_lses, arrived = workspace(plan, "decode", rows * num_kv_heads, num_splits, group, dim_p2)
     quantised = layer.k_scale is not None
     k_scale, v_scale = (layer.k_scale, layer.v_scale) if quantised else (layer.k, layer.v)  # not read unless quantised
+    shared_lens = plan.context_lens if shared is None else plan.shared_lens  # not read unless shared
+    shared_parts, shared_lses, shared_split = shared or (parts, part_lses, 1)
     sink_query = query if sink_query is None else sink_query
     decode_kernel[(num_kv_heads, num_splits, rows)](
         query, sink_query, out, layer.k, layer.v, k_scale, v_scale,
-        plan.block_tables, plan.context_lens, parts, part_lses, arrived, scaling * LOG2_E,
+        plan.block_tables, plan.context_lens, parts, part_lses, arrived,
+        shared_lens, shared_parts, shared_lses, shared_parts.shape[2], scaling * LOG2_E,
         *query.stride()[:2], *sink_query.stride()[:2], *out.stride()[:2],
         *layer.k.stride()[:3], *layer.v.stride()[:3], *k_scale.stride()[:2], *v_scale.stride()[:2],
         plan.block_tables.stride(0),
         BLOCK_SIZE=layer.block_size, GROUP=group, DIM=dim, DIM_P2=dim_p2, QUANTISED=quantised,
         GROUP_P2=group_p2, ROWS=1 if group == 1 else max(group_p2, 16), TILE_PARTS=max(64 // group_p2, 1),
-        WINDOW=window, SINKS=sinks,
+        WINDOW=window, SINKS=sinks, CASCADE=shared is not None, SHARED_SPLIT=shared_split,
         SPLIT=tuned.split, MAX_SPLITS=tuned.max_splits, TILE=tuned.tile, STAGES=tuned.num_stages,
         num_warps=tuned.num_warps,
     )  # fmt: skip
@@ -93,12 +100,14 @@ def decode(
 @triton.jit
 def decode_kernel(
     query, sink_query, out, k_store, v_store, k_scale, v_scale,
-    block_tables, context_lens, parts, part_lses, arrived, scaling,
+    block_tables, context_lens, parts, part_lses, arrived,
+    shared_lens, shared_parts, shared_lses, shared_splits, scaling,
     query_stride_row, query_stride_head, sink_query_stride_row, sink_query_stride_head, out_stride_row, out_stride_head,
     k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token,
     k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head, table_stride,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, QUANTISED: tl.constexpr,
     GROUP_P2: tl.constexpr, ROWS: tl.constexpr, TILE_PARTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    CASCADE: tl.constexpr, SHARED_SPLIT: tl.constexpr,
     SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -108,6 +117,9 @@ def decode_kernel(
     first = SINKS
     if WINDOW > 0:
         first = tl.maximum(first, context_len - WINDOW)
+    if CASCADE:
+        shared_len = tl.load(shared_lens + row)
+        first = shared_len
     size = SPLIT * tl.cdiv(tl.maximum(context_len - first, 1), SPLIT * MAX_SPLITS)
     num_parts = tl.cdiv(tl.maximum(context_len - first, 0), size)
     begin = first + split * size
@@ -176,6 +188,11 @@ def decode_kernel(
         weight = tl.exp2(lane_best - best)
         total = tl.sum(total * weight, 0, keep_dims=True)
         acc = tl.sum(acc * weight[:, None], 0, keep_dims=True)  # [1, DIM_P2]
+    if CASCADE:  # what the row shares with others has been read for all of them
+        best, total, acc = fold_shared(
+            best, total, acc, row, heads, heads < GROUP, dims, kv_head, split, shared_len, shared_parts, shared_lses,
+            shared_splits, tl.num_programs(0), GROUP, DIM_P2, SHARED_SPLIT, 16 if ROWS == 1 else 1,
+        )  # fmt: skip
     total = tl.where(total > 0, total, 1.0)  # a row of context 0: zeros
     acc = acc / total[:, None]
 

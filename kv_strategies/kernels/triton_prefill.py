@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import LayerStore, Plan
-from .triton_common import LOG2_E, LOWEST, load_tile, merge_parts, workspace
+from .triton_cascade import SharedParts, fold_shared
+from .triton_common import LOG2_E, LOWEST, attend, merge_parts, workspace
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,18 @@ def prefill(
     window: int = 0,
     sinks: int = 0,
     sink_query: Tensor | None = None,
+    shared: SharedParts | None = None,
     tuned: Tuning | None = None,
 ) -> None:
-    """Write out for the queries of the plan's rows first_row:last_row. See `reference.attention`."""
+    """Write out for the queries of the plan's rows first_row:last_row. See `reference.attention`.
+
+    `shared`, only without a window: what the tokens that rows share give, which are not read again.
+    """
     _, num_heads, dim = query.shape
     num_kv_heads = layer.k.shape[1]
     group = num_heads // num_kv_heads
-    query_lens, row_lens = plan.query_lens[first_row:last_row], plan.row_lens[first_row:last_row]
+    query_lens = plan.query_lens[first_row:last_row]
+    row_lens = (plan.row_lens if shared is None else plan.private_lens)[first_row:last_row]
     tuned = tuned or tuning(max(query_lens) * group, dim, query.element_size())
     tile_queries = max(tuned.rows // group, 1)
     tile_rows = max(tuned.rows, triton.next_power_of_2(group))
@@ -80,17 +86,20 @@ def prefill(
     )
     quantised = layer.k_scale is not None
     k_scale, v_scale = (layer.k_scale, layer.v_scale) if quantised else (layer.k, layer.v)  # not read unless quantised
+    shared_lens = plan.context_lens if shared is None else plan.shared_lens  # not read unless shared
+    shared_parts, shared_lses, shared_split = shared or (parts, part_lses, 1)
     has_sink_query = sink_query is not None
     sink_query = query if sink_query is None else sink_query
     prefill_kernel[(num_kv_heads, num_tiles, num_splits)](
         query, sink_query, out, layer.k, layer.v, k_scale, v_scale,
         plan.block_tables, plan.cu_seqlens_q, plan.context_lens, parts, part_lses, arrived,
-        scaling * LOG2_E, first_row, last_row,
+        shared_lens, shared_parts, shared_lses, shared_parts.shape[2], scaling * LOG2_E, first_row, last_row,
         *query.stride()[:2], *sink_query.stride()[:2], *out.stride()[:2],
         *layer.k.stride()[:3], *layer.v.stride()[:3], *k_scale.stride()[:2], *v_scale.stride()[:2],
         plan.block_tables.stride(0),
         BLOCK_SIZE=layer.block_size, GROUP=group, DIM=dim, DIM_P2=dim_p2, QUANTISED=quantised,
         WINDOW=window, SINKS=sinks, SINK_QUERY=has_sink_query,
+        CASCADE=shared is not None, SHARED_SPLIT=shared_split,
         TILE_QUERIES=tile_queries, ROWS=tile_rows, TILE=tuned.tile, STAGES=tuned.num_stages,
         SPLIT=tuned.split, num_warps=tuned.num_warps,
     )  # fmt: skip
@@ -100,12 +109,13 @@ def prefill(
 def prefill_kernel(
     query, sink_query, out, k_store, v_store, k_scale, v_scale,
     block_tables, cu_seqlens_q, context_lens, parts, part_lses, arrived,
-    scaling, first_row, last_row,
+    shared_lens, shared_parts, shared_lses, shared_splits, scaling, first_row, last_row,
     query_stride_row, query_stride_head, sink_query_stride_row, sink_query_stride_head, out_stride_row, out_stride_head,
     k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token,
     k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head, table_stride,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, QUANTISED: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, SINK_QUERY: tl.constexpr,
+    CASCADE: tl.constexpr, SHARED_SPLIT: tl.constexpr,
     TILE_QUERIES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     kv_head, tile_id, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -143,6 +153,9 @@ def prefill_kernel(
     begin = SINKS
     if WINDOW > 0:
         begin = tl.maximum(begin, first_position - WINDOW + 1)
+    if CASCADE:
+        shared_len = tl.load(shared_lens + row)
+        begin = shared_len
     sink_end = tl.minimum(SINKS, end)
     if split > 0:
         sink_end = 0  # the first program takes the sinks
@@ -156,6 +169,11 @@ def prefill_kernel(
     best = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_P2], tl.float32)
+    if CASCADE:  # what the row shares with others has been read for all of them
+        best, total, acc = fold_shared(
+            best, total, acc, token, rows % GROUP, rows_mask, dims, kv_head, split, shared_len,
+            shared_parts, shared_lses, shared_splits, tl.num_programs(0), GROUP, DIM_P2, SHARED_SPLIT, 1,
+        )  # fmt: skip
     q = tl.load(
         query + token[:, None] * query_stride_row + head[:, None] * query_stride_head + dims[None, :],
         mask=mask, other=0.0,
@@ -211,41 +229,3 @@ def prefill_kernel(
             tl.store(arrived + pair, 0)
             merged = merge_parts(parts, part_lses, num_parts, rows, rows_mask, dims, ROWS, DIM_P2, 1)
             tl.store(target, merged.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def attend(
-    best, total, acc, q, scaling, begin, end, position,
-    k_store, v_store, k_scale, v_scale, table, kv_head,
-    k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token,
-    k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head,
-    BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, QUANTISED: tl.constexpr,
-    WINDOW: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Go on with the online softmax of q [ROWS, DIM_P2] over the tokens begin:end of a row."""
-    for start in tl.range(begin, end, TILE, num_stages=STAGES):
-        index = start + tl.arange(0, TILE)
-        seen = index < end
-        k, k_scales = load_tile(
-            k_store, k_scale, table, kv_head, index, seen, k_stride_block, k_stride_head, k_stride_token,
-            k_scale_stride_block, k_scale_stride_head, BLOCK_SIZE, DIM, DIM_P2, QUANTISED,
-        )  # fmt: skip
-        v, v_scales = load_tile(
-            v_store, v_scale, table, kv_head, index, seen, v_stride_block, v_stride_head, v_stride_token,
-            v_scale_stride_block, v_scale_stride_head, BLOCK_SIZE, DIM, DIM_P2, QUANTISED,
-        )  # fmt: skip
-        # A scale belongs to a token, so it can wait until after the product (K) or join the weight (V).
-        score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * (k_scales * scaling)[None, :]
-        if MASKED:
-            visible = seen[None, :] & (index[None, :] <= position[:, None])
-            if WINDOW > 0:
-                visible = visible & (index[None, :] > position[:, None] - WINDOW)
-            score = tl.where(visible, score, float("-inf"))
-        new_best = tl.maximum(best, tl.max(score, 1))
-        keep = tl.exp2(best - new_best)
-        weight = tl.exp2(score - new_best[:, None])
-        total = total * keep + tl.sum(weight, 1)
-        weight = (weight * v_scales[None, :]).to(q.dtype)
-        acc = tl.dot(weight, v.to(q.dtype), acc * keep[:, None], input_precision="ieee")
-        best = new_best
-    return best, total, acc

@@ -1,0 +1,212 @@
+"""Cascade attention: what rows share is read once for all of them, and no result changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels import Shape, assert_close, build
+
+from kv_strategies import kernels
+from kv_strategies.kernels import cpu, gpu, reference, triton_cascade, triton_decode, triton_prefill
+from kv_strategies.plan import Group, LayerStore, Plan
+
+TINY = triton_cascade.Tuning(rows=16, tile=16, num_warps=4, num_stages=2, programs=12, split=16)
+SHAPES = {
+    "all rows": Shape((1,) * 5, (40, 33, 50, 34, 38), groups=((0, 5, 32),)),
+    "one head a group, odd": Shape((1,) * 3, (22, 27, 25), dim=20, block_size=7, groups=((0, 3, 21),)),
+    "three heads a group, two tiles": Shape((1,) * 8, (20,) * 8, group=3, num_kv_heads=1, groups=((1, 8, 16),)),
+    "two groups in a tile": Shape((1,) * 6, (70, 68, 20, 33, 40, 34), group=2, groups=((0, 2, 64), (3, 6, 32))),
+    "half a tile a group": Shape((1,) * 4, (9,) * 4, block_size=2, dtype=torch.float16, groups=((0, 2, 4), (2, 4, 6))),
+    "short candidates": Shape((1, 1, 3, 5, 2), (39, 34, 37, 39, 9), groups=((0, 4, 32),)),
+    "candidates of a tile and more": Shape((9, 18), (30, 40), group=2, num_kv_heads=1, groups=((0, 2, 16),)),
+    "int8": Shape((1, 1, 4), (40, 35, 39), codes="int8", dtype=torch.float16, groups=((0, 3, 32),)),
+}
+
+
+def check(shape: Shape, device: torch.device | str) -> None:
+    case = build(shape, device)
+    plain = replace(case.plan, row_groups=[], groups=None, shared_lens=None, scratch={})
+    assert_close(
+        gpu.attention(case.query, case.layer, case.plan, key=case.key, value=case.value, **case.options),
+        reference.attention(case.query, case.layer, plain, **case.options),
+    )
+
+
+@pytest.fixture
+def tiny(device, monkeypatch):
+    monkeypatch.setattr(triton_cascade, "tuning", lambda *_: TINY)
+    small_decode = triton_decode.Tuning(split=16, max_splits=3, tile=16, num_warps=4, num_stages=2)
+    monkeypatch.setattr(triton_decode, "tuning", lambda *_: small_decode)
+    small_prefill = triton_prefill.Tuning(rows=16, tile=16, num_warps=4, num_stages=2, split=16, programs=8)
+    monkeypatch.setattr(triton_prefill, "tuning", lambda *_: small_prefill)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_triton_cascade(device, tiny, name):
+    check(SHAPES[name], device)
+
+
+def test_shared_tokens_are_read_once(device, tiny):
+    """Of what rows share only the first row's table is read: those of the others may say anything."""
+    case = build(SHAPES["short candidates"], device)
+    expected = reference.attention(case.query, case.layer, case.plan, **case.options)
+    case.plan.block_tables[1:4, : 32 // 16] = 10**6
+    assert_close(gpu.attention(case.query, case.layer, case.plan, **case.options), expected)
+
+
+def test_no_cascade_under_a_window(device, tiny, monkeypatch):
+    monkeypatch.setattr(gpu, "read_shared", None)
+    check(replace(SHAPES["short candidates"], window=9, sinks=2), device)
+
+
+def test_many_queries_read_for_themselves(device, tiny, monkeypatch):
+    monkeypatch.setattr(triton_cascade, "MAX_QUERIES", 11)
+    case = build(SHAPES["short candidates"], device)
+    assert triton_cascade.read_shared(case.query, case.layer, case.plan, scaling=1.0) is not None  # 10 in the group
+    monkeypatch.setattr(triton_cascade, "MAX_QUERIES", 9)
+    assert triton_cascade.read_shared(case.query, case.layer, case.plan, scaling=1.0) is None
+    check(SHAPES["short candidates"], device)
+
+
+@st.composite
+def grouped(draw) -> Shape:
+    """Some stretches of rows share some of their blocks, as far as none of these tokens is new."""
+    block_size = draw(st.sampled_from([1, 3, 16]))
+    num_decodes = draw(st.integers(0, 5))
+    query_lens = (1,) * num_decodes + tuple(draw(st.lists(st.integers(1, 9), min_size=2, max_size=4)))
+    past_lens = [draw(st.integers(0, 60)) for _ in query_lens]
+    groups, row = [], 0
+    while row < len(query_lens):
+        last = draw(st.integers(row + 1, len(query_lens)))
+        blocks = draw(st.integers(0, min(past_lens[row:last]) // block_size))
+        if blocks and last - row > 1:
+            groups.append((row, last, blocks * block_size))
+        row = last
+    return Shape(
+        query_lens=query_lens,
+        row_lens=tuple(past + query for past, query in zip(past_lens, query_lens, strict=True)),
+        groups=tuple(groups),
+        num_kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.sampled_from([1, 2, 3])),
+        block_size=block_size,
+        codes=draw(st.sampled_from([None, None, "int8"])),
+        window=draw(st.sampled_from([0, 0, 0, 20])),
+        head_major=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(shape=grouped())
+def test_groups_change_no_result_on_a_cpu(shape):
+    case = build(shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "MIN_RUN", 20)
+        out = cpu.attention(case.query, case.layer, case.plan, **case.options)
+    assert_close(out, reference.attention(case.query, case.layer, case.plan, **case.options))
+
+
+@settings(max_examples=400, deadline=None)
+@given(shape=grouped(), wide=st.booleans())
+@pytest.mark.gpu
+def test_groups_change_no_result(shape, wide):
+    check(replace(shape, dim=128 if wide else 16), "cuda")
+
+
+# a GPU: the sizes that matter, the tuned constants
+
+HISTORY = 2048
+SWEEP = list(product([64, 80, 128], [1, 16, 64], [torch.float32, torch.float16, torch.bfloat16], [None, "int8", "fp8"]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize("dim, block_size, dtype, codes", SWEEP)
+def test_gpu_sweep(device, dim, block_size, dtype, codes, group):
+    lens = [HISTORY + 8 + 7 * (row % 5) for row in range(40)]
+    shape = Shape((1,) * 42, (900, *lens, 77), group=group, dim=dim, block_size=block_size, dtype=dtype, codes=codes)
+    check(replace(shape, groups=((1, 41, HISTORY),), head_major=False), device)
+    shape = replace(shape, query_lens=(1, 1, *[8] * 39, 5), groups=((1, 20, 512), (20, 41, HISTORY)))
+    check(replace(shape, head_major=False), device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 4])
+def test_gpu_graph_serves_other_groups(device, group):
+    """Captured once with bounds, replayed for steps with other groups, fewer of them, and none."""
+    num_rows, bound = 24, 4096
+    shape = Shape((1,) * num_rows, (3000,) * num_rows, group=group, dim=128, dtype=torch.bfloat16, head_major=False)
+    shape = replace(shape, groups=((0, num_rows, 2912),))
+    case = build(shape, device)
+    plan = case.plan
+    bounded = replace(plan, row_lens=[bound] * num_rows, row_groups=[Group(0, num_rows, 0)], scratch={})
+
+    def step(plan: Plan) -> torch.Tensor:
+        return kernels.attention(case.query, case.layer, plan, **case.options)
+
+    step(replace(bounded, scratch={}))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(bounded)
+    for groups in ([(0, 24, 2912)], [(0, 3, 2912), (3, 11, 16), (20, 24, 1024)], [], [(22, 24, 64)]):
+        plan.groups.zero_()
+        plan.shared_lens.zero_()
+        for index, (first, last, num_tokens) in enumerate(groups):
+            plan.groups[index] = torch.tensor([first, last, num_tokens])
+            plan.shared_lens[first:last] = num_tokens
+        out.fill_(7.0)
+        graph.replay()
+        assert_close(out, reference.attention(case.query, case.layer, plan, **case.options))
+    plan.context_lens[5] = 0  # a padding row
+    graph.replay()
+    assert (out[5] == 0).all()
+
+
+@pytest.mark.gpu
+def test_gpu_fan_out_is_faster(device):
+    """128 candidates on a history of 8192, one layer of Llama-2-7B: at least 8 times as fast as without."""
+    heads, dim, num_rows, history = 32, 128, 128, 8192
+    num_blocks = (history + 16 * num_rows) // 16
+    slab = torch.randn(num_blocks, 2, heads, 16, dim, dtype=torch.bfloat16, device=device)
+    layer = LayerStore(slab[:, 0], slab[:, 1])
+    tables = torch.arange(history // 16, dtype=torch.int32).expand(num_rows, -1)
+    own = torch.arange(history // 16, num_blocks, dtype=torch.int32)[:, None]
+    lens = torch.full((num_rows,), history + 12, dtype=torch.int32, device=device)
+    group = Group(0, num_rows, history)
+    plan = Plan(
+        cu_seqlens_q=torch.arange(num_rows + 1, dtype=torch.int32, device=device),
+        context_lens=lens,
+        positions=lens.long() - 1,
+        slot_mapping=torch.full((num_rows,), -1, device=device),
+        block_tables=torch.cat((tables, own), 1).to(device),
+        query_lens=[1] * num_rows,
+        row_lens=lens.tolist(),
+        num_decodes=num_rows,
+        row_groups=[group],
+        groups=torch.tensor([group] + [(0, 0, 0)] * (num_rows // 2 - 1), dtype=torch.int32, device=device),
+        shared_lens=torch.full_like(lens, history),
+    )
+    query = torch.randn(num_rows, heads, dim, dtype=torch.bfloat16, device=device)
+    plans = {"cascade": plan, "plain": replace(plan, row_groups=[], scratch={})}
+    seconds, outs = {}, {}
+    for name, each in plans.items():
+        outs[name] = kernels.attention(query, layer, each, scaling=dim**-0.5)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kernels.attention(query, layer, each, scaling=dim**-0.5)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()
+        begin.record()
+        for _ in range(10):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        seconds[name] = begin.elapsed_time(end) / 10e3
+    assert_close(outs["cascade"], outs["plain"])
+    assert seconds["plain"] > 8 * seconds["cascade"], seconds
