@@ -52,7 +52,7 @@ class Tuning:
 def tuning(num_rows: int, n: int, k: int, dtype: torch.dtype) -> Tuning | None:
     """The sizes for a product [num_rows, k] x [n, k]^T; None where cuBLAS is to do it."""
     if num_rows == 1:  # a warp of its own for four rows of W: no barrier, few registers, so that many are in flight
-        tile_n, tile_k, programs, num_warps, num_stages = 4, 256, 3072, 1, 1
+        tile_n, tile_k, programs, num_warps, num_stages = 4, 256, 4096, 1, 1
     elif num_rows <= MAX_ROWS and dtype == torch.bfloat16:  # float16 might overflow between the norm's two factors
         tile_n, tile_k, programs, num_warps, num_stages = 64, 128, 768, 4, 4 if num_rows <= 32 else 3
     else:
