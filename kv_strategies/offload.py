@@ -15,9 +15,9 @@ A prompt's V goes out as it is computed, a step's V token by token. Three ways t
     mass     likewise, with N chosen per head and step so that the kept softmax mass reaches the bound, which bounds the
              error; what was dropped is counted
 
-The lossy reads are for decode steps; prompts always attend exactly. `resident` says what stays on the GPU: "k" is
-KCache, with "none" both K and V stream, with "kv" nothing does. With `host_bytes` idle blocks move to host memory, and
-with `disk_path` on to a disk, instead of being forgotten (`tiers.py`).
+The lossy reads are for decode steps, rows with one new token; longer ones always attend exactly. `resident` says what
+stays on the GPU: "k" is KCache, with "none" both K and V stream, with "kv" nothing does. With `host_bytes` idle blocks
+move to host memory, and with `disk_path` on to a disk, instead of being forgotten (`tiers.py`).
 
 Saves: half of the KV memory of a GPU, or all but a few layers of it. Costs: exact, a step takes bytes / link rate,
 80 ms for 4 GB of V; top_n, what the dropped mass is worth, which the benchmark measures.
@@ -28,8 +28,6 @@ Saves: half of the KV memory of a GPU, or all but a few layers of it. Costs: exa
 from __future__ import annotations
 
 import math
-import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,11 +41,7 @@ from .kernels.topn import TALLY, new_tally, topn_attention
 from .plan import LayerStore, Plan
 from .store import block_bytes, views_of
 from .stream import LayerStream
-from .tiers import Disk, Rate, Rates, Tiers
-from .transfer import Lane, Mark
-
-#: Fewer new tokens say little about how fast a prompt is computed.
-_MIN_TIMED_TOKENS = 32
+from .tiers import Disk, PrefillClock, Rates, Tiers
 
 
 class Offload(Placement):
@@ -136,18 +130,21 @@ class Offload(Placement):
             self._layers.append((by_device[device], seen[device]))
             seen[device] += 1
         rates = Rates()
-        self._clock = _PrefillClock(rates.prefill, layer_devices[0], len(layer_devices))
+        self._clock = PrefillClock(rates.prefill, layer_devices[0], len(layer_devices))
         if self._host_bytes is not None:
             self._add_tiers(num_blocks, next(iter(planes.values()))[0][1], rates)
 
     @property
     def _num_buffers(self) -> int:
-        """One is enough where only prompts stream: they have work to hide a copy behind, and memory is what counts."""
-        return 1 if self.is_lossy else 3
+        """Layers on the device at once: one attends while the next arrives. Where only prompts stream one is enough, as
+        they have other work to hide a copy behind.
+        """
+        return 1 if self.is_lossy else 2
 
     def _split(self, planes: dict) -> tuple[dict, dict]:
         """The planes that stay on the device, and those that stream; a scale goes with what it scales."""
-        resident = {name: plane for name, plane in planes.items() if name[0] in self._resident}  # no letter of "none"
+        stays = {"k": "k", "none": "", "kv": "kv"}[self._resident]
+        resident = {name: plane for name, plane in planes.items() if name[0] in stays}
         return resident, {name: plane for name, plane in planes.items() if name not in resident}
 
     def _add_tiers(self, num_blocks: int, block_size: int, rates: Rates) -> None:
@@ -232,7 +229,7 @@ class Offload(Placement):
         pieces = []
         for name in self._names:
             for part in self._parts:
-                plane = _bytes(part.planes[name])
+                plane = part.planes[name].view(torch.uint8)
                 pieces.append(plane[torch.tensor(blocks, device=plane.device)].flatten(1).cpu())
         return torch.cat(pieces, dim=1)
 
@@ -241,7 +238,7 @@ class Offload(Placement):
             part.synchronize()
         for name in self._names:
             for part in self._parts:
-                plane = _bytes(part.planes[name])
+                plane = part.planes[name].view(torch.uint8)
                 piece, data = data[:, : plane[0].numel()], data[:, plane[0].numel() :]
                 index = torch.tensor(blocks, device=plane.device)
                 plane[index] = piece.to(plane.device).view(-1, *plane.shape[1:])
@@ -347,39 +344,6 @@ class _Part:
             torch.cuda.synchronize(self.device)
 
 
-class _PrefillClock:
-    """How fast prompts are computed: the time from the first layer's attention to the last's, over their tokens."""
-
-    def __init__(self, rate: Rate, device: torch.device, num_layers: int):
-        self._rate, self._last_layer, self._lane = rate, num_layers - 1, Lane(device, main=True)
-        self._began: tuple[Mark, float] | None = None
-        self._timed: deque[tuple[int, Mark, Mark]] = deque()
-
-    def open(self, layer_idx: int, plan: Plan) -> None:
-        if layer_idx == 0:
-            is_prompt = plan.num_tokens - plan.num_decodes >= _MIN_TIMED_TOKENS
-            self._began = (self._lane.mark(timed=True), time.perf_counter()) if is_prompt else None
-
-    def close(self, layer_idx: int, plan: Plan) -> None:
-        if layer_idx != self._last_layer or self._began is None:
-            return
-        (mark, began), self._began = self._began, None
-        if mark is None:
-            self._rate.learn(plan.num_tokens, time.perf_counter() - began)
-            return
-        self._timed.append((plan.num_tokens, mark, self._lane.mark(timed=True)))
-        while self._timed[0][2].query():
-            num_tokens, mark, end = self._timed.popleft()
-            self._rate.learn(num_tokens, mark.elapsed_time(end) / 1e3)
-            if not self._timed:
-                break
-
-
-def _bytes(plane: Tensor) -> Tensor:
-    """[num_blocks, L, ..] of any type -> uint8, in place."""
-    return plane.view(torch.uint8)
-
-
 def _without_decodes(plan: Plan) -> Plan:
     """The rows behind the first num_decodes, as a plan of their own."""
     first = plan.num_decodes
@@ -419,9 +383,9 @@ def main() -> None:
     plane = layers * heads * dim * size * 16384 / 1e9
     rows = {
         "all on the GPU": (2 * plane, 0, 0),
-        "resident='k', exact": (plane + 3 * plane / layers, plane, plane),
+        "resident='k', exact": (plane + 2 * plane / layers, plane, plane),
         "resident='k', top_n=128": (plane + plane / layers, plane, plane * 128 / 16384),
-        "resident='none'": (3 * 2 * plane / layers, 2 * plane, 2 * plane),
+        "resident='none'": (2 * 2 * plane / layers, 2 * plane, 2 * plane),
     }
     for name, figures in rows.items():
         print(f"{name:<26}" + "".join(f"{figure:>9.3f}" for figure in figures))

@@ -46,7 +46,7 @@ class LayerStream:
         planes: dict[str, tuple[tuple[int, ...], torch.dtype]],
         device: torch.device,
         *,
-        num_buffers: int = 3,
+        num_buffers: int = 2,
         in_order: bool = False,
     ):
         self.device, self.num_layers, self.num_buffers = device, num_layers, min(num_buffers, num_layers)

@@ -38,10 +38,13 @@ import torch
 from torch import Tensor
 
 from .base import LowerTiers
+from .plan import Plan
 from .transfer import Lane, Mark, copy_row, host_memory
 
 _BOUNCE_BYTES = 256 << 20  # on the device, at most; and never more than so many blocks:
 _MAX_BOUNCE = 32
+#: Fewer new tokens say little about how fast a prompt is computed.
+_MIN_TIMED_TOKENS = 32
 
 
 class Tiers(LowerTiers):
@@ -465,6 +468,34 @@ class Rates:
 
     def stats(self) -> dict[str, float | None]:
         return {name: rate.value for name, rate in vars(self).items()}
+
+
+class PrefillClock:
+    """How fast prompts are computed: the time from the first layer's attention to the last's, over their tokens."""
+
+    def __init__(self, rate: Rate, device: torch.device, num_layers: int):
+        self._rate, self._last_layer, self._lane = rate, num_layers - 1, Lane(device, main=True)
+        self._began: tuple[Mark, float] | None = None
+        self._timed: deque[tuple[int, Mark, Mark]] = deque()
+
+    def open(self, layer_idx: int, plan: Plan) -> None:
+        if layer_idx == 0:
+            is_prompt = plan.num_tokens - plan.num_decodes >= _MIN_TIMED_TOKENS
+            self._began = (self._lane.mark(timed=True), time.perf_counter()) if is_prompt else None
+
+    def close(self, layer_idx: int, plan: Plan) -> None:
+        if layer_idx != self._last_layer or self._began is None:
+            return
+        (mark, began), self._began = self._began, None
+        if mark is None:
+            self._rate.learn(plan.num_tokens, time.perf_counter() - began)
+            return
+        self._timed.append((plan.num_tokens, mark, self._lane.mark(timed=True)))
+        while self._timed[0][2].query():
+            num_tokens, mark, end = self._timed.popleft()
+            self._rate.learn(num_tokens, mark.elapsed_time(end) / 1e3)
+            if not self._timed:
+                break
 
 
 def main() -> None:

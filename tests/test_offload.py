@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kv_strategies import Request, Runner, build, plan
+from kv_strategies.kernels import triton_rows
 from kv_strategies.offload import Offload
 
 MODEL = tiny_llama(num_layers=3)
@@ -140,9 +141,9 @@ def test_bytes_per_tier():
     whole = build("paged", MODEL, num_blocks=64).stats()["kv_bytes"]
     layers = 3
     for options, near, far in (
-        ({}, whole / 2 * (1 + 3 / layers), whole / 2),
+        ({}, whole / 2 * (1 + 2 / layers), whole / 2),
         ({"top_n": 4}, whole / 2 * (1 + 1 / layers), whole / 2),
-        ({"resident": "none"}, whole * 3 / layers, whole),
+        ({"resident": "none"}, whole * 2 / layers, whole),
     ):
         tiers = build("offload", MODEL, num_blocks=64, **options).stats()["kv_bytes_per_tier"]
         assert tiers == {"cpu": near, "host": far}
@@ -205,6 +206,22 @@ def test_a_saved_prefix_moves_between_placements(tmp_path, resident):
         assert target.load(tmp_path / "saved").num_blocks == 10
         result = Runner(MODEL, target).generate(requests)[0]
         assert result.num_cached_tokens == 36 and result.token_ids == expected
+
+
+def test_triton_copies_rows_and_slots(device):
+    source = torch.randint(0, 256, (3, 5, 4160), dtype=torch.uint8, device=device)
+    target = torch.zeros(3, 7, 4160, dtype=torch.uint8, device=device)
+    triton_rows.copy_row(source, 4, target, 1)
+    assert torch.equal(target[:, 1], source[:, 4]) and not target[:, [0, 2, 3, 4, 5, 6]].any()
+
+    slots = torch.tensor([7, -1, 0, 14], device=device)
+    near = {"v": torch.randn(5, 2, 3, 20, device=device), "v_scale": torch.randn(5, 2, 3, device=device)}
+    far, expected = ({name: torch.zeros_like(plane) for name, plane in near.items()} for _ in range(2))
+    triton_rows.copy_slots(near, far, slots)
+    for name, plane in near.items():
+        for slot in (7, 0, 14):
+            expected[name][slot // 3, :, slot % 3] = plane[slot // 3, :, slot % 3]
+        assert torch.equal(far[name], expected[name])
 
 
 GPU_OPTIONS = [
