@@ -80,7 +80,9 @@ class Plan:
     row_lens: list[int]  # [B] on the host: upper bounds of context_lens (equal to them outside a CUDA graph)
     num_decodes: int  # the first num_decodes rows have exactly one query each; the rest have any number
     # What may be read once for several rows. A kernel is free not to, with the same result: under a window none does.
-    row_groups: list[Group] = field(default_factory=list)  # on the host, disjoint, in the order of the rows
+    # On the host, disjoint, in the order of the rows. In a CUDA graph a bound as row_lens is: a group of all rows, if
+    # there may be any, and no row reads more than row_lens - num_tokens by itself.
+    row_groups: list[Group] = field(default_factory=list)
     groups: Tensor | None = None  # [B // 2 or 1, 3] int32, the same on the device, zeros where there are fewer
     shared_lens: Tensor | None = None  # [B] int32, num_tokens of the group that a row is in, 0 for none
     host_tables: np.ndarray | None = None  # [B, max_blocks] the block tables on the host, for who moves blocks

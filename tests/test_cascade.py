@@ -7,11 +7,13 @@ from itertools import product
 
 import pytest
 import torch
+from common import VOCAB, baseline_tokens, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import Shape, assert_close, build
+from test_kernels import Shape, assert_close
+from test_kernels import build as build_case
 
-from kv_strategies import kernels
+from kv_strategies import Request, Runner, build, kernels, plan
 from kv_strategies.kernels import cpu, gpu, reference, triton_cascade, triton_decode, triton_prefill
 from kv_strategies.plan import Group, LayerStore, Plan
 
@@ -29,7 +31,7 @@ SHAPES = {
 
 
 def check(shape: Shape, device: torch.device | str) -> None:
-    case = build(shape, device)
+    case = build_case(shape, device)
     plain = replace(case.plan, row_groups=[], groups=None, shared_lens=None, scratch={})
     assert_close(
         gpu.attention(case.query, case.layer, case.plan, key=case.key, value=case.value, **case.options),
@@ -53,7 +55,7 @@ def test_triton_cascade(device, tiny, name):
 
 def test_shared_tokens_are_read_once(device, tiny):
     """Of what rows share only the first row's table is read: those of the others may say anything."""
-    case = build(SHAPES["short candidates"], device)
+    case = build_case(SHAPES["short candidates"], device)
     expected = reference.attention(case.query, case.layer, case.plan, **case.options)
     case.plan.block_tables[1:4, : 32 // 16] = 10**6
     assert_close(gpu.attention(case.query, case.layer, case.plan, **case.options), expected)
@@ -66,7 +68,7 @@ def test_no_cascade_under_a_window(device, tiny, monkeypatch):
 
 def test_many_queries_read_for_themselves(device, tiny, monkeypatch):
     monkeypatch.setattr(triton_cascade, "MAX_QUERIES", 11)
-    case = build(SHAPES["short candidates"], device)
+    case = build_case(SHAPES["short candidates"], device)
     assert triton_cascade.read_shared(case.query, case.layer, case.plan, scaling=1.0) is not None  # 10 in the group
     monkeypatch.setattr(triton_cascade, "MAX_QUERIES", 9)
     assert triton_cascade.read_shared(case.query, case.layer, case.plan, scaling=1.0) is None
@@ -104,7 +106,7 @@ def grouped(draw) -> Shape:
 @settings(max_examples=150, deadline=None)
 @given(shape=grouped())
 def test_groups_change_no_result_on_a_cpu(shape):
-    case = build(shape)
+    case = build_case(shape)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "MIN_RUN", 20)
         out = cpu.attention(case.query, case.layer, case.plan, **case.options)
@@ -142,12 +144,12 @@ def test_gpu_graph_serves_other_groups(device, group):
     num_rows, bound = 24, 4096
     shape = Shape((1,) * num_rows, (3000,) * num_rows, group=group, dim=128, dtype=torch.bfloat16, head_major=False)
     shape = replace(shape, groups=((0, num_rows, 2912),))
-    case = build(shape, device)
-    plan = case.plan
-    bounded = replace(plan, row_lens=[bound] * num_rows, row_groups=[Group(0, num_rows, 0)], scratch={})
+    case = build_case(shape, device)
+    step_plan = case.plan
+    bounded = replace(step_plan, row_lens=[bound] * num_rows, row_groups=[Group(0, num_rows, 0)], scratch={})
 
-    def step(plan: Plan) -> torch.Tensor:
-        return kernels.attention(case.query, case.layer, plan, **case.options)
+    def step(each: Plan) -> torch.Tensor:
+        return kernels.attention(case.query, case.layer, each, **case.options)
 
     step(replace(bounded, scratch={}))
     torch.cuda.synchronize()
@@ -155,17 +157,40 @@ def test_gpu_graph_serves_other_groups(device, group):
     with torch.cuda.graph(graph):
         out = step(bounded)
     for groups in ([(0, 24, 2912)], [(0, 3, 2912), (3, 11, 16), (20, 24, 1024)], [], [(22, 24, 64)]):
-        plan.groups.zero_()
-        plan.shared_lens.zero_()
+        step_plan.groups.zero_()
+        step_plan.shared_lens.zero_()
         for index, (first, last, num_tokens) in enumerate(groups):
-            plan.groups[index] = torch.tensor([first, last, num_tokens])
-            plan.shared_lens[first:last] = num_tokens
+            step_plan.groups[index] = torch.tensor([first, last, num_tokens])
+            step_plan.shared_lens[first:last] = num_tokens
         out.fill_(7.0)
         graph.replay()
-        assert_close(out, reference.attention(case.query, case.layer, plan, **case.options))
-    plan.context_lens[5] = 0  # a padding row
+        assert_close(out, reference.attention(case.query, case.layer, step_plan, **case.options))
+    step_plan.context_lens[5] = 0  # a padding row
     graph.replay()
     assert (out[5] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_gpu_runner_with_groups(device, monkeypatch, cuda_graphs):
+    """Users with a history each and candidates that come and go: tokens as from the native cache."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = tiny_llama(num_heads=4, num_kv_heads=2).to(device)
+    histories = [[(7 * user + 3 * i + i // 5) % VOCAB for i in range(150)] for user in range(3)]
+    requests = [
+        Request([*histories[i // 4 % 3], *[i] * (i % 7 + 1)], max_new_tokens=4 + i % 9, n=1 + i % 2) for i in range(30)
+    ]
+    monkeypatch.setattr(plan, "MIN_TOKENS_SHARED", 4)
+    monkeypatch.setattr(plan, "MIN_TOKENS_SPARED", 4)
+    strategy = build("prefix", model, num_blocks=400, block_size=4)
+    for history in histories:
+        strategy.preload(history)
+    runner = Runner(model, strategy, max_num_seqs=12, cuda_graphs=cuda_graphs)
+    results = [result.token_ids for result in runner.generate(requests)]
+    results += [result.token_ids for result in runner.generate([[1, 2, 3], [4, 5]])]
+    assert results == baseline_tokens(model, requests) + baseline_tokens(model, [[1, 2, 3], [4, 5]])
+    if cuda_graphs:
+        assert {private > 0 for *_, private in runner._graphs._graphs} == {True, False}
 
 
 @pytest.mark.gpu
@@ -179,7 +204,7 @@ def test_gpu_fan_out_is_faster(device):
     own = torch.arange(history // 16, num_blocks, dtype=torch.int32)[:, None]
     lens = torch.full((num_rows,), history + 12, dtype=torch.int32, device=device)
     group = Group(0, num_rows, history)
-    plan = Plan(
+    shared = Plan(
         cu_seqlens_q=torch.arange(num_rows + 1, dtype=torch.int32, device=device),
         context_lens=lens,
         positions=lens.long() - 1,
@@ -193,7 +218,7 @@ def test_gpu_fan_out_is_faster(device):
         shared_lens=torch.full_like(lens, history),
     )
     query = torch.randn(num_rows, heads, dim, dtype=torch.bfloat16, device=device)
-    plans = {"cascade": plan, "plain": replace(plan, row_groups=[], scratch={})}
+    plans = {"cascade": shared, "plain": replace(shared, row_groups=[], scratch={})}
     seconds, outs = {}, {}
     for name, each in plans.items():
         outs[name] = kernels.attention(query, layer, each, scaling=dim**-0.5)

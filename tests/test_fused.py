@@ -110,9 +110,8 @@ def fake_record(work):
     return lambda: output.copy_(work()), output
 
 
-def fill_in_place(step, rows):
+def follow_in_place(step, plan):
     """What a graph reads is memory; here it is a plan."""
-    plan = step._buffer.fill(rows)
     step.plan = step.plan or plan
     vars(step.plan).update(vars(plan))
 
@@ -124,8 +123,8 @@ def test_generate_replays_the_stack(mode, monkeypatch):
     replayed = StackGraphs(strategy.stack)
     monkeypatch.setattr(graphs, "_record", fake_record)
     monkeypatch.setattr(graphs, "_SMALLEST_BUCKET", 8)
-    monkeypatch.setattr(graphs, "_bounded", lambda plan, bucket: plan)  # kernels of a CPU read lengths on the host
-    monkeypatch.setattr(StackStep, "fill", fill_in_place)
+    monkeypatch.setattr(graphs, "_bounded", lambda plan, *bounds: plan)  # kernels of a CPU read lengths on the host
+    monkeypatch.setattr(StackStep, "follow", follow_in_place)
     monkeypatch.setattr(Strategy, "stack_graphs", property(lambda self: replayed))
     prompts = torch.tensor([[0, 0, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
@@ -138,8 +137,8 @@ def test_generate_replays_the_stack(mode, monkeypatch):
                 got = model.generate(prompts, past_key_values=cache, **options, return_dict_in_generate=True).sequences
             assert torch.equal(got, expected)
     assert strategy.num_hit_tokens > 0
-    assert {bucket for _, bucket in replayed._steps} == {8, 16, 32, 64}
-    assert all(step._replay is not None for (_, bucket), step in replayed._steps.items() if bucket > 8)
+    assert {bucket for _, bucket, _ in replayed._steps} == {8, 16, 32, 64}
+    assert all(step._replay is not None for (_, bucket, _), step in replayed._steps.items() if bucket > 8)
 
 
 @torch.no_grad()
@@ -338,4 +337,4 @@ def test_gpu_generate_replays_the_stack(name, device):
     for cache in (strategy.cache(), strategy.cache(prompts, mask), strategy.cache(prompts, mask)):
         got = model.generate(prompts, attention_mask=mask, max_new_tokens=40, do_sample=False, past_key_values=cache)
         assert torch.equal(got, expected)
-    assert strategy.stack_graphs._steps[2, 1024]._replay is not None
+    assert strategy.stack_graphs._steps[2, 1024, 0]._replay is not None
