@@ -113,28 +113,35 @@ def test_groups_change_no_result_on_a_cpu(shape):
     assert_close(out, reference.attention(case.query, case.layer, case.plan, **case.options))
 
 
-@settings(max_examples=400, deadline=None)
-@given(shape=grouped(), wide=st.booleans())
+@settings(max_examples=60, deadline=None)
+@given(shape=grouped())
 @pytest.mark.gpu
-def test_groups_change_no_result(shape, wide):
-    check(replace(shape, dim=128 if wide else 16), "cuda")
+def test_groups_change_no_result(shape):
+    check(shape, "cuda")
 
 
 # a GPU: the sizes that matter, the tuned constants
 
 HISTORY = 2048
-SWEEP = list(product([64, 80, 128], [1, 16, 64], [torch.float32, torch.float16, torch.bfloat16], [None, "int8", "fp8"]))
+SIZES = [(64, 16), (80, 1), (128, 64), (128, 16)]  # of a head, of a block
+SWEEP = [
+    *product(SIZES, [torch.float32, torch.bfloat16], [None]),
+    *product([(128, 16)], [torch.float32, torch.bfloat16], ["int8", "fp8"]),
+    ((96, 17), torch.float16, None),
+]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("group", [1, 3, 4])
-@pytest.mark.parametrize("dim, block_size, dtype, codes", SWEEP)
-def test_gpu_sweep(device, dim, block_size, dtype, codes, group):
+@pytest.mark.parametrize("size, dtype, codes", SWEEP)
+def test_gpu_sweep(device, size, dtype, codes, group):
+    dim, block_size = size
+    short, long = 30 * block_size, HISTORY // block_size * block_size
     lens = [HISTORY + 8 + 7 * (row % 5) for row in range(40)]
     shape = Shape((1,) * 42, (900, *lens, 77), group=group, dim=dim, block_size=block_size, dtype=dtype, codes=codes)
-    check(replace(shape, groups=((1, 41, HISTORY),), head_major=False), device)
-    shape = replace(shape, query_lens=(1, 1, *[8] * 39, 5), groups=((1, 20, 512), (20, 41, HISTORY)))
-    check(replace(shape, head_major=False), device)
+    shape = replace(shape, groups=((1, 41, long),), head_major=False)
+    check(shape, device)
+    check(replace(shape, query_lens=(1, 1, *[8] * 39, 5), groups=((1, 20, short), (20, 41, long))), device)
 
 
 @pytest.mark.gpu
@@ -193,13 +200,10 @@ def test_gpu_runner_with_groups(device, monkeypatch, cuda_graphs):
         assert {private > 0 for *_, private in runner._graphs._graphs} == {True, False}
 
 
-@pytest.mark.gpu
-def test_gpu_fan_out_is_faster(device):
-    """128 candidates on a history of 8192, one layer of Llama-2-7B: at least 8 times as fast as without."""
-    heads, dim, num_rows, history = 32, 128, 128, 8192
-    num_blocks = (history + 16 * num_rows) // 16
-    slab = torch.randn(num_blocks, 2, heads, 16, dim, dtype=torch.bfloat16, device=device)
-    layer = LayerStore(slab[:, 0], slab[:, 1])
+def fan_out(device, num_rows: int = 128, history: int = 8192, heads: int = 32, kv_heads: int = 32, dim: int = 128):
+    """Query, layer and plan of a decode step of candidates on one history, in the shape of Llama-2-7B."""
+    num_blocks = history // 16 + num_rows
+    slab = torch.randn(num_blocks, 2, kv_heads, 16, dim, dtype=torch.bfloat16, device=device)
     tables = torch.arange(history // 16, dtype=torch.int32).expand(num_rows, -1)
     own = torch.arange(history // 16, num_blocks, dtype=torch.int32)[:, None]
     lens = torch.full((num_rows,), history + 12, dtype=torch.int32, device=device)
@@ -218,20 +222,32 @@ def test_gpu_fan_out_is_faster(device):
         shared_lens=torch.full_like(lens, history),
     )
     query = torch.randn(num_rows, heads, dim, dtype=torch.bfloat16, device=device)
-    plans = {"cascade": shared, "plain": replace(shared, row_groups=[], scratch={})}
-    seconds, outs = {}, {}
-    for name, each in plans.items():
-        outs[name] = kernels.attention(query, layer, each, scaling=dim**-0.5)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kernels.attention(query, layer, each, scaling=dim**-0.5)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    return query, LayerStore(slab[:, 0], slab[:, 1]), shared
+
+
+def seconds(work) -> float:
+    """Of one replay of `work`, captured."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    begin.record()
+    for _ in range(20):
         graph.replay()
-        begin.record()
-        for _ in range(10):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        seconds[name] = begin.elapsed_time(end) / 10e3
-    assert_close(outs["cascade"], outs["plain"])
-    assert seconds["plain"] > 8 * seconds["cascade"], seconds
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 20e3
+
+
+@pytest.mark.gpu
+def test_gpu_fan_out_is_faster(device):
+    """The attention of 128 candidates on a history of 8192: at least 8 times as fast as without."""
+    query, layer, shared = fan_out(device)
+    apart = replace(shared, row_groups=[], scratch={})
+    outs = [kernels.attention(query, layer, each, scaling=128**-0.5) for each in (shared, apart)]
+    assert_close(*outs)
+    taken = [seconds(lambda each=each: kernels.attention(query, layer, each, scaling=0.1)) for each in (shared, apart)]
+    assert taken[1] > 8 * taken[0], taken

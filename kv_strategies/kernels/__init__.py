@@ -2,7 +2,7 @@
 
     reference.py   the specification, plain torch, any device
     cpu.py         torch's flash attention over zero-copy views of the blocks
-    triton_*.py    the GPU: store, split-KV decode, prefill
+    triton_*.py    the GPU: store, split-KV decode, prefill, cascade
 
 Tensors choose by where they live. See `reference.py` for what the arguments mean. What a decoder layer has beside
 attention is in `linear.py`, in the same manner.

@@ -105,8 +105,8 @@ def read_shared(
         *query.stride()[:2], *layer.k.stride()[:3], *layer.v.stride()[:3],
         *k_scale.stride()[:2], *v_scale.stride()[:2], plan.block_tables.stride(0),
         BLOCK_SIZE=layer.block_size, GROUP=group, DIM=dim, DIM_P2=dim_p2, QUANTISED=quantised,
-        GROUPS_P2=triton.next_power_of_2(num_groups), TILE_QUERIES=tile_queries, ROWS=tile_rows, TILE=tuned.tile,
-        STAGES=tuned.num_stages, SPLIT=tuned.split, num_warps=tuned.num_warps,
+        GROUPS_P2=max(64, triton.next_power_of_2(num_groups)), TILE_QUERIES=tile_queries, ROWS=tile_rows,
+        TILE=tuned.tile, STAGES=tuned.num_stages, SPLIT=tuned.split, num_warps=tuned.num_warps,
     )  # fmt: skip
     return SharedParts(parts, lses, tuned.split)
 
