@@ -51,12 +51,10 @@ class Tuning:
 
 def tuning(num_rows: int, n: int, k: int, dtype: torch.dtype) -> Tuning | None:
     """The sizes for a product [num_rows, k] x [n, k]^T; None where cuBLAS is to do it."""
-    if num_rows == 1:  # a warp of its own for four rows of W: no barrier, few registers, so that many are in flight
-        tile_n, tile_k, programs, num_warps, num_stages = 4, 256, 4096, 1, 1
-    elif num_rows <= MAX_ROWS and dtype == torch.bfloat16:  # float16 might overflow between the norm's two factors
-        tile_n, tile_k, programs, num_warps, num_stages = 64, 128, 768, 4, 4 if num_rows <= 32 else 3
-    else:
+    if num_rows > 1:  # from two rows on, tensor cores read W once as well, and cuBLAS has them busier
         return None
+    # a warp of its own for four rows of W: no barrier, few registers, so that many are in flight
+    tile_n, tile_k, programs, num_warps, num_stages = 4, 256, 4096, 1, 1
     tiles, steps = triton.cdiv(n, tile_n), triton.cdiv(k, tile_k)
     splits = max(1, min(programs // tiles, steps // 4))
     splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none of them empty
