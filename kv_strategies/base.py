@@ -181,9 +181,7 @@ class Placement:
 
     def bytes_per_block(self, planes: dict, layer_devices: list[torch.device]) -> dict[torch.device, int]:
         """What one block of the pool takes of the memory of each device."""
-        return {
-            device: block_bytes(layer_devices.count(device), planes) for device in dict.fromkeys(layer_devices)
-        }
+        return {device: block_bytes(layer_devices.count(device), planes) for device in dict.fromkeys(layer_devices)}
 
     def allocate(self, num_blocks: int, planes: dict, layer_devices: list[torch.device]) -> None:
         self.stores: dict[torch.device, BlockStore] = {}
@@ -334,9 +332,7 @@ class Strategy:
 
         return StrategyCache(self) if input_ids is None else PromptCache(self, input_ids, attention_mask, salt)
 
-    def open_table(
-        self, token_ids: Sequence[int], salt: str = "", suspended: Suspended | None = None
-    ) -> BlockTable:
+    def open_table(self, token_ids: Sequence[int], salt: str = "", suspended: Suspended | None = None) -> BlockTable:
         """A block table for a new request, with the blocks that already hold the start of `token_ids`.
 
         At least the last token is left to compute, since its logits are wanted.

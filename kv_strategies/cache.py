@@ -198,9 +198,7 @@ class StrategyCache(AttendingCache):
         if model.training:
             raise ValueError(f"a {self.strategy.name!r} cache serves inference: call model.eval() first")
         if attention_mask is not None and (not torch.is_tensor(attention_mask) or attention_mask.dim() != 2):
-            raise ValueError(
-                "a strategy takes a 2-D attention mask [B, columns] of tokens and padding"
-            )
+            raise ValueError("a strategy takes a 2-D attention mask [B, columns] of tokens and padding")
         wanted = output_capturing._active_collector.get()  # set by upstream while a forward records outputs
         if wanted is not None and "attentions" in wanted:
             raise ValueError(
