@@ -2,7 +2,7 @@
 
 Teacher forcing: the text is fed as it stands, and the logits before each of its tokens are judged. Two ways in:
 
-    cost(...)         B texts through `strategy.cache()`, in lockstep with the baseline; a few thousand tokens
+    cost(...)         B texts through `strategy.cache()`, beside the baseline; a few thousand tokens
     stream_nll(...)   one text of any length through one row of the runner's door, in flat memory
 
 How a text is cut into forwards matters where a strategy treats a prompt and a decode step differently (top-N offload
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +30,29 @@ from kv_strategies.runner import forward
 from kv_strategies.text import needle
 
 
+@dataclass
+class Reference:
+    """What a strategy is judged against: logits of the tokens behind the prompts, computed once for many strategies."""
+
+    logits: Tensor  # [B, n, V]
+
+    @property
+    def judged(self) -> int:
+        """Tokens whose prediction is judged: the last of each text has none behind it."""
+        return self.logits.shape[0] * (self.logits.shape[1] - 1)
+
+
+@torch.inference_mode()
+def judge(model: LlamaForCausalLM, baseline: Baseline, token_ids: Tensor, *, num_prompt: int = 0) -> Reference:
+    """The baseline's logits of `token_ids` [B, n] behind the first `num_prompt`: B (n - num_prompt) V numbers."""
+    return Reference(torch.cat([logits for _, logits in _pieces(model, baseline, token_ids, num_prompt, 512)], dim=1))
+
+
 @torch.inference_mode()
 def cost(
     model: LlamaForCausalLM,
     strategy: Strategy | Baseline,
-    baseline: Baseline,
+    baseline: Baseline | Reference,
     token_ids: Tensor,
     *,
     num_prompt: int = 0,
@@ -42,6 +61,7 @@ def cost(
     """Perplexity of both on the same texts, and how far the strategy's logits are from the baseline's.
 
     Args:
+        baseline: or what `judge` gave for these texts, where several strategies are compared with it.
         token_ids: [B, n] texts.
         num_prompt: tokens that are fed first, in chunks of 512, and not judged.
         chunk: tokens a forward after that; 1 for decode steps.
@@ -52,8 +72,12 @@ def cost(
     """
     totals = torch.zeros(4, dtype=torch.float64, device=model.device)  # nll, baseline's nll, KL, agreement
     num_judged = 0
-    pieces = [_pieces(model, which, token_ids, num_prompt, chunk) for which in (strategy, baseline)]
-    for (begin, logits), (_, expected) in zip(*pieces, strict=True):
+    if isinstance(baseline, Reference):
+        expected_pieces = baseline.logits.split(chunk, dim=1)
+    else:  # in lockstep, so that no logits are kept
+        expected_pieces = (logits for _, logits in _pieces(model, baseline, token_ids, num_prompt, chunk))
+    pieces = _pieces(model, strategy, token_ids, num_prompt, chunk)
+    for (begin, logits), expected in zip(pieces, expected_pieces, strict=True):
         targets = token_ids[:, begin + 1 : begin + 1 + logits.shape[1]].to(model.device)
         logits, expected = (x[:, : targets.shape[1]].float().log_softmax(-1) for x in (logits, expected))
         totals[0] -= logits.gather(-1, targets[..., None]).sum()

@@ -95,10 +95,15 @@ def limits(device: str, size: int | None = None) -> dict[str, float]:
     read = max(size / seconds(reader, device)["min"] for reader in readers)
     target = torch.empty_like(source)
     found = {"read": read, "copy": 2 * size / seconds(lambda: target.copy_(source), device)["min"]}
-    if on_gpu:
-        count = min(size, 1 << 30) // 4
-        host = torch.ones(count, dtype=torch.float32, pin_memory=True)
-        part = source[:count]
-        found["host_to_device"] = count * 4 / seconds(lambda: part.copy_(host, non_blocking=True), device)["min"]
-        found["device_to_host"] = count * 4 / seconds(lambda: host.copy_(part, non_blocking=True), device)["min"]
-    return found
+    return found | (link(device, min(size, 1 << 30)) if on_gpu else {})
+
+
+def link(device: str, size: int = 1 << 30) -> dict[str, float]:
+    """Bytes/s between pinned host memory and a GPU, each way alone; the best of the repeats."""
+    host = torch.ones(size // 4, dtype=torch.float32, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    num_bytes = host.numel() * 4
+    return {
+        "host_to_device": num_bytes / seconds(lambda: there.copy_(host, non_blocking=True), device)["min"],
+        "device_to_host": num_bytes / seconds(lambda: host.copy_(there, non_blocking=True), device)["min"],
+    }
