@@ -11,6 +11,8 @@
 | sharing     | four samples of one prompt: how many blocks? (native: are prompts sent twice computed twice?)   |
 | pressure    | a pool too small for all requests at once: do all finish, and with the same tokens?             |
 | busy        | the share of a decode step in which the GPU works (GPU only)                                    |
+| cost        | what lossy settings cost in perplexity, logits and facts found: see `cost.py`                   |
+| prefix ...  | what each strategy is for, against what it replaces: see `strategies.py`                        |
 
 Accuracy and speed are separate cases. Every function here takes a `Bench` and returns a small dict for the JSON line.
 """
@@ -27,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from bench import machine, measure
+from bench import cost, machine, measure, strategies
 from bench.systems import DOOR, NATIVE_CACHES, PEERS, Capacity, Native, build_strategy, known_systems, open_system
 
 RAGGED_SEED = 7
@@ -355,6 +357,13 @@ WORKLOADS: dict[str, Callable[[Bench], dict]] = {
     "sharing": run_sharing,
     "pressure": run_pressure,
     "busy": run_busy,
+    "cost": cost.run_cost,
+    "prefix": strategies.run_prefix,
+    "fan-out": strategies.run_fan_out,
+    "window": strategies.run_window,
+    "stream": strategies.run_stream,
+    "offload": strategies.run_offload,
+    "8 bits": strategies.run_8_bits,
 }
 
 
@@ -364,9 +373,11 @@ WORKLOADS: dict[str, Callable[[Bench], dict]] = {
 def suite(name: str, device: str, model: str | None) -> list[Case]:
     """The cases of a suite, in order. `model` replaces the default models of the suite.
 
-    default   every question on the embedded model; on a GPU the speed of the Llama-2-7B shape as well
-    equality  tokens of 64 ragged prompts, 128 new each, in float32 and on a GPU in bfloat16
-    limit     decode, prefill and batching held against the limits of the machine
+    default     every question on the embedded model; on a GPU the speed of the Llama-2-7B shape as well
+    equality    tokens of 64 ragged prompts, 128 new each, in float32 and on a GPU in bfloat16
+    limit       decode, prefill and batching held against the limits of the machine
+    strategies  what each strategy is for, against what it must reach
+    cost        perplexity, logits and retrieval of every lossy setting, on the embedded model
     """
     if name not in SUITES:
         raise ValueError(f"unknown suite {name!r}; known are {', '.join(SUITES)}")
@@ -428,7 +439,8 @@ def _equality(device: str, model: str | None) -> list[Case]:
     params = {"lengths": ragged(64, 1, 3000), "new_tokens": 128}
     cases = []
     for dtype in ["float32", "bfloat16"] if device.startswith("cuda") else ["float32"]:
-        cases += _each("accuracy", ["baseline", OURS], model, dtype, device, params, timeout=3600)
+        systems = ["baseline", OURS, "prefix+offload", PAGED_GENERATE]
+        cases += _each("accuracy", systems, model, dtype, device, params, timeout=3600)
     return cases
 
 
@@ -457,7 +469,29 @@ def _limit(device: str, model: str | None) -> list[Case]:
     return cases + _each("busy", ["baseline", OURS], spec, "bfloat16", device, params)
 
 
-SUITES = {"default": _default, "equality": _equality, "limit": _limit}
+def _strategies(device: str, model: str | None) -> list[Case]:
+    """The Llama-2-7B shape on a GPU, the embedded model on a CPU; real text, so the embedded model, for the stream."""
+    on_gpu = device.startswith("cuda")
+    spec, dtype = (model or "llama-2-7b-random", "bfloat16") if on_gpu else (model, "float32")
+    sizes = strategies.ON_GPU if on_gpu else strategies.ON_CPU
+    cases = [Case(workload, name, spec, dtype, device, params, 550) for workload, (name, params) in sizes.items()]
+    if is_random(model):
+        return cases
+    params = strategies.STREAM_ON_GPU if on_gpu else strategies.STREAM_ON_CPU
+    return [*cases, Case("stream", "window", model, dtype, device, params, 550)]
+
+
+def _cost(device: str, model: str | None) -> list[Case]:
+    """A case for each kind of setting."""
+    on_gpu = device.startswith("cuda")
+    sizes, kinds = (cost.ON_GPU, cost.SETTINGS_ON_GPU) if on_gpu else (cost.ON_CPU, cost.SETTINGS_ON_CPU)
+    return [
+        Case("cost", kind, model, "float32", device, sizes | {"settings": settings}, 550)
+        for kind, settings in kinds.items()
+    ]
+
+
+SUITES = {"default": _default, "equality": _equality, "limit": _limit, "strategies": _strategies, "cost": _cost}
 
 # Which systems a workload runs; a new entry in STRATEGIES is among OURS by itself.
 OURS, OURS_GENERATE, PAGED_GENERATE = "every strategy", "every strategy" + DOOR, "paged" + DOOR

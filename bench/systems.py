@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -223,11 +223,15 @@ class Ours:
     def fullest(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict:
         """Runs the batch untimed and looks at the pool after every token. Returns `filling` at its fullest."""
         fullest = filling(self.strategy.stats())
-        for _ in self.runner.stream(self._requests(prompts, new_tokens)):
+        for _ in self.stream(prompts, new_tokens):
             now = filling(self.strategy.stats())
             if (now["places"], now["tokens"]) > (fullest["places"], fullest["tokens"]):
                 fullest = now
         return fullest
+
+    def stream(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator:
+        """The runner's events, one a token, for who looks at the strategy meanwhile."""
+        return self.runner.stream(self._requests(prompts, new_tokens))
 
     def _requests(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list:
         from kv_strategies import Request

@@ -12,7 +12,11 @@ import torch
 
 from bench import machine, measure, report
 from bench.__main__ import run_all, run_one
-from bench.cases import SUITES, Case, model_name, ragged, suite
+from bench.accuracy import cost, judge
+from bench.cases import SUITES, WORKLOADS, Bench, Case, model_name, ragged, suite
+from bench.cost import gpu_share
+from bench.report_claims import CLAIMS, DETAILS
+from bench.strategies import without_cascade
 from bench.systems import DOOR, PEERS, Capacity, missing
 
 CONDITIONS = {
@@ -151,10 +155,13 @@ def test_suites_hold_every_strategy(name, device):
     from kv_strategies import STRATEGIES
 
     cases = suite(name, device, None)
-    assert {case.system for case in cases} >= set(STRATEGIES)
-    assert len({case.name + str(case.params) for case in cases}) == len(cases)
+    assert len({(case.name, case.dtype) for case in cases}) == len(cases)  # a line a case: none hides another
+    if name in ("default", "equality", "limit"):
+        assert {case.system for case in cases} >= {*STRATEGIES, "paged" + DOOR}
     if name == "default":
-        assert {case.system for case in cases} >= {*PEERS, "paged" + DOOR}
+        assert {case.system for case in cases} >= set(PEERS)
+    if name == "strategies":
+        assert {case.workload for case in cases} == {"machine", *(claim.workload for claim in CLAIMS)}
     with pytest.raises(ValueError, match="known are default"):
         suite("other", device, None)
 
@@ -222,3 +229,118 @@ def test_the_readme_shows_the_largest_model_on_a_gpu():
     assert "4321.0" in once and "a-card-llama-2-7b-random-bfloat16.png" in once and "10.0" not in once
     assert report.with_headline(once, [small, large]) == once
     assert report.with_headline(once, []) == once
+
+
+# --- the suites strategies and cost
+
+
+def measured(tiny, workload, system, params, **changes):
+    """The line of a case that ran here, in this process."""
+    case = Case(workload, system, tiny, "float32", "cpu", params)
+    bench = Bench(case, None, say=lambda text: None)
+    return line(workload, system, WORKLOADS[workload](bench), params=params, **changes)
+
+
+SMALL = {
+    "prefix": ("prefix", {"points": [[64, 5]], "repeats": 2}),
+    "fan-out": ("prefix", {"history": 64, "candidates": 3, "candidate_tokens": 2, "new_tokens": 5}),
+    "window": ("window", {"contexts": [64, 200], "window": 32, "sinks": 4, "new_tokens": 18}),
+    "offload": ("offload", {"context": 60, "top_n": 8, "new_tokens": 6}),
+    "8 bits": ("int8", {"batch": 2, "context": 40, "new_tokens": 5}),
+}
+
+
+@pytest.mark.parametrize("workload", SMALL)
+def test_what_a_strategy_is_for(tiny, workload):
+    found = measured(tiny, workload, *SMALL[workload], suite="strategies")
+    result = found["result"]
+    match workload:
+        case "prefix":
+            assert result["points"][0]["hit_rate"] == 64 / 69
+        case "fan-out":
+            assert (result["blocks_used"], result["blocks_apart"]) == (4 + 3, 3 * 5)
+        case "window":
+            first, last = result["points"]
+            assert first["kv_bytes"] == last["kv_bytes"]
+        case "offload":
+            per_token = 2 * 2 * 8 * 4  # V of two layers, two heads, eight float32 numbers
+            assert result["exact"]["bytes"] == 64 * per_token  # four blocks
+            assert result["top_n"]["kv_bytes"] < 0.8 * result["paged"]["kv_bytes"]
+        case "8 bits":
+            assert result["paged"]["bytes_per_token"] == 3.2 * result["int8"]["bytes_per_token"]
+    page = report.render([found], "title")
+    assert f"| {workload} |" in page and "and not judged" in page
+    assert report.in_words(found)
+
+
+def test_a_stream_through_a_window(tiny, monkeypatch):
+    from kv_strategies import text
+
+    ids = torch.randint(0, 128, (100,), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(text, "corpus", lambda tokenizer: ids)
+    params = {"tokens": 400, "chunk": 16, "window": 32, "sinks": 4, "places": 8, "batch": 4, "warm_tokens": 64}
+    found = measured(tiny, "stream", "window", params, suite="strategies")
+    result = found["result"]
+    assert result["early"]["kv_bytes"] == result["late"]["kv_bytes"] == result["kv_bytes_most"]
+    assert result["perplexity_at_places"] == pytest.approx(result["recomputed_at_places"], rel=0.2)
+    assert "400 tokens in chunks of 16" in report.render([found], "title")
+
+
+def test_cascade_can_be_switched_off():
+    from kv_strategies import plan
+
+    before = plan.MIN_TOKENS_SPARED
+    with pytest.raises(KeyError), without_cascade():
+        assert plan.MIN_TOKENS_SPARED > 1 << 40
+        raise KeyError
+    assert before == plan.MIN_TOKENS_SPARED
+
+
+def test_what_is_reached_and_what_is_missed():
+    points = [{"shared": 4096, "new": 64, "cold": spread(24), "hit": spread(2), "native": spread(30), "hit_rate": 0.98}]
+    points.append(points[0] | {"shared": 16184, "cold": spread(40)})
+    lines = [
+        line("prefix", "prefix", {"points": points}, about=GPU),
+        line("offload", "offload", about=GPU, params={"context": 16384, "top_n": 128}, error="OutOfMemoryError"),
+    ]
+    rows = rows_of(report.render(lines, "title"), "prefix")
+    assert [row[2:] for row in rows] == [
+        ["at least 10x lower than without a hit", "12.0x", "reached"],
+        ["at least 25x lower", "20.0x", "missed by 20.0%"],
+    ]
+    assert rows_of(report.render(lines, "title"), "offload")[2][1:4] == [
+        "top-128, 16384 tokens: step / resident paged step", "at most 1.2x", "failed: OutOfMemoryError",
+    ]  # fmt: skip
+    assert {claim.workload for claim in CLAIMS} == set(DETAILS)
+
+
+def test_cost_of_lossy_settings(tiny, tmp_path):
+    settings = [["paged", "paged", {}], ["top-4", "offload", {"top_n": 4}], ["all of it", "offload", {"mass": 1.0}]]
+    params = {"texts": 2, "prompt": 40, "judged": 8, "needles": [64], "depths": [0.5], "seeds": [0]}
+    found = measured(tiny, "cost", "top-N", params | {"settings": settings}, suite="cost")
+    exact, few, whole = found["result"]["rows"]
+    assert found["result"]["judged"] == 14
+    assert max(exact["mean_kl"], whole["mean_kl"]) < 1e-6 < few["mean_kl"]
+    assert (few["kept_tokens_mean"], exact["kept_tokens_mean"], exact["gpu_share"]) == (4, None, 1)
+    assert exact["needles"] == {}  # the model has no tokenizer
+    write_lines(tmp_path, [found])
+    report.write(tmp_path)
+    row = rows_of((tmp_path / "cost_table.md").read_text(), "top-4")[0]
+    assert row[1] == f"{few['perplexity']:.3f}" and row[5] == "4"
+    assert (tmp_path / "cost-cpu-some-model.png").exists()
+
+
+def test_logits_kept_and_logits_in_lockstep_give_the_same_cost(tiny):
+    from kv_strategies import build
+    from kv_strategies.models import load_model
+
+    model, _ = load_model(tiny, dtype=torch.float32, device="cpu")
+    ids = torch.randint(0, 128, (2, 41), generator=torch.Generator().manual_seed(0))
+    strategy, baseline = build("window", model, window=16, num_blocks=20), build("baseline", model)
+    reference = judge(model, baseline, ids, num_prompt=20)
+    kept = cost(model, strategy, reference, ids, num_prompt=20, chunk=3)
+    assert kept == pytest.approx(cost(model, strategy, baseline, ids, num_prompt=20, chunk=3), rel=1e-3)
+    assert kept["num_judged"] == reference.judged == 40
+    assert gpu_share(strategy, 1600) == 3 / 100  # the sinks, and a window that begins anywhere in a block
+    assert gpu_share(build("int8", model, num_blocks=4), 1600) == (8 + 2) / 16
+    assert gpu_share(build("offload", model, num_blocks=4, top_n=4), 1600) == 3 / 4  # K, and V of one layer of two

@@ -1,0 +1,118 @@
+"""What the lossy strategies cost, and what they save: `python -m bench --suite cost`.
+
+Every setting of one option is a row of one case: perplexity and distance from the native cache's logits over the end of
+natural texts, and facts found again in long chat prompts (`accuracy.py`). Beside them stands what a context of that
+length takes on the GPU, as a share of the plain block pool in bfloat16.
+
+The end of a text is fed one token at a time to top-N and mass, which are defined for decode steps and read all of V
+while they prefill; so all of a text but its end, and the prompt of a needle up to its first new token, is computed
+exactly there. Window, int8 and fp8 are lossy token by token from the start, and any chunk gives the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from bench.cases import Bench
+
+BLOCK_SIZE = 16
+
+# kind -> its settings: (row, strategy, options)
+SETTINGS_ON_GPU = {
+    "exact and 8 bits": [("paged", "paged", {}), ("int8", "int8", {}), ("fp8", "fp8", {})],
+    "top-N": [(f"top-{n}", "offload", {"top_n": n}) for n in (16, 32, 64, 128, 256)],
+    "top-N, renormalised": [
+        (f"top-{n}, renormalised", "offload", {"top_n": n, "renormalise": True}) for n in (16, 32, 64, 128, 256)
+    ],
+    "mass": [(f"mass {mass}", "offload", {"mass": mass}) for mass in (0.9, 0.99, 0.999)],
+    "window": [
+        (f"window {window}, {sinks} sinks", "window", {"window": window, "sinks": sinks})
+        for window in (512, 1024, 2048)
+        for sinks in (0, 4)
+    ],
+}
+SETTINGS_ON_CPU = {
+    "exact and 8 bits": SETTINGS_ON_GPU["exact and 8 bits"],
+    "top-N": [(f"top-{n}", "offload", {"top_n": n}) for n in (16, 64)],
+    "mass": [("mass 0.99", "offload", {"mass": 0.99})],
+    "window": [(f"window 128, {sinks} sinks", "window", {"window": 128, "sinks": sinks}) for sinks in (0, 4)],
+}
+ON_GPU = {
+    "texts": 8,
+    "prompt": 5888,
+    "judged": 256,
+    "needles": [4096, 6144],
+    "depths": [0.1, 0.3, 0.5, 0.7, 0.9],
+    "seeds": [0, 1, 2, 3],
+}
+ON_CPU = {"texts": 1, "prompt": 480, "judged": 32, "needles": [512], "depths": [0.2, 0.8], "seeds": [0]}
+
+
+def run_cost(bench: Bench) -> dict:
+    """One row for each of `params["settings"]`."""
+    from bench.accuracy import judge
+    from kv_strategies import build
+
+    num_texts, num_prompt, num_judged = (bench.params[name] for name in ("texts", "prompt", "judged"))
+    length = num_prompt + num_judged
+    texts = torch.tensor(bench.prompts([length] * num_texts, seed=11))
+    bench.say("the native cache's logits")
+    reference = judge(bench.model, build("baseline", bench.model), texts, num_prompt=num_prompt)
+    longest = max([length, *(tokens + 16 for tokens in bench.params["needles"])])
+    rows = max(num_texts, len(bench.params["seeds"]))
+    num_blocks = rows * (-(-longest // BLOCK_SIZE) + 1)
+    found = []
+    for index, (label, name, options) in enumerate(bench.params["settings"]):
+        bench.say(f"{label}, {index + 1} of {len(bench.params['settings'])}")
+        row = {"label": label, "strategy": name, "options": options}
+        found.append(row)
+        try:
+            strategy = build(name, bench.model, num_blocks=num_blocks, block_size=BLOCK_SIZE, **options)
+        except ValueError as error:  # a GPU without fp8
+            row["error"] = str(error)
+            continue
+        row |= _cost(bench, strategy, texts, reference, decode="top_n" in options or "mass" in options)
+        row["gpu_share"] = gpu_share(strategy, length)
+        del strategy
+        bench.free()
+    return {"rows": found, "texts": num_texts, "prompt": num_prompt, "judged": reference.judged}
+
+
+def _cost(bench: Bench, strategy, texts: Tensor, reference, *, decode: bool) -> dict:
+    from bench.accuracy import cost, needle_rate
+
+    model, tokenizer = bench.loaded
+    chunk = 1 if decode else 512
+    row = cost(model, strategy, reference, texts, num_prompt=bench.params["prompt"], chunk=chunk)
+    stats = strategy.stats()
+    row |= {name: stats.get(name) for name in ("kept_tokens_mean", "dropped_mass_mean", "dropped_mass_worst")}
+    needles = {}
+    for tokens in bench.params["needles"] if tokenizer else ():
+        options = {"depths": bench.params["depths"], "seeds": bench.params["seeds"]}
+        needles[str(tokens)] = needle_rate(model, tokenizer, strategy, tokens, **options)
+    return row | {"needles": needles}
+
+
+def gpu_share(strategy, num_tokens: int) -> float:
+    """Bytes on the GPU that one context of `num_tokens` takes in bfloat16, once it is computed, of those that a plain
+    block pool takes.
+
+    From the shapes alone, whatever dtype and device the accuracy was measured in. A buffer that prompts pass through
+    counts.
+    """
+    from kv_strategies.base import Codec, Placement
+
+    shape, gpu = strategy.shape, torch.device("cuda")
+    layers = [gpu] * len(shape.layer_devices)
+
+    def bytes_per_block(codec: Codec, placement: Placement) -> int:
+        planes = codec.planes(shape.num_kv_heads, BLOCK_SIZE, shape.head_dim, torch.bfloat16)
+        return placement.bytes_per_block(planes, layers)[gpu]
+
+    own = strategy.retention.num_blocks(num_tokens, 1, BLOCK_SIZE) * bytes_per_block(strategy.codec, strategy.placement)
+    return own / (math.ceil(num_tokens / BLOCK_SIZE) * bytes_per_block(Codec(), Placement()))
