@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from kv_strategies import Request, Runner
-from kv_strategies.base import Strategy
+from kv_strategies.strategy import Strategy
 from kv_strategies.baseline import Baseline
 from kv_strategies.cache import AttendingCache
 from kv_strategies.plan import PlanBuffer

@@ -19,9 +19,9 @@ from transformers.cache_utils import Cache
 from transformers.utils import output_capturing
 
 from . import fused
-from .base import Strategy
 from .paged import BlockTable, OutOfBlocks
 from .plan import Plan, PlanBuffer
+from .strategy import Strategy
 
 if TYPE_CHECKING:
     from .fused import FusedStack

@@ -40,7 +40,7 @@ from .paged import BlockPool, BlockTable
 from .plan import NULL_BLOCK, PlanBuffer
 
 if TYPE_CHECKING:
-    from .base import Strategy
+    from .strategy import Strategy
 
 _PRELOAD_CHUNK = 2048  # tokens in a forward
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Strategy, Suspended
 from .baseline import Baseline
 from .cache import AttendingCache
 from .graphs import DecodeGraphs
@@ -28,6 +27,7 @@ from .paged import BlockTable, OutOfBlocks
 from .plan import Plan, PlanBuffer
 from .requests import Event, Output, Request, Result
 from .sampling import sample, to_device
+from .strategy import Strategy, Suspended
 
 
 class Runner:

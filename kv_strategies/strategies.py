@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .base import Codec, KVShape, Spec, Strategy
+from .base import Codec, Spec
 from .baseline import Baseline
 from .offload import Offload
 from .prefix import PrefixCache
 from .quantized import Fp8, Int8
+from .strategy import KVShape, Strategy
 from .window import SlidingWindow
 
 if TYPE_CHECKING:

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from bench.accuracy import cost, stream_logits
 from kv_strategies import Request, Runner, build
-from kv_strategies.base import Codec, KVShape
+from kv_strategies.base import Codec
 from kv_strategies.kernels.reference import gather
 from kv_strategies.quantized import Fp8, Int8, bytes_per_token
 from kv_strategies.store import BlockStore
+from kv_strategies.strategy import KVShape
 
 MODEL = tiny_llama()
 CODECS = {"int8": Int8, "fp8": lambda: Fp8([torch.device("cpu")])}
