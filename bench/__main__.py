@@ -58,8 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     results = options.out / f"{options.suite}-{machine.device_name(options.device)}.jsonl"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = run_all(cases, results, options.suite)
-    table = report.write(options.out)
-    print(f"\n{table.read_text()}" if options.suite == "default" else "")
+    report.write(options.out)
+    table = report.page_of(options.suite, options.out)
+    print(f"\n{table.read_text()}")
     print(f"Results: {results}\nTable:   {table}")
     if failed:
         print(f"{failed} of {len(cases)} cases failed; their rows say why.")

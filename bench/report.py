@@ -45,18 +45,23 @@ def write(folder: Path = RESULTS) -> Path:
     """Writes the tables and plots of all lines in `folder` there. Returns the path of the comparison table."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = read(folder)
-    path = folder / "comparison_table.md"
+    path = page_of("default", folder)
     compared = [line for line in lines if line["suite"] in COMPARISON]
     path.write_text(render(compared, "Comparison of KV-cache strategies"))
     for suite in sorted({line["suite"] for line in lines} - set(COMPARISON)):
         own = [line for line in lines if line["suite"] == suite]
         text = render(own, f"Suite {suite}", f"`make bench SUITE={suite}`")
-        (folder / f"{suite}_table.md").write_text(text)
+        page_of(suite, folder).write_text(text)
     plot(compared, folder)
     report_cost.plot(lines, folder)
     if folder == RESULTS:
         README.write_text(with_headline(README.read_text(), compared))
     return path
+
+
+def page_of(suite: str, folder: Path) -> Path:
+    """Where the tables of a suite stand."""
+    return folder / ("comparison_table.md" if suite in COMPARISON else f"{suite}_table.md")
 
 
 def with_headline(readme: str, lines: list[dict]) -> str:

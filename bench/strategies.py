@@ -40,7 +40,7 @@ CHUNK = 2048  # tokens that a runner prefills at a time
 ON_GPU = {
     "prefix": ("prefix", {"points": [[4096, 64], [16184, 64]], "repeats": 3}),
     "fan-out": ("prefix", {"history": 8192, "candidates": 128, "candidate_tokens": 8, "new_tokens": 16}),
-    "window": ("window", {"contexts": [4096, 131072], "window": 2048, "sinks": 4, "new_tokens": 48}),
+    "window": ("window", {"contexts": [4096, 65536], "window": 2048, "sinks": 4, "new_tokens": 48}),
     "offload": ("offload", {"context": 16384, "top_n": 128, "new_tokens": 24, "native_tokens": 4}),
     "8 bits": ("int8", {"batch": 32, "context": 2048, "new_tokens": 24}),
 }
@@ -65,7 +65,7 @@ def run_prefix(bench: Bench) -> dict:
     """A prompt nobody has sent; the same start again behind which all is new, `repeats` times; native `generate()`."""
     repeats, points = bench.params["repeats"], bench.params["points"]
     capacity = Capacity([[max(map(sum, points)) + 1]])
-    room = (repeats + 3) * capacity.blocks(BLOCK_SIZE)  # for every cold prompt: nothing is evicted
+    room = (repeats + 2) * capacity.blocks(BLOCK_SIZE)  # for every cold prompt: nothing is evicted
     system = ours(bench, "prefix", capacity, num_blocks=room)
     native, rows = Native(bench.model, None), []
     for shared, new in points:
@@ -232,7 +232,7 @@ def run_offload(bench: Bench) -> dict:
     found: dict[str, object] = {}
     if on_gpu:
         found["host_to_device"] = machine.link(bench.case.device)["host_to_device"]
-    for name, options in {"paged": {}, "exact": {}, "top_n": {"top_n": top_n}}.items():
+    for name, options in {"paged": {}, "exact": {}, "heaviest": {"top_n": top_n}}.items():
         bench.say(name)
         system = ours(bench, "paged" if name == "paged" else "offload", capacity, **options)
         system(prompts, 4)
