@@ -76,8 +76,8 @@ class Capacity:
 
 
 def open_system(name: str, model, capacity: Capacity, **options) -> Callable[..., Run]:
-    """Returns `generate(prompts, new_tokens) -> Run`, whose `fullest` runs the same and returns how full the KV store
-    was. `options` go to `Runner`."""
+    """Returns `generate(prompts, new_tokens) -> Run`. Its `warm_up` prepares for the same, untimed, and `filling` says
+    afterwards how full the KV store was. `options` go to `Runner`."""
     if name in NATIVE_CACHES:
         return Native(model, NATIVE_CACHES[name])
     if name == "generate_batch":
@@ -126,13 +126,12 @@ class Native:
         seconds = time.perf_counter() - start
         times = [moment - start for moment in watch.moments]
         # At its end a native cache is fullest: [B, Hkv, columns, D] a layer, the padding included.
-        self._filling = self._fill(out.past_key_values, sum(map(len, prompts)) + (new_tokens - 1) * len(prompts))
+        self.filling = self._fill(out.past_key_values, sum(map(len, prompts)) + (new_tokens - 1) * len(prompts))
         return Run(tokens, [times] * len(prompts), seconds)
 
-    def fullest(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict | None:
-        """Runs the batch untimed. Returns `filling`, or None where the cache does not show what it holds."""
-        self(prompts, new_tokens)
-        return self._filling
+    def warm_up(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        """A few steps of the batch: nothing of a native step depends on those before it."""
+        self(prompts, min(new_tokens, 4))
 
     def _fill(self, cache, num_tokens: int) -> dict | None:
         if self.strategy is not None:
@@ -197,9 +196,11 @@ class NativeBatch:
         times = [[moment - start for moment in row.timestamps] for row in rows]
         return Run([list(row.generated_tokens) for row in rows], times, seconds)
 
-    def fullest(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
-        """Runs the batch untimed; it does not show what its pool holds."""
-        self(prompts, new_tokens)
+    filling = None  # it does not show what its pool holds
+
+    def warm_up(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        """See `Native.warm_up`."""
+        self(prompts, min(new_tokens, 4))
 
 
 class Ours:
@@ -220,14 +221,13 @@ class Ours:
         cached = [result.num_cached_tokens for result in results]
         return Run([list(result.token_ids) for result in results], times, seconds, cached)
 
-    def fullest(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict:
-        """Runs the batch untimed and looks at the pool after every token. Returns `filling` at its fullest."""
-        fullest = filling(self.strategy.stats())
+    def warm_up(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        """The whole batch, so that its graphs are captured; the pool is looked at after every token."""
+        self.filling = filling(self.strategy.stats())
         for _ in self.stream(prompts, new_tokens):
             now = filling(self.strategy.stats())
-            if (now["places"], now["tokens"]) > (fullest["places"], fullest["tokens"]):
-                fullest = now
-        return fullest
+            if (now["places"], now["tokens"]) > (self.filling["places"], self.filling["tokens"]):
+                self.filling = now
 
     def stream(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator:
         """The runner's events, one a token, for who looks at the strategy meanwhile."""
