@@ -57,12 +57,12 @@ def test_mass_keeps_no_token_too_many():
         assert tally[1] == kept, mass
 
 
-def test_of_equal_weights_the_earlier_goes_first():
-    case = build(Shape(row_lens=(20,), num_kv_heads=1, dim=8))
+def test_of_equal_weights_the_earlier_goes_first(device):
+    case = build(Shape(row_lens=(20,), num_kv_heads=1, dim=8), device)
     case.query[:] = 0
     for implementation in (topn.reference, triton_topn.topn_attention):
         out, tally = run(implementation, case, top_n=3)
-        v = reference.gather(case.layer.v, None, case.plan.block_tables[0], torch.arange(3))
+        v = reference.gather(case.layer.v, None, case.plan.block_tables[0], torch.arange(3, device=device))
         assert_close(out[0, 0], v[0].sum(0) / 20)
         _, tally = run(implementation, case, mass=0.501)
         assert tally[1] == 11
@@ -86,6 +86,15 @@ def test_triton_topn(device, name, options):
     expected, wanted = run(topn.reference, case, **options)
     assert_close(out, expected)
     torch.testing.assert_close(tally, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["a prompt beside", "window, sinks", "int8"])
+def test_the_reference_works_where_its_query_is(name, device):
+    case = build(CASES[name], device)
+    expected, wanted = run(topn.reference, case, mass=0.9)
+    with torch.device("meta"):  # where a tensor goes that is made without saying where
+        out, tally = run(topn.reference, case, mass=0.9)
+    assert torch.equal(out, expected) and torch.equal(tally, wanted)
 
 
 def test_a_padding_row_gives_zeros_and_is_not_counted(device):

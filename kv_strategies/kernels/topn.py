@@ -115,6 +115,7 @@ def reference(
         out[row] = (total / reached if renormalise else total).to(out.dtype)
 
         dropped = (1 - reached).clamp(min=0).double()
-        tally[:3] += torch.stack((torch.tensor(float(len(kept))), kept.sum().double(), dropped.sum()))
+        tally[0] += len(kept)
+        tally[1:3] += torch.stack((kept.sum().double(), dropped.sum()))
         tally[3] = torch.maximum(tally[3], dropped.max())
     return out
