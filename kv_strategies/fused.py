@@ -129,7 +129,7 @@ def supports(model: LlamaForCausalLM) -> bool:
         and all(type(module) in kinds for module in modules)
         and not any("forward" in vars(module) or _has_hooks(module) for module in modules)
         and all(type(parameter) is nn.Parameter for parameter in parameters)  # a sharded one is of another type
-        and len({(parameter.device, parameter.dtype) for parameter in parameters}) == 1
+        and len({(parameter.device, parameter.dtype, parameter.is_inference()) for parameter in parameters}) == 1
         and parameters[0].is_floating_point()
         and len({parameter.data_ptr() for parameter in parameters}) == len(parameters)
         and all(type(layer.mlp.act_fn) in (SiLUActivation, nn.SiLU) for layer in layers)
@@ -162,7 +162,7 @@ def _merge(modules: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
             module.weight.new_zeros(module.out_features) if part is None else part
             for part, module in zip(parts, modules, strict=True)
         ]
-        with torch.inference_mode(False), torch.no_grad():  # parameters stay ordinary tensors
+        with torch.inference_mode(modules[0].weight.is_inference()), torch.no_grad():  # what they were, they stay
             whole = torch.cat([part.detach() for part in parts])
             for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
                 part.data = rows
