@@ -1,11 +1,14 @@
-"""The products of a decoder layer alone: how much of the read bandwidth they reach with few rows, against cuBLAS.
+"""The products of a decoder layer alone: how much of the read bandwidth they reach with few rows.
 
     python -m bench.linear_bandwidth                                     # tuned sizes and cuBLAS, every product
     python -m bench.linear_bandwidth --products llama-2-7b/down --rows 1 --tile-n 4 8 16 --splits 2 4 8 --overlap 0 1
 
+Three ways: cuBLAS alone; cuBLAS with what stands around it in a layer (norm, rotary embedding, gating, residual) as
+kernels of their own, which is what runs with two rows and more; and our kernel for one row, with all of it inside.
+
 A CUDA graph runs a product over as many copies of its weights as leave the L2 cache behind; the median of its replays
-over the number of copies is the time of one product, launch included. Ours runs with what stands around it in a layer
-(norm, rotary embedding, gating, residual), cuBLAS without. share = bytes of weights / measured read bandwidth / time.
+over the number of copies is the time of one product, launch included.
+share = bytes of weights / measured read bandwidth / time.
 """
 
 from __future__ import annotations
@@ -135,9 +138,9 @@ def main() -> None:
 
         cublas = record("cublas", problem.time(problem.cublas, args.repeats))
         around = record("cublas and kernels around it", problem.time(problem.around_cublas, args.repeats))
-        base = tuning(num_rows, problem.n, problem.k, torch.bfloat16)
+        base = tuning(problem.n, problem.k)
         tried = []
-        for tuned in sweep(base, args) if base else []:
+        for tuned in sweep(base, args) if num_rows == 1 else []:
             try:
                 error = check(problem, tuned)
                 taken = problem.time(problem.ours(tuned), args.repeats)
@@ -146,11 +149,12 @@ def main() -> None:
                 continue
             tried.append(record("ours", taken, error=error, base=tuned == base, **asdict(tuned)))
         line = f"{name:22} {num_rows:3} rows  cuBLAS {show(cublas)}, with its neighbours {show(around)}"
+        print(line, flush=True)
         tried.sort(key=lambda result: result["seconds"])
-        for place, result in enumerate(tried[:6]):
+        for result in tried[:6]:
             sizes = "/".join(str(int(result[size])) for size in SIZES)
             mark = " (tuned)" if result["base"] else ""
-            print(line if place == 0 else " " * len(line), f" ours {show(result)}  {sizes}{mark}", end="")
+            print(" " * 32, f"ours {show(result)}  {sizes}{mark}", end="")
             print(f"  error {result['error']:.1e}" if result["error"] > 8e-3 else "", flush=True)
         del problem, record
     if args.out:

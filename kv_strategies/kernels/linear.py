@@ -7,8 +7,11 @@
 `reference` says what is meant, in plain torch. Three ways to get there:
 
     a CPU       the reference itself
-    few rows    one Triton kernel that streams W once and does the rest on the way (triton_linear.py)
-    many rows   cuBLAS, with a kernel before or after it (triton_fused.py); the residual is its accumulator
+    one row     one Triton kernel that streams W once and does the rest on the way (triton_linear.py)
+    more rows   cuBLAS, with a kernel before or after it (triton_fused.py); the residual is its accumulator
+
+One kernel pays for one row only: on an H200, q, k and v of Llama-2-7B take 27 us in it and 33 us by cuBLAS and its
+neighbours; with 16 rows these still take 34 us, where one kernel that used tensor cores took 38.
 """
 
 from __future__ import annotations
@@ -53,17 +56,16 @@ def linear(
         rotary: applied to the result.
         gated: the first half of the result is the gate, the second what it gates: silu(gate) * up.
         residual: [T, N], what the result is added to, in place; it is what is returned.
-        arrived: counters for the kernel for few rows, see `triton_linear.counters`; needed on a GPU.
+        arrived: counters for the kernel for one row, see `triton_linear.counters`; needed on a GPU.
     """
     options = {"norm": norm, "rotary": rotary, "gated": gated, "residual": residual}
     if not x.is_cuda:
         return reference(x, weight, bias, **options)
+    if len(x) != 1:
+        return many_rows(x, weight, bias, **options)
     from . import triton_linear  # Triton is there only where a GPU is
 
-    tuned = triton_linear.tuning(len(x), *weight.shape, weight.dtype)
-    if tuned is not None:
-        return triton_linear.linear(x, weight, bias, **options, tuned=tuned, arrived=arrived)
-    return many_rows(x, weight, bias, **options)
+    return triton_linear.linear(x, weight, bias, **options, arrived=arrived)
 
 
 def reference(
@@ -114,7 +116,7 @@ def many_rows(
     gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """See `linear`: the product by cuBLAS, which is at its best with many rows."""
+    """See `linear`: the product by cuBLAS."""
     from . import triton_fused
 
     if norm is not None:

@@ -1,4 +1,4 @@
-"""What stands before and after a product of many rows, each in one pass over memory: norm, rotary embedding, gating.
+"""What stands before and after a product by cuBLAS, each in one pass over memory: norm, rotary embedding, gating.
 
 One program a token, or a stretch of it. All arithmetic is float32. See `linear.py` for what each one means.
 """

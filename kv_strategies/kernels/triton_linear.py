@@ -1,9 +1,9 @@
-"""Linear layers for few rows: stream the weights once at the speed of the memory, and do the rest on the way.
+"""A linear layer for one row: stream the weights once at the speed of the memory, and do the rest on the way.
 
-With up to MAX_ROWS rows a product costs what reading W [N, K] costs, so everything else has to hide behind that:
+With one row a product costs what reading W [N, K] costs, so everything else has to hide behind that:
 
     program (tile, split): TILE_N rows of W, one stretch of K          all of them in flight at the same time
-        acc += W x^T                     one row: a sum a lane, reduced at the end; more: tensor cores, x padded to 16
+        acc += W * x                     a sum a lane, reduced at the end
         squares += x^2                   RMSNorm is a factor of the row, known only at the end: W (x w) * 1 / rms(x)
         last of its tile to arrive:      adds the splits in their order, so that a result is the same every time,
                                          then bias, and rotary embedding, silu(gate) * up or residual
@@ -30,8 +30,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .linear import Norm, Rotary
 
-#: More rows than this go to cuBLAS.
-MAX_ROWS = 64
 #: The most tiles that a product with splits may have: one counter each.
 MAX_TILES = 16384
 LINE = 128  # bytes that a prefetch brings
@@ -49,16 +47,14 @@ class Tuning:
     overlap: bool = True  # with the kernel before
 
 
-def tuning(num_rows: int, n: int, k: int, dtype: torch.dtype) -> Tuning | None:
-    """The sizes for a product [num_rows, k] x [n, k]^T; None where cuBLAS is to do it."""
-    if num_rows > 1:  # from two rows on, tensor cores read W once as well, and cuBLAS has them busier
-        return None
-    # a warp of its own for four rows of W: no barrier, few registers, so that many are in flight
-    tile_n, tile_k, programs, num_warps, num_stages = 4, 256, 4096, 1, 1
+def tuning(n: int, k: int) -> Tuning:
+    """The sizes for W [n, k]: a warp alone takes four rows of it, without barriers and with few registers, so that
+    many are in flight."""
+    tile_n, tile_k, programs = 4, 256, 4096
     tiles, steps = triton.cdiv(n, tile_n), triton.cdiv(k, tile_k)
     splits = max(1, min(programs // tiles, steps // 4))
     splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none of them empty
-    return Tuning(tile_n, tile_k, splits, num_warps, num_stages)
+    return Tuning(tile_n, tile_k, splits, num_warps=1, num_stages=1)
 
 
 def counters(device: torch.device) -> Tensor:
@@ -75,28 +71,27 @@ def linear(
     rotary: Rotary | None = None,
     gated: bool = False,
     residual: Tensor | None = None,
-    tuned: Tuning,
     arrived: Tensor,
+    tuned: Tuning | None = None,
 ) -> Tensor:
-    """See `linear.linear`. x has at most MAX_ROWS rows; W has to be contiguous."""
-    (num_rows, k), n = x.shape, len(weight)
-    rows = 1 if num_rows == 1 else max(16, triton.next_power_of_2(num_rows))
+    """See `linear.linear`. x is [1, K]; W has to be contiguous."""
+    n, k = weight.shape
+    tuned = tuned or tuning(n, k)
     half = n // 2 if gated else rotary.cos.shape[-1] // 2 if rotary is not None else 0
     num_tiles = triton.cdiv(n, tuned.tile_n)
     assert tuned.splits == 1 or num_tiles <= MAX_TILES
-    assert weight.is_contiguous() and x.stride(1) == 1
-    out = residual if residual is not None else x.new_empty(num_rows, half if gated else n)
+    assert len(x) == 1 and x.stride(1) == 1 and weight.is_contiguous()
+    out = residual if residual is not None else x.new_empty(1, half if gated else n)
     parts = square_parts = arrived
     if tuned.splits > 1:
-        parts = torch.empty(num_tiles, tuned.splits, tuned.tile_n, rows, dtype=torch.float32, device=x.device)
-        square_parts = torch.empty(num_tiles, tuned.splits, rows, dtype=torch.float32, device=x.device)
+        parts = torch.empty(num_tiles, tuned.splits, tuned.tile_n, dtype=torch.float32, device=x.device)
+        square_parts = torch.empty(num_tiles, tuned.splits, dtype=torch.float32, device=x.device)
     norm_weight, eps = (x, 0.0) if norm is None else norm  # x stands for what is not read
     cos, sin, num_rotated = (x, x, 0) if rotary is None else rotary
     overlap = tuned.overlap and x.is_cuda and _can_overlap(x.device)
     linear_kernel[(num_tiles, tuned.splits)](
         x, weight, x if bias is None else bias, norm_weight, cos, sin, out, parts, square_parts, arrived,
-        num_rows, n, eps, x.stride(0), out.stride(0), cos.stride(0), sin.stride(0),
-        K=k, ROWS=rows, NORM=norm is not None, BIAS=bias is not None, GATED=gated, ADD=residual is not None,
+        n, eps, K=k, NORM=norm is not None, BIAS=bias is not None, GATED=gated, ADD=residual is not None,
         HALF=half, ROTATED=num_rotated * 2 * half,
         TILE_N=tuned.tile_n, TILE_K=tuned.tile_k, SPLITS=tuned.splits, STAGES=tuned.num_stages,
         OVERLAP=overlap, LINE=LINE // weight.element_size(), num_warps=tuned.num_warps,
@@ -112,9 +107,8 @@ def _can_overlap(device: torch.device) -> bool:
 
 @triton.jit
 def linear_kernel(
-    x, weight, bias, norm_weight, cos, sin, out, parts, square_parts, arrived,
-    num_rows, n, eps, x_stride, out_stride, cos_stride, sin_stride,
-    K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
+    x, weight, bias, norm_weight, cos, sin, out, parts, square_parts, arrived, n, eps,
+    K: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
     HALF: tl.constexpr, ROTATED: tl.constexpr,
     TILE_N: tl.constexpr, TILE_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr, LINE: tl.constexpr,
@@ -126,8 +120,6 @@ def linear_kernel(
         pair = column // 2
         column = pair // HALF * (2 * HALF) + pair % HALF + lanes % 2 * HALF
     own = tl.minimum(column, n - 1)  # what is beyond the end is computed as well, and not stored
-    rows = tl.arange(0, ROWS)
-    in_rows = rows < num_rows
     ks = tl.arange(0, TILE_K)
     CHUNK: tl.constexpr = (K + TILE_K * SPLITS - 1) // (TILE_K * SPLITS) * TILE_K
     begin = split * CHUNK
@@ -142,85 +134,61 @@ def linear_kernel(
             prefetch(w_rows[:, None] + at[None, :])
         gdc_wait()  # all that was written before this kernel is there from here on
 
-    if ROWS == 1:
-        sums = tl.zeros([TILE_N, TILE_K], tl.float32)
-        lane_squares = tl.zeros([TILE_K], tl.float32)
-    else:
-        acc = tl.zeros([TILE_N, ROWS], tl.float32)
-        lane_squares = tl.zeros([ROWS, TILE_K], tl.float32)
+    sums = tl.zeros([TILE_N, TILE_K], tl.float32)
+    lane_squares = tl.zeros([TILE_K], tl.float32)
     for start in tl.range(begin, end, TILE_K, num_stages=STAGES):
         k = start + ks
         if K % TILE_K == 0:
             w = tl.load(w_rows[:, None] + k[None, :], eviction_policy="evict_first")  # [TILE_N, TILE_K]
         else:
             w = tl.load(w_rows[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
-        if ROWS == 1:
-            data = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-            if NORM:
-                lane_squares += data * data
-                data *= tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)
-            sums += w.to(tl.float32) * data[None, :]
-        else:
-            data = tl.load(
-                x + rows[:, None] * x_stride + k[None, :], mask=in_rows[:, None] & (k < K)[None, :], other=0.0
-            )  # [ROWS, TILE_K]
-            if NORM:
-                wide = data.to(tl.float32)
-                lane_squares += wide * wide
-                wide *= tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-                data = wide.to(w.dtype)
-            acc = tl.dot(w, tl.trans(data), acc, input_precision="ieee")
-    if ROWS == 1:
-        acc = tl.sum(sums, 1)[:, None]  # [TILE_N, 1]
-        squares = tl.sum(lane_squares, 0, keep_dims=True)  # [1]
-    else:
-        squares = tl.sum(lane_squares, 1)  # [ROWS]
+        data = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        if NORM:
+            lane_squares += data * data
+            data *= tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)
+        sums += w.to(tl.float32) * data[None, :]
+    acc = tl.sum(sums, 1)  # [TILE_N]
+    squares = tl.sum(lane_squares, 0)
 
     if SPLITS > 1:
         first_part = tile * SPLITS
-        part_at = lanes[:, None] * ROWS + rows[None, :]
-        tl.store(parts + (first_part + split) * (TILE_N * ROWS) + part_at, acc)
+        tl.store(parts + (first_part + split) * TILE_N + lanes, acc)
         if NORM:
-            tl.store(square_parts + (first_part + split) * ROWS + rows, squares)
+            tl.store(square_parts + first_part + split, squares)
         tl.debug_barrier()  # all threads have stored before one of them says so
         if tl.atomic_add(arrived + tile, 1) < SPLITS - 1:
             return
         tl.store(arrived + tile, 0)
-        acc = tl.zeros([TILE_N, ROWS], tl.float32)
-        squares = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([TILE_N], tl.float32)
+        squares = 0.0
         for part in tl.static_range(SPLITS):  # .cg: other programs wrote these, so they are read from L2
-            acc += tl.load(parts + (first_part + part) * (TILE_N * ROWS) + part_at, cache_modifier=".cg")
+            acc += tl.load(parts + (first_part + part) * TILE_N + lanes, cache_modifier=".cg")
             if NORM:
-                squares += tl.load(square_parts + (first_part + part) * ROWS + rows, cache_modifier=".cg")
+                squares += tl.load(square_parts + first_part + part, cache_modifier=".cg")
 
     if NORM:
-        acc *= tl.rsqrt(squares / K + eps)[None, :]
+        acc *= tl.rsqrt(squares / K + eps)
     if BIAS:
-        acc += tl.load(bias + own).to(tl.float32)[:, None]
+        acc += tl.load(bias + own).to(tl.float32)
     if HALF == 0:
-        mask = (column < n)[:, None] & in_rows[None, :]
-        at = out + rows[None, :] * out_stride + column[:, None]
+        mask = column < n
         if ADD:
-            acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
+            acc += tl.load(out + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + column, acc.to(out.dtype.element_ty), mask=mask)
     else:
-        pairs = tl.permute(tl.reshape(acc, [TILE_N // 2, 2, ROWS]), (0, 2, 1))
-        first, second = tl.split(pairs)  # [TILE_N / 2, ROWS] each
+        first, second = tl.split(tl.reshape(acc, [TILE_N // 2, 2]))
         pair = tile * (TILE_N // 2) + tl.arange(0, TILE_N // 2)
-        mask = (pair < n // 2)[:, None] & in_rows[None, :]
+        mask = pair < n // 2
         if GATED:
-            at = out + rows[None, :] * out_stride + pair[:, None]
-            tl.store(at, (first * tl.sigmoid(first) * second).to(out.dtype.element_ty), mask=mask)
+            tl.store(out + pair, (first * tl.sigmoid(first) * second).to(out.dtype.element_ty), mask=mask)
         else:
-            column_first = pair // HALF * (2 * HALF) + pair % HALF
-            rotated = mask & (column_first < ROTATED)[:, None]  # the others turn by nothing
-            cos += rows[None, :] * cos_stride + (pair % HALF)[:, None]
-            sin += rows[None, :] * sin_stride + (pair % HALF)[:, None]
-            cos_first = tl.load(cos, mask=rotated, other=1.0).to(tl.float32)
-            sin_first = tl.load(sin, mask=rotated, other=0.0).to(tl.float32)
-            cos_second = tl.load(cos + HALF, mask=rotated, other=1.0).to(tl.float32)
-            sin_second = tl.load(sin + HALF, mask=rotated, other=0.0).to(tl.float32)
-            at = out + rows[None, :] * out_stride + column_first[:, None]
+            column_first, dim = pair // HALF * (2 * HALF) + pair % HALF, pair % HALF
+            rotated = mask & (column_first < ROTATED)  # the others turn by nothing
+            cos_first = tl.load(cos + dim, mask=rotated, other=1.0).to(tl.float32)
+            sin_first = tl.load(sin + dim, mask=rotated, other=0.0).to(tl.float32)
+            cos_second = tl.load(cos + HALF + dim, mask=rotated, other=1.0).to(tl.float32)
+            sin_second = tl.load(sin + HALF + dim, mask=rotated, other=0.0).to(tl.float32)
+            at = out + column_first
             tl.store(at, (first * cos_first - second * sin_first).to(out.dtype.element_ty), mask=mask)
             tl.store(at + HALF, (second * cos_second + first * sin_second).to(out.dtype.element_ty), mask=mask)
 
