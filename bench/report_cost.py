@@ -116,7 +116,9 @@ def _figure(rows: Sequence[dict], title: str, path: Path) -> bool:
         levels = [row for row in rows if row["label"] in ("int8", "fp8")]
         for index, row in enumerate(levels):
             axis.axhline(row[name], color=f"C{index + 3}", linestyle=":", label=row["label"])
-        axis.set(xscale="log", xlabel="tokens whose V a head reads")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.set(xlabel="tokens whose V a head reads")
     axes[0].set(yscale="log", ylabel="mean KL from the native cache, nats")
     axes[1].axhline(rows[0]["baseline_perplexity"], color="k", linestyle="--", linewidth=0.8, label="native")
     axes[1].set(ylabel="perplexity")
