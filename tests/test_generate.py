@@ -288,3 +288,4 @@ def test_the_pool_can_be_sized_by_memory():
     assert strategy.stats()["num_blocks"] >= 1
     stats = build("paged", MODEL, num_blocks=10, block_size=3).stats()
     assert stats["kv_bytes"] == 10 * 3 * 2 * 2 * 2 * 16 * 4  # blocks, tokens, K and V, layers, heads, head_dim, float32
+    assert stats["bytes_to_device"] == stats["bytes_to_host"] == 0, "nothing of a plain pool moves"
