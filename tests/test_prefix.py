@@ -819,3 +819,27 @@ def test_candidates_read_the_history_once(monkeypatch, name, chunk):
     assert results[0] == results[1]
     if name == "prefix":
         assert results[0] == baseline_tokens(DEEP, requests)
+
+
+def test_candidates_of_two_histories_are_brought_together(monkeypatch):
+    """They arrive by turns; a decode step reads each history once."""
+    monkeypatch.setattr(plan, "MIN_TOKENS_SHARED", 4)
+    monkeypatch.setattr(plan, "MIN_TOKENS_SPARED", 4)
+    histories = [STEM * 2, STEM[::-1] * 2]
+    requests = [Request([*histories[i % 2], i + 1], max_new_tokens=4) for i in range(8)]
+    groups, fill = [], plan.PlanBuffer.fill
+
+    def record(self, *args):
+        made = fill(self, *args)
+        if made.num_decodes == len(requests):
+            groups.append([group[:2] for group in made.row_groups])
+        return made
+
+    monkeypatch.setattr(plan.PlanBuffer, "fill", record)
+    strategy = build("prefix", DEEP, num_blocks=200, block_size=4)
+    for history in histories:
+        strategy.preload(history)
+    results = Runner(DEEP, strategy, max_num_seqs=8).generate(requests)
+    prompts, *steps = groups  # the prompts' one new token each: in the order of arrival
+    assert len(steps) == 3 and all(found == [(0, 4), (4, 8)] for found in steps)
+    assert [result.token_ids for result in results] == baseline_tokens(DEEP, requests)
