@@ -180,7 +180,7 @@ class Runner:
                     self._preempt(self._running[-1])
                 else:
                     raise
-        decoding.sort(key=lambda seq: int(seq.table.blocks[0]))  # who begins alike is read as neighbours, see plan.Group
+        decoding.sort(key=lambda seq: int(seq.table.blocks[0]))  # who begins alike form a group
         budget = self.max_batch_tokens - len(decoding)
         prefilling = []
         while budget > 0:

@@ -840,6 +840,6 @@ def test_candidates_of_two_histories_are_brought_together(monkeypatch):
     for history in histories:
         strategy.preload(history)
     results = Runner(DEEP, strategy, max_num_seqs=8).generate(requests)
-    prompts, *steps = groups  # the prompts' one new token each: in the order of arrival
+    steps = groups[1:]  # before them the one new token of each prompt, in the order of arrival
     assert len(steps) == 3 and all(found == [(0, 4), (4, 8)] for found in steps)
     assert [result.token_ids for result in results] == baseline_tokens(DEEP, requests)
