@@ -4,10 +4,10 @@
                  ^                                                  |
                  +------ preempt the youngest when blocks run out --+
 
-Every step packs one token of each decoding sequence and a chunk of at most one long prompt into a single forward
-[1, T], without padding. The next step is scheduled and launched before the tokens of this one are read back: its
-inputs are taken from the device, and only stop tokens are noticed a step late. A step that only decodes replays a
-CUDA graph.
+Every step packs one token of each decoding sequence and as much of the prompts as fits, the last perhaps in part, into
+a single forward [1, T], without padding. On a GPU the next step is scheduled and launched before the tokens of this one
+are read back: its inputs are taken from the device, and only stop tokens are noticed a step late. A step that only
+decodes replays a CUDA graph.
 """
 
 from __future__ import annotations
@@ -244,7 +244,8 @@ class Runner:
             sampling = list(range(len(decoding)))
         else:
             logits, sampling = self._forward(rows, decoding, prefilling)
-        sequences = [(decoding + [seq for seq, _ in prefilling])[row] for row in sampling]
+        launched = [*decoding, *(seq for seq, _ in prefilling)]
+        sequences = [launched[row] for row in sampling]
         source = list(range(len(sequences)))
         for row, seq in enumerate(list(sequences)):  # a prompt with n samples: its siblings start from the same logits
             for sibling in self._fork(seq):
