@@ -279,9 +279,10 @@ class BlockTable:
         return self.pool.ref_counts[self._ids[self._size - 1]] > 1
 
     def _release(self, first: int, last: int) -> None:
-        for block in self._ids[first:last][::-1]:  # the last first: of what is kept for others, the start stays longest
+        blocks = self._ids[first:last].tolist()
+        for block in reversed(blocks):  # the last first: of what is kept for others, the start stays longest
             if block != NULL_BLOCK:
-                self.pool.release(int(block))
+                self.pool.release(block)
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ vLLM. Full blocks are published under a hash of everything that their content de
     root --- [You are a helpful] --- [assistant. Answer] -+- [in French: ...]        blocks form a radix tree,
                   block 4                block 7          +- [in verse: ...]         a request is a path from the root
 
-Saves: the time to first token of whatever is shared, and its memory. Costs: hashing, about 1 us a block, once when a
-request is admitted and once when it is published. Lossless: a hit compares the tokens as well, so not even two hashes
-that collide can give wrong ones, and at least one token of a request is always left to compute.
+Saves: the time to first token of whatever is shared, and its memory. Costs: about 1 us a block, to hash it when it is
+published; looking for it later compares its tokens with those in the tree, which takes less. Lossless: since tokens are
+compared, not even two hashes that collide can give wrong ones, and at least one token of a request is always left to
+compute.
 
 The cache holds one reference to each block it knows. A block that nobody else holds is *idle*, and the one that has
 been idle longest is given back when the pool runs out: a request gives its last block back first, so leaves of the tree
@@ -53,7 +54,7 @@ class Node:
     parent: Node | None
     tokens: bytes  # little-endian int32
     block: int
-    children: dict[bytes, Node] = field(default_factory=dict)
+    children: dict[bytes, Node] = field(default_factory=dict)  # by their tokens
     num_hits: int = 0
     num_pins: int = 0  # preloaded prompts that run through it; each holds a reference
 
@@ -88,7 +89,7 @@ class PrefixCache(Sharing):
         num_tokens = min(len(token_ids), table.num_tokens)
         node = self.root(salt_digest(self._fingerprint, salt))
         for tokens, block in zip(self._split(token_ids[:num_tokens]), table.blocks.tolist(), strict=False):
-            known = self.child(node, tokens)
+            known = node.children.get(tokens)
             if known is None and block != NULL_BLOCK:  # a block out of the window has been given back
                 known = self.insert(node, tokens, block)
             if known is None:
@@ -103,7 +104,7 @@ class PrefixCache(Sharing):
         assert block not in self._by_block, "a block has two contents"
         if parent.parent is None:
             self._roots[parent.digest] = parent
-        parent.children[node.digest] = self._by_block[block] = node
+        parent.children[tokens] = self._by_block[block] = node
         self.pool.keep(block)
         return node
 
@@ -206,11 +207,6 @@ class PrefixCache(Sharing):
                 done.add(step)
                 yield step
 
-    def child(self, parent: Node, tokens: bytes) -> Node | None:
-        """The published block with these tokens behind `parent`."""
-        node = self._nodes.get(block_digest(parent.digest, tokens))
-        return node if node is not None and node.parent is parent and node.tokens == tokens else None
-
     def root(self, digest: bytes) -> Node:
         return self._roots.get(digest) or Node(digest, None, b"", NULL_BLOCK)
 
@@ -252,7 +248,7 @@ class PrefixCache(Sharing):
         """The published blocks that hold the start of `token_ids`."""
         node, path = self._roots.get(salt_digest(self._fingerprint, salt)), []
         for tokens in self._split(token_ids) if node else ():
-            node = self.child(node, tokens)
+            node = node.children.get(tokens)
             if node is None:
                 break
             path.append(node)
@@ -289,7 +285,7 @@ class PrefixCache(Sharing):
 
     def drop(self, node: Node, keep: Callable[[bytes, int, bytes], None] = lambda *_: None) -> None:
         """Let go of a block and of all behind it, which nobody could reach any more; `keep` may copy them first."""
-        del node.parent.children[node.digest]
+        del node.parent.children[node.tokens]
         if node.parent.parent is None and not node.parent.children:
             del self._roots[node.parent.digest]
         below = [node]

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,18 +98,20 @@ class Runner:
         """
         requests = [Request.of(request, i) for i, request in enumerate(requests)]
         order = {request.request_id: i for i, request in enumerate(requests)}
-        results = [event.result for event in self.stream(requests) if event.result is not None]
+        results = [event.result for event in self._stream(requests) if event.result is not None]
         return sorted(results, key=lambda result: (order[result.request_id], result.sample_index))
 
     @torch.inference_mode()
     def stream(self, requests: Sequence[Request | Sequence[int]]) -> Iterator[Event]:
         """Run all requests and yield their tokens as they come. Stopping early cancels what is left."""
-        requests = [Request.of(request, i) for i, request in enumerate(requests)]
+        yield from self._stream([Request.of(request, i) for i, request in enumerate(requests)])
+
+    def _stream(self, requests: list[Request]) -> Iterator[Event]:
         if isinstance(self.strategy, Baseline):
             self._check(requests)
             yield from self.strategy.stream(requests)
             return
-        self.submit(requests)
+        self._submit(requests)
         ids = {request.request_id for request in requests}
         try:
             while any(seq.request.request_id in ids for seq in self._unfinished()):
@@ -125,7 +128,9 @@ class Runner:
         Raises:
             ValueError: says which request, why, and what would fit.
         """
-        requests = [Request.of(request, i) for i, request in enumerate(requests)]
+        self._submit([Request.of(request, i) for i, request in enumerate(requests)])
+
+    def _submit(self, requests: list[Request]) -> None:
         self._check(requests)
         now = time.perf_counter()
         self._waiting.extend(_Sequence(request, 0, now) for request in requests)
@@ -268,10 +273,7 @@ class Runner:
     def _forward(self, rows, decoding, prefilling) -> tuple[Tensor, list[int]]:
         """Logits [R, V] of the rows that have computed all their tokens, and which rows those are."""
         num_decoding = len(decoding)
-        input_ids = [0] * num_decoding
-        for seq, n in prefilling:
-            stop = seq.table.num_seen
-            input_ids += seq.tokens[stop - n : stop]
+        input_ids = np.concatenate([np.zeros(num_decoding, np.int32), *(_new_tokens(seq, n) for seq, n in prefilling)])
         ends, end = [], 0
         for _, n in rows:
             end += n
@@ -404,6 +406,7 @@ class _Sequence:
         self.sample_index = sample_index
         self.submitted = submitted
         self.sampling = request.sampling(sample_index)
+        self.prompt = np.array(request.token_ids, dtype=np.int32)
         self.output = Output(request, sample_index, submitted)  # tokens read back
         self.num_issued = 0  # tokens drawn, those still on the device included
         self.table: BlockTable | None = None
@@ -413,9 +416,9 @@ class _Sequence:
         self.finished = False
 
     @property
-    def tokens(self) -> list[int]:
-        """Prompt and output, as far as the host knows them."""
-        return [*self.request.token_ids, *self.output.token_ids]
+    def tokens(self) -> np.ndarray:
+        """[n] int32: prompt and output, as far as the host knows them."""
+        return np.concatenate((self.prompt, np.array(self.output.token_ids, dtype=np.int32)))
 
     @property
     def slot(self) -> int:
@@ -446,6 +449,12 @@ class _Sequence:
     @property
     def wants_more(self) -> bool:
         return self.num_issued < self.request.max_new_tokens
+
+
+def _new_tokens(seq: _Sequence, count: int) -> np.ndarray:
+    """The newest `count` tokens that the table of a sequence has room for."""
+    stop = seq.table.num_seen
+    return seq.tokens[stop - count : stop]
 
 
 @dataclass

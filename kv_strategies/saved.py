@@ -128,7 +128,7 @@ def load(prefix: PrefixCache, placement: Placement, path: Path) -> Loaded:
             parent = roots[-1 - place] if place < 0 else nodes[place]
             if isinstance(parent, str):
                 return "num_left_out" if parent == "num_left_out" else "num_unreachable"
-            if known := prefix.child(parent, record[8:tokens_end]):
+            if known := parent.children.get(record[8:tokens_end]):
                 fates["num_known"] += 1
                 return known
             if not pool.num_free:

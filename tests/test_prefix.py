@@ -393,6 +393,18 @@ def test_a_hit_spares_its_tokens_and_is_reported():
     assert strategy.stats()["blocks_free"] == 100 and strategy.stats()["hit_tokens"] == 0
 
 
+def test_a_block_is_hashed_once(monkeypatch):
+    hashed = []
+    digest = prefix.block_digest
+    monkeypatch.setattr(prefix, "block_digest", lambda parent, tokens: hashed.append(tokens) or digest(parent, tokens))
+    runner = Runner(MODEL, build("prefix", MODEL, num_blocks=100, block_size=4), max_batch_tokens=65)
+    prompt = [i % VOCAB for i in range(170)]  # in three chunks
+    runner.generate([Request(prompt, max_new_tokens=1)])
+    assert len(hashed) == 42
+    hit = runner.generate([Request([*prompt[:160], 1, 2, 3, 4, 5], max_new_tokens=1)])[0]
+    assert hit.num_cached_tokens == 160 and len(hashed) == 43
+
+
 def test_colliding_hashes_never_give_wrong_tokens(monkeypatch):
     monkeypatch.setattr(prefix, "block_digest", lambda parent, tokens: b"always the same")
     strategy = build("prefix", MODEL, num_blocks=100, block_size=4)
