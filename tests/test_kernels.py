@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_strategies import kernels
-from kv_strategies.kernels import cpu, gpu, reference, triton_decode, triton_prefill, triton_store
+from kv_strategies.kernels import cpu, gpu, library, reference, triton_decode, triton_prefill, triton_store
 from kv_strategies.plan import NULL_BLOCK, NULL_SLOT, Group, LayerStore, Plan
 
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -334,17 +334,67 @@ def test_triton_prefill_of_some_rows(device):
     check_prefill(Shape((1, 1, 12, 3), (9, 20, 30, 3)), device, first=2, tuned=TINY_PREFILL)
 
 
-def test_gpu_attention_gives_each_row_to_its_kernel(device, monkeypatch):
-    """Decode rows, a long fresh prompt, a chunk on a past and a short prompt in one plan."""
-    monkeypatch.setattr(gpu, "MIN_FRESH", 20)
-    for shape in (
-        Shape((1, 1, 24, 7, 3), (30, 5, 24, 20, 3), group=2),
-        Shape((24,), (24,), group=2),
-        Shape((24, 24), (24, 24), window=10),
-    ):
-        case = build(shape, device)
-        out = gpu.attention(case.query, case.layer, case.plan, key=case.key, value=case.value, **case.options)
-        assert_close(out, reference.attention(case.query, case.layer, case.plan, **case.options))
+def attend(query, key, value, scaling, is_causal):
+    """`library.attend` in plain torch, for sizes and dtypes that are not worth a plan of cuDNN's."""
+    group, dtype = query.shape[1] // key.shape[1], query.dtype
+    query, key, value = (states.float().transpose(0, 1) for states in (query, key, value))
+    key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+    scores = query @ key.mT * scaling
+    if is_causal:
+        scores += torch.full_like(scores, float("-inf")).triu(1)
+    return (scores.softmax(-1) @ value).transpose(0, 1).to(dtype), scores.logsumexp(-1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    query_len=st.integers(1, 90),
+    past_len=st.integers(1, 150),
+    group=st.sampled_from([1, 2, 3]),
+    dim=st.sampled_from([8, 20, 64]),
+    block_size=st.sampled_from([1, 7, 16, 100]),
+    head_major=st.booleans(),
+)
+def test_two_attentions_merge_into_one(query_len, past_len, group, dim, block_size, head_major):
+    shape = Shape((query_len,), (past_len + query_len,), group=group, dim=dim, block_size=block_size)
+    case = build(replace(shape, head_major=head_major), "cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "attend", attend)
+        table, scaling = case.plan.block_tables[0], case.options["scaling"]
+        out = library.attention(case.query, case.key, case.value, case.layer, table, past_len, scaling)
+    assert_close(out, reference.attention(case.query, case.layer, case.plan, **case.options))
+
+
+LONG = {
+    "decode rows, a whole prompt, a chunk, a short prompt": Shape((1, 1, 24, 7, 3), (30, 5, 24, 20, 3), group=2),
+    "a whole prompt alone": Shape((24,), (24,)),
+    "a whole chunk alone": Shape((16,), (24,), group=3),
+    "prompts with ends, a chunk off the steps": Shape((21, 8, 9), (21, 40, 29), block_size=3),
+    "a chunk with an end": Shape((1, 19), (5, 35), group=2),
+    "a window that hides": Shape((24, 24), (24, 32), window=10),
+    "a window that does not": Shape((24, 24), (24, 32), window=40, sinks=4),
+    "shared tokens": Shape((16, 16, 8), (48, 48, 8), groups=((0, 2, 32),)),
+    "int8": Shape((16,), (24,), codes="int8"),
+    "a size without fused kernels": Shape((16,), (24,), dim=20),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_gpu_attention_gives_each_row_to_its_kernel(device, monkeypatch, name):
+    for attribute, value in {"STEP": 8, "prefers_cudnn": lambda _: True, "attend": attend}.items():
+        monkeypatch.setattr(library, attribute, value)
+    case = build(replace(LONG[name], dtype=torch.float16), device)
+    out = gpu.attention(case.query, case.layer, case.plan, key=case.key, value=case.value, **case.options)
+    assert_close(out, reference.attention(case.query, case.layer, case.plan, **case.options))
+
+
+def test_the_library_gets_whole_steps(device, monkeypatch):
+    monkeypatch.setattr(library, "prefers_cudnn", lambda _: True)
+    half, single = torch.empty(1, 1, 64, dtype=torch.bfloat16), torch.empty(1, 1, 64)
+    assert [library.num_queries(n, 0, half) for n in (1023, 1024, 5000)] == [0, 1024, 4096]
+    assert [library.num_queries(3000, past, half) for past in (2048, 2000)] == [2048, 0]
+    assert library.num_queries(4096, 0, single) == 0
+    monkeypatch.setattr(library, "prefers_cudnn", lambda _: False)
+    assert [library.num_queries(3000, past, half) for past in (0, 2048)] == [2048, 0]
 
 
 # a GPU: the sizes that matter, the tuned constants
@@ -361,6 +411,17 @@ def test_gpu_sweep(device, dim, block_size, dtype, group):
     check_decode(shape, device)
     check_prefill(shape, device, first=3)
     check_prefill(replace(shape, query_lens=(1, 9), row_lens=(2900, 3001)), device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gpu_long_prompts(device, group, dtype):
+    """Prompts and chunks that go to the library, in whole or but for their ends."""
+    shape = Shape((1, 1100, 1024, 2050), (30, 1100, 2048, 4098), group=group, dim=128, dtype=dtype, head_major=False)
+    case = build(shape, device)
+    out = gpu.attention(case.query, case.layer, case.plan, key=case.key, value=case.value, **case.options)
+    assert_close(out, reference.attention(case.query, case.layer, case.plan, **case.options))
 
 
 @pytest.mark.gpu

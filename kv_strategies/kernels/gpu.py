@@ -2,25 +2,24 @@
 
 tokens that rows share                     triton_cascade, one launch for all of them, then without these tokens:
 rows with one query                        triton_decode, one launch for all of them
-long rows with nothing cached              torch's own attention over this step's K and V, one call a row
-the rest: prefix hits, chunks, short rows  triton_prefill, one launch for as many as follow each other
+long stretches of prompts                  library, one call a row or two
+the rest: prefix hits, ends, short rows    triton_prefill, one launch for as many as follow each other
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from ..plan import LayerStore, Plan
+from . import library
 from .triton_cascade import read_shared
 from .triton_decode import decode
 from .triton_prefill import prefill
-
-#: Rows of at least this many queries and nothing cached go to torch's attention; below it, its calls cost more than
-#: they save.
-MIN_FRESH = 512
 
 
 def attention(
@@ -37,39 +36,60 @@ def attention(
 ) -> Tensor:
     """See `reference.attention`; key and value as in `kernels.attention`."""
     options = {"scaling": scaling, "window": window, "sinks": sinks, "sink_query": sink_query}
-
-    def fresh(row: int) -> bool:
-        query_len, row_len = plan.query_lens[row], plan.row_lens[row]
-        unwindowed = sink_query is None and (not window or row_len <= window)
-        return key is not None and layer.k_scale is None and MIN_FRESH <= query_len == row_len and unwindowed
-
     first_prefill, num_rows = plan.num_decodes, len(plan.query_lens)
     starts = [0]
     for query_len in plan.query_lens:
         starts.append(starts[-1] + query_len)
-    if starts[-1] == len(query) and num_rows == 1 and fresh(0):
-        return fresh_attention(query, key, value, scaling)
+
+    def num_long(row: int) -> int:
+        """How many of the row's first queries are for the library."""
+        query_len, row_len = plan.query_lens[row], plan.row_lens[row]
+        is_plain = sink_query is None and (not window or row_len <= window) and plan.private_lens[row] == row_len
+        if key is None or layer.k_scale is not None or not is_plain:
+            return 0
+        return library.num_queries(query_len, row_len - query_len, query)
+
+    def read_long(row: int, num_queries: int) -> Tensor:
+        own = slice(starts[row], starts[row] + num_queries)
+        past_len = plan.row_lens[row] - plan.query_lens[row]
+        return library.attention(query[own], key[own], value[own], layer, plan.block_tables[row], past_len, scaling)
+
+    if num_rows == 1 and 0 < num_long(0) == len(query):
+        return read_long(0, len(query))
 
     out = query.new_empty(query.shape)
     if not window and sink_query is None:  # what a window hides is another part for each row
         options["shared"] = read_shared(query, layer, plan, scaling=scaling)
     if first_prefill:
         decode(query, layer, plan, out, **options)
-    for is_fresh, rows in groupby(range(first_prefill, num_rows), fresh):
+    for num_queries, rows in groupby(range(first_prefill, num_rows), num_long):
         rows = list(rows)
-        if is_fresh:
-            for row in rows:
-                own = slice(starts[row], starts[row + 1])
-                out[own] = fresh_attention(query[own], key[own], value[own], scaling)
-        elif any(plan.query_lens[row] for row in rows):
-            prefill(query, layer, plan, out, rows[0], rows[-1] + 1, **options)
+        if not num_queries:
+            if any(plan.query_lens[row] for row in rows):
+                prefill(query, layer, plan, out, rows[0], rows[-1] + 1, **options)
+            continue
+        for row in rows:
+            out[starts[row] : starts[row] + num_queries] = read_long(row, num_queries)
+            rest = plan.query_lens[row] - num_queries
+            if rest:
+                rest_plan = plan.once(("last queries", row), partial(last_queries, plan, row, rest))
+                prefill(query, layer, rest_plan, out, 0, 1, **options | {"shared": None})
     return out
 
 
-def fresh_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention among n tokens, [n, Hq, D] and [n, Hkv, D] -> [n, Hq, D], by the fastest kernel torch has."""
-    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))  # [1, H, n, D]
-    out = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+def last_queries(plan: Plan, row: int, num_queries: int) -> Plan:
+    """The plan of one row's last queries alone. They stand where they stood among the packed ones."""
+    end = plan.cu_seqlens_q[row + 1 : row + 2]
+    return replace(
+        plan,
+        cu_seqlens_q=torch.cat([end - num_queries, end]),
+        context_lens=plan.context_lens[row : row + 1],
+        block_tables=plan.block_tables[row : row + 1],
+        query_lens=[num_queries],
+        row_lens=[plan.row_lens[row]],
+        num_decodes=0,
+        row_groups=[],
+        groups=None,
+        shared_lens=None,
+        scratch={},
     )
-    return out[0].transpose(0, 1)

@@ -1,0 +1,150 @@
+"""Attention of the long stretches of a prompt, by the library whose kernels are the fastest for them.
+
+On a Hopper GPU cuDNN's attention reaches about twice what a kernel in Triton does, which counts from some thousand
+tokens on. It knows no block tables, so n queries behind a past of P tokens are two attentions:
+
+    [ past: gathered from its blocks, all of it visible ][ own: K and V as the projections left them, causal ]
+      P tokens                                             n tokens
+
+    out = past + w (own - past)    with    w = sigmoid(lse_own - lse_past)
+
+which is one softmax over both. Costs: the past is read and written once more (2 x 16 KiB a token and layer of
+Llama-2-7B, some percent of what is saved), and cuDNN builds a plan for each new shape, in which the GPU waits some 30
+ms for the host. So both lengths are whole steps, of which there are few; what is left of a row is for `triton_prefill`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..plan import LayerStore
+from .triton_common import load_tile
+
+#: Tokens. Fewer queries gain less than their plan costs.
+STEP = 1024
+#: Tokens a program gathers.
+TILE = 64
+
+
+def num_queries(query_len: int, past_len: int, query: Tensor) -> int:
+    """How many of a row's queries, the first ones, go to the library."""
+    if query.element_size() != 2 or query.shape[-1] % 8 or query.shape[-1] > 128:  # torch may lack a fused kernel
+        return 0
+    if past_len and (past_len % STEP or not prefers_cudnn(query.device)):
+        return 0
+    return query_len // STEP * STEP
+
+
+def prefers_cudnn(device: torch.device) -> bool:
+    """Whether cuDNN's attention is the fastest here, by the same rule as torch's own. Its user may forbid it."""
+    return _suits_cudnn(device) and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@cache
+def _suits_cudnn(device: torch.device) -> bool:
+    is_able = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return is_able and (torch.backends.cudnn.version() or 0) > 91500  # older ones were wrong at some lengths
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, layer: LayerStore, table: Tensor, past_len: int, scaling: float
+) -> Tensor:
+    """Attention of n new tokens of a row, among themselves and to the `past_len` tokens before them.
+
+    Args:
+        query: [n, Hq, D]; key, value: [n, Hkv, D], of the same tokens.
+        layer: holds the past, in the blocks that `table` [max_blocks] names.
+
+    Returns:
+        [n, Hq, D]
+    """
+    if not past_len:  # torch chooses cuDNN where it is the fastest, and another kernel elsewhere
+        query, key, value = _heads_first(query, key, value)
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return out[0].transpose(0, 1)
+    own = attend(query, key, value, scaling, is_causal=True)
+    past = (gather(store, table, past_len) for store in (layer.k, layer.v))
+    return merge(*own, *attend(query, *past, scaling, is_causal=False))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """[n, Hq, D] over [m, Hkv, D] -> out [n, Hq, D], log-sum-exp of the scores (base e) [Hq, n] float32."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *_heads_first(query, key, value), attn_bias=None, compute_log_sumexp=True, is_causal=is_causal, scale=scaling
+    )
+    return out[0].transpose(0, 1), lse.view(query.shape[1], len(query))
+
+
+def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.transpose(0, 1)[None] for tensor in tensors)  # [1, H, n, D]
+
+
+def gather(store: Tensor, table: Tensor, num_tokens: int) -> Tensor:
+    """The first tokens of a row, from [N, Hkv, block_size, D] and its table -> [num_tokens, Hkv, D], head by head."""
+    _, num_heads, block_size, dim = store.shape
+    out = store.new_empty(num_heads, num_tokens, dim)
+    gather_kernel[(triton.cdiv(num_tokens, TILE), num_heads)](
+        store, table, out, num_tokens, *store.stride()[:3], out.stride(0),
+        BLOCK_SIZE=block_size, DIM=dim, DIM_P2=triton.next_power_of_2(dim), TILE=TILE,
+    )  # fmt: skip
+    return out.transpose(0, 1)
+
+
+@triton.jit
+def gather_kernel(
+    store, table, out, num_tokens, stride_block, stride_head, stride_token, out_stride_head,
+    BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    index = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    dims = tl.arange(0, DIM_P2)
+    seen = index < num_tokens
+    tile, _ = load_tile(
+        store, store, table, head, index, seen, stride_block, stride_head, stride_token, 0, 0,
+        BLOCK_SIZE, DIM, DIM_P2, False,
+    )  # fmt: skip
+    target = out + head.to(tl.int64) * out_stride_head + index[:, None].to(tl.int64) * DIM + dims[None, :]
+    tl.store(target, tile, mask=seen[:, None] & (dims < DIM)[None, :])
+
+
+def merge(own: Tensor, own_lse: Tensor, past: Tensor, past_lse: Tensor) -> Tensor:
+    """Two attentions of the same queries over other tokens, [n, Hq, D] with [Hq, n], -> that over all of them."""
+    num_tokens, num_heads, dim = own.shape
+    out = torch.empty_like(own, memory_format=torch.contiguous_format)
+    merge_kernel[(num_tokens,)](
+        own, own_lse, past, past_lse, out, *own.stride()[:2], *past.stride()[:2], *own_lse.stride(), *past_lse.stride(),
+        HEADS=num_heads, HEADS_P2=triton.next_power_of_2(num_heads), DIM=dim, DIM_P2=triton.next_power_of_2(dim),
+        num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def merge_kernel(
+    own, own_lse, past, past_lse, out,
+    own_stride_token, own_stride_head, past_stride_token, past_stride_head,
+    own_lse_stride_head, own_lse_stride_token, past_lse_stride_head, past_lse_stride_token,
+    HEADS: tl.constexpr, HEADS_P2: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    heads, dims = tl.arange(0, HEADS_P2), tl.arange(0, DIM_P2)
+    mask = (heads < HEADS)[:, None] & (dims < DIM)[None, :]
+    own_lse += heads * own_lse_stride_head + token * own_lse_stride_token
+    past_lse += heads * past_lse_stride_head + token * past_lse_stride_token
+    own_lse = tl.load(own_lse, mask=heads < HEADS, other=0.0)
+    past_lse = tl.load(past_lse, mask=heads < HEADS, other=0.0)
+    share = tl.sigmoid(own_lse - past_lse)[:, None]
+    head, dim = heads[:, None], dims[None, :]
+    own = tl.load(own + token * own_stride_token + head * own_stride_head + dim, mask=mask, other=0.0).to(tl.float32)
+    past = tl.load(past + token * past_stride_token + head * past_stride_head + dim, mask=mask, other=0.0)
+    past = past.to(tl.float32)
+    merged = past + share * (own - past)
+    tl.store(out + token * HEADS * DIM + head * DIM + dim, merged.to(out.dtype.element_ty), mask=mask)
