@@ -3,6 +3,7 @@
     reference.py   the specification, plain torch, any device
     cpu.py         torch's flash attention over zero-copy views of the blocks
     triton_*.py    the GPU: store, split-KV decode, prefill, cascade
+    library.py     the GPU: long prompts, by cuDNN
 
 Tensors choose by where they live. See `reference.py` for what the arguments mean. What a decoder layer has beside
 attention is in `linear.py`, in the same manner.
@@ -40,8 +41,8 @@ def attention(
 ) -> Tensor:
     """Causal attention of the queries [T, Hq, D] over what the block tables hold -> [T, Hq, D]. See `reference`.
 
-    `key` and `value` [T, Hkv, D], optional, are this step's own (stored already): where a row has nothing else to see
-    they spare a GPU the detour through the blocks.
+    `key` and `value` [T, Hkv, D], optional, are this step's own (stored already): among many of them a GPU is spared
+    the detour through the blocks.
     """
     options = {"scaling": scaling, "window": window, "sinks": sinks, "sink_query": sink_query}
     if query.is_cuda:

@@ -118,7 +118,8 @@ def prefill_kernel(
     CASCADE: tl.constexpr, SHARED_SPLIT: tl.constexpr,
     TILE_QUERIES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    kv_head, tile_id, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head, split = tl.program_id(0), tl.program_id(2)
+    tile_id = tl.num_programs(1) - 1 - tl.program_id(1)  # the end of a prompt takes longest: first
 
     # The last row whose first tile is not beyond this one.
     before = tl.load(cu_seqlens_q + first_row)
