@@ -1,7 +1,7 @@
 """Attention of the long stretches of a prompt, by the library whose kernels are the fastest for them.
 
-On a Hopper GPU cuDNN's attention reaches about twice what a kernel in Triton does, which counts from some thousand
-tokens on. It knows no block tables, so n queries behind a past of P tokens are two attentions:
+On a Hopper GPU cuDNN's attention is about twice as fast as FlashAttention 2 (on an H100 531 to 641 TFLOP/s against 269
+to 345, causal, 4096 to 16384 tokens). It knows no block tables, so n queries behind a past of P are two attentions:
 
     [ past: gathered from its blocks, all of it visible ][ own: K and V as the projections left them, causal ]
       P tokens                                             n tokens
@@ -9,8 +9,8 @@ tokens on. It knows no block tables, so n queries behind a past of P tokens are 
     out = past + w (own - past)    with    w = sigmoid(lse_own - lse_past)
 
 which is one softmax over both. Costs: the past is read and written once more (2 x 16 KiB a token and layer of
-Llama-2-7B, some percent of what is saved), and cuDNN builds a plan for each new shape, in which the GPU waits some 30
-ms for the host. So both lengths are whole steps, of which there are few; what is left of a row is for `triton_prefill`.
+Llama-2-7B, some percent of what is saved), and cuDNN builds a plan for each new shape, some 30 ms in which the GPU
+waits for the host. So both lengths are whole steps, of which there are few; the rest of a row is for `triton_prefill`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch import Tensor
 from ..plan import LayerStore
 from .triton_common import load_tile
 
-#: Tokens. Fewer queries gain less than their plan costs.
+#: Tokens. Fewer queries gain less than their plan costs. (What a CUDA graph prefills is shorter: a bound of the past
+#: would not do here.)
 STEP = 1024
 #: Tokens a program gathers.
 TILE = 64
