@@ -1,11 +1,13 @@
 """`python -m bench`: run a suite case by case, each in a fresh process, and write the report.
 
     python -m bench                                   the default suite on the machine at hand
-    python -m bench --suite limit --only 'context.*paged'
+    python -m bench --suite limit --only 'machine|decode'
     python -m bench --model llama-2-7b-random --out results
     python -m bench report                            tables and plots once more, from the results there are
 
 Every case appends one JSON line to <out>/<suite>-<device>.jsonl, also when it fails, runs out of time or is killed.
+A suite may be run in parts (`--only`): parts with the same --out come together in one table, and so do all `.jsonl`
+files of a folder, whatever their names and wherever they were made. Of a case that ran twice the later line counts.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@
 | busy        | the share of a decode step in which the GPU works (GPU only)                                    |
 | cost        | what lossy settings cost in perplexity, logits and facts found: see `cost.py`                   |
 | prefix ...  | what each strategy is for, against what it replaces: see `strategies.py`                        |
+| decode ...  | how near the limits of the card the batching and each step are: see `limit.py`                  |
 
 Accuracy and speed are separate cases. Every function here takes a `Bench` and returns a small dict for the JSON line.
 """
@@ -29,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cost, machine, measure, strategies
+from bench import cost, limit, machine, measure, strategies
 from bench.systems import DOOR, NATIVE_CACHES, PEERS, Capacity, Native, build_strategy, known_systems, open_system
 
 RAGGED_SEED = 7
@@ -364,6 +365,11 @@ WORKLOADS: dict[str, Callable[[Bench], dict]] = {
     "stream": strategies.run_stream,
     "offload": strategies.run_offload,
     "8 bits": strategies.run_8_bits,
+    "attention": limit.run_attention,
+    "decode": limit.run_decode,
+    "first token": limit.run_first_token,
+    "batching": limit.run_batching,
+    "profile": limit.run_profile,
 }
 
 
@@ -448,28 +454,51 @@ def _equality(device: str, model: str | None) -> list[Case]:
 
 
 def _limit(device: str, model: str | None) -> list[Case]:
-    """Decode steps, prefill and batching of the Llama shapes on a GPU; of the embedded model on a CPU."""
+    """The Llama shapes on a GPU, most of it in one process a question; the embedded model on a CPU."""
     if not device.startswith("cuda"):
-        cases = []
-        for dtype in ("float32", "bfloat16"):
-            params = {"points": [[1, 128], [1, 1024]], "new_tokens": 32}
-            cases += _each("context", ["baseline", OURS, PAGED_GENERATE], model, dtype, device, params)
-            params = {"lengths": ragged(8, 16, 320), "new_tokens": 64, "repeats": 3}
-            cases += _each("throughput", ["baseline", "generate_batch", OURS], model, dtype, device, params)
-        return cases
+        return _limit_on_cpu(device, model)
+
+    def case(workload: str, system: str, params: dict, spec: str = model or "llama-2-7b-random") -> Case:
+        return Case(workload, system, spec, "bfloat16", device, params, 300)
+
+    steps = {"new_tokens": 48, "native_tokens": 12}
+    batches = [
+        {
+            "systems": ["paged", "generate_batch"],
+            "lengths": ragged(64, 100, 1024),
+            "new_tokens": 256,
+            "repeats": {"paged": 3},
+        },
+        {
+            "systems": ["paged"],
+            "lengths": ragged(256, 100, 1024),
+            "new_tokens": ragged(256, 100, 1024)[::-1],
+            "repeats": {},
+            "slots": 96,
+            "places": 96 * 1024,  # 52 GB: beside the weights, what a card of 80 GB holds
+        },
+    ]
+    points = {model: limit.POINTS["llama-2-7b-random"]} if model else limit.POINTS
+    return [
+        case("attention", "paged", limit.ATTENTION),
+        *[case("decode", "paged", {"points": some} | steps, spec) for spec, some in points.items()],
+        case("first token", "paged", limit.FIRST_TOKEN),
+        case("profile", "every strategy", {"entries": limit.PROFILED, "context": 4096, "steps": 8}),
+        case("batching", "paged", {"batches": batches}),
+        case("decode", "static", {"points": [["static", 1, 4096]], "warm_up": True} | steps | {"native_tokens": 24}),
+    ]
+
+
+def _limit_on_cpu(device: str, model: str | None) -> list[Case]:
+    """Ours and the native cache in turns."""
     cases = []
-    warm = {"new_tokens": 64, "repeats": 3, "warm_points": True}
-    shapes = {"llama-2-7b-random": ([512, 4096, 16384], [[16, 2048], [32, 1024]])}
-    shapes["llama-3.1-8b-random"] = ([4096, 32768], [[32, 2048], [32, 8192]])
-    for spec, (contexts, batches) in {model: shapes["llama-2-7b-random"]}.items() if model else shapes.items():
-        params = {"points": [[1, n] for n in contexts]} | warm
-        cases += _each("context", ALONE, spec, "bfloat16", device, params, timeout=500)
-        cases += _each("batch", ["baseline", OURS], spec, "bfloat16", device, {"points": batches} | warm, timeout=500)
-    spec = model or "llama-2-7b-random"
-    params = {"lengths": ragged(64, 100, 1024), "new_tokens": 256, "repeats": 3}
-    cases += _each("throughput", ["generate_batch", OURS], spec, "bfloat16", device, params, timeout=550)
-    params = {"batch": 32, "context": 1024, "new_tokens": 64}
-    return cases + _each("busy", ["baseline", OURS], spec, "bfloat16", device, params)
+    for dtype in ("float32", "bfloat16"):
+        points = [[system, 1, context] for context in (128, 1024) for system in ("baseline", "paged")]
+        params = {"points": points, "new_tokens": 24, "native_tokens": 24, "repeats": 4}
+        cases.append(Case("decode", "paged", model, dtype, device, params))
+        batch = {"systems": ["baseline", "paged"], "lengths": ragged(8, 16, 320), "new_tokens": 64, "repeats": {}}
+        cases.append(Case("batching", "paged", model, dtype, device, {"batches": [batch], "rounds": 4}))
+    return cases
 
 
 def _strategies(device: str, model: str | None) -> list[Case]:

@@ -43,7 +43,7 @@ WORKING_SET = 2 << 30  # bytes of K and V in rotation, far beyond the L2 cache
 class Problem:
     """One shape: a pool with its blocks scattered, laid out as the package does, and a step of one query a row."""
 
-    def __init__(self, name: str, block_size: int, dim: int, codes: str):
+    def __init__(self, name: str, block_size: int, dim: int, codes: str, device: str = "cuda"):
         num_rows, context, self.num_heads, num_kv_heads = SHAPES[name]
         itemsize = CODES[codes].itemsize + (4 / dim if codes != "none" else 0)
         self.bytes = int(num_rows * context * num_kv_heads * dim * 2 * itemsize)
@@ -54,25 +54,25 @@ class Problem:
         num_blocks = num_rows * blocks_a_row
         size = (num_blocks, 2, self.num_layers, num_kv_heads, block_size, dim)
         if codes == "none":
-            slab = torch.empty(size, dtype=torch.bfloat16, device="cuda").normal_()
+            slab = torch.empty(size, dtype=torch.bfloat16, device=device).normal_()
         else:
-            slab = torch.randint(-64, 64, size, dtype=torch.int8, device="cuda").view(CODES[codes])
-        scales = torch.rand(size[:-1], device="cuda") / 64 if codes != "none" else None
+            slab = torch.randint(-64, 64, size, dtype=torch.int8, device=device).view(CODES[codes])
+        scales = torch.rand(size[:-1], device=device) / 64 if codes != "none" else None
         self.layers = [
             LayerStore(slab[:, 0, layer], slab[:, 1, layer])
             if scales is None
             else LayerStore(slab[:, 0, layer], slab[:, 1, layer], scales[:, 0, layer], scales[:, 1, layer])
             for layer in range(self.num_layers)
         ]
-        self.query = torch.randn(num_rows, self.num_heads, dim, device="cuda", dtype=torch.bfloat16)
+        self.query = torch.randn(num_rows, self.num_heads, dim, device=device, dtype=torch.bfloat16)
         self.out = torch.empty_like(self.query)
-        lens = torch.full((num_rows,), context, dtype=torch.int32, device="cuda")
+        lens = torch.full((num_rows,), context, dtype=torch.int32, device=device)
         self.plan = Plan(
-            cu_seqlens_q=torch.arange(num_rows + 1, dtype=torch.int32, device="cuda"),
+            cu_seqlens_q=torch.arange(num_rows + 1, dtype=torch.int32, device=device),
             context_lens=lens,
             positions=lens.long() - 1,
-            slot_mapping=torch.full((num_rows,), -1, device="cuda"),
-            block_tables=torch.randperm(num_blocks, device="cuda").int().view(num_rows, blocks_a_row),
+            slot_mapping=torch.full((num_rows,), -1, device=device),
+            block_tables=torch.randperm(num_blocks, device=device).int().view(num_rows, blocks_a_row),
             query_lens=[1] * num_rows,
             row_lens=[context] * num_rows,
             num_decodes=num_rows,
@@ -87,6 +87,8 @@ class Problem:
                 decode(self.query, layer, plan, self.out, scaling=self.dim**-0.5, tuned=tuned)
 
         step()
+        if not self.query.is_cuda:  # Triton's interpreter: to see that it runs
+            return seconds(step, "cpu", repeats)["median"] / self.num_layers
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

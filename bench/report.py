@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import report_claims, report_cost
+from bench import report_claims, report_cost, report_limit
 from bench.markdown import NONE, cell, spread, table, unique
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -103,6 +103,8 @@ class Machine:
         for line in sorted(lines, key=lambda line: line["time"]):
             self.latest[Key(line["workload"], line["system"], line["model"], line["dtype"])] = line
         self.lines = list(self.latest.values())
+        every_limit = [line for line in lines if line["workload"] == "machine" and line["status"] == "ok"]
+        self.every_limit = sorted(every_limit, key=lambda line: line["time"])
         limits = [line for line in self.lines if line["workload"] == "machine" and line["status"] == "ok"]
         self.limits: dict[str, float] = limits[-1]["result"]["limits"] if limits else {}
 
@@ -119,6 +121,7 @@ class Machine:
                 parts.append(self.busy(model, dtype))
             parts += [self.accuracy(model), self.sharing(model), self.pressure(model)]
             parts += [report_claims.section(self.lines, model), report_cost.section(self.lines, model)]
+            parts.append(report_limit.section(self.lines, model, self.every_limit))
         parts.append(self.not_measured())
         return "\n\n".join(part for part in parts if part)
 
@@ -378,6 +381,8 @@ def in_words(line: dict) -> str:
             return f"GPU busy {result['busy_share']:.1%}"
         case "cost":
             return report_cost.in_words(line)
+        case workload if workload in report_limit.WORKLOADS:
+            return report_limit.in_words(line)
         case workload if workload in report_claims.DETAILS:
             return report_claims.in_words(line)
     return "done"

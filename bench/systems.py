@@ -212,7 +212,8 @@ class Ours:
         self.strategy = strategy
         self.runner = Runner(model, strategy, max_num_seqs=capacity.max_requests, **options)
 
-    def __call__(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
+    def __call__(self, prompts: Sequence[Sequence[int]], new_tokens: int | Sequence[int]) -> Run:
+        """`new_tokens` of each prompt, or its own number for every one."""
         requests = self._requests(prompts, new_tokens)
         start = time.perf_counter()
         results = self.runner.generate(requests)
@@ -233,10 +234,11 @@ class Ours:
         """The runner's events, one a token, for who looks at the strategy meanwhile."""
         return self.runner.stream(self._requests(prompts, new_tokens))
 
-    def _requests(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list:
+    def _requests(self, prompts: Sequence[Sequence[int]], new_tokens: int | Sequence[int]) -> list:
         from kv_strategies import Request
 
-        return [Request(list(prompt), max_new_tokens=new_tokens) for prompt in prompts]
+        counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
+        return [Request(list(prompt), max_new_tokens=count) for prompt, count in zip(prompts, counts, strict=True)]
 
 
 def filling(stats: dict) -> dict:

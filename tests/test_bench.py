@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import sys
 
 import pytest
 import torch
 
-from bench import machine, measure, report
+from bench import limit, machine, measure, report, report_limit
 from bench.__main__ import run_all, run_one
 from bench.accuracy import cost, judge
 from bench.cases import SUITES, WORKLOADS, Bench, Case, model_name, ragged, suite
@@ -156,10 +157,12 @@ def test_suites_hold_every_strategy(name, device):
 
     cases = suite(name, device, None)
     assert len({(case.name, case.dtype) for case in cases}) == len(cases)  # a line a case: none hides another
-    if name in ("default", "equality", "limit"):
+    if name in ("default", "equality"):
         assert {case.system for case in cases} >= {*STRATEGIES, "paged" + DOOR}
     if name == "default":
         assert {case.system for case in cases} >= set(PEERS)
+    if name == "limit" and device == "cuda":
+        assert {case.workload for case in cases} == {"machine", *report_limit.WORKLOADS}
     if name == "strategies":
         assert {case.workload for case in cases} == {"machine", *(claim.workload for claim in CLAIMS)}
     with pytest.raises(ValueError, match="known are default"):
@@ -312,6 +315,186 @@ def test_what_is_reached_and_what_is_missed():
         "top-128, 16384 tokens: step / resident paged step", "at most 1.2x", "failed: OutOfMemoryError",
     ]  # fmt: skip
     assert {claim.workload for claim in CLAIMS} == set(DETAILS)
+
+
+# --- the suite limit
+
+SMALLER = {"rows": 2, "context": 20, "shared": 32, "new": 4, "prefill": 5}
+PROFILED = [
+    entry | {name: value for name, value in SMALLER.items() if name in entry}
+    for entry in limit.PROFILED
+    if entry["strategy"] != "fp8"
+]
+BATCH = {"systems": ["paged", "generate_batch", "baseline"], "lengths": [5, 30, 9], "new_tokens": 4}
+FEW_SLOTS = {"systems": ["paged"], "lengths": [5, 30, 9], "new_tokens": [4, 7, 20], "slots": 2, "places": 96}
+SMALL_LIMIT = {
+    "decode": (
+        "paged",
+        {
+            "points": [[name, 2, 40] for name in ("paged", "contiguous", "int8", "paged" + DOOR, "baseline")],
+            "new_tokens": 8,
+            "native_tokens": 6,
+            "repeats": 2,
+        },
+    ),
+    "first token": ("paged", {"lengths": [40, 70], "points": [[64, 5]], "repeats": 1}),
+    "batching": (
+        "paged",
+        {"batches": [BATCH | {"repeats": {"paged": 2}}, FEW_SLOTS | {"repeats": {}}], "rounds": 2},
+    ),
+    "profile": ("every strategy", {"entries": PROFILED, "context": 60, "steps": 2}),
+}
+
+
+@pytest.mark.parametrize("workload", SMALL_LIMIT)
+def test_the_workloads_of_the_limit(tiny, workload):
+    found = measured(tiny, workload, *SMALL_LIMIT[workload], suite="limit")
+    result = found["result"]
+    assert not re.findall(r'"error": "[^"]*"', json.dumps(result))
+    match workload:
+        case "decode":
+            steps = {point["system"]: point["step"] for point in result["points"]}
+            assert steps["paged"]["repeats"] == 2 * (8 - 1 - limit.NUM_UNSTEADY)
+            assert steps["baseline"]["repeats"] == 2 * (6 - 1 - limit.NUM_UNSTEADY)
+        case "first token":
+            assert result["hits"]["points"][0]["hit_rate"] == 64 / 69
+        case "batching":
+            assert [row["tokens"] for row in result["batches"]] == [12, 12, 12, 31]
+            assert [row["tokens_per_second"]["repeats"] for row in result["batches"]] == [4, 2, 2, 2]
+        case "profile":
+            assert all(0 < entry["busy_share"] <= 1 for entry in result["entries"])
+    assert report.in_words(found)
+    page = report.render([line("machine", "limits", {"limits": {"read": 20e9}}), found], "title")
+    assert "some-model" in page and "{" not in page
+
+
+def test_graphs_are_captured_ahead(tiny, monkeypatch):
+    """All batch sizes of a batch with few slots occur in the steps before it."""
+    sizes = []
+    case = Case("batching", "paged", tiny, "float32", "cpu", {})
+    bench = Bench(case, None, say=lambda text: None)
+    system = limit.open_system("paged", bench.model, Capacity([[32] * 5]))
+    step = system.runner._forward
+    monkeypatch.setattr(
+        system.runner, "_forward", lambda rows, decoding, prefilling: (
+            sizes.append(len(decoding) if not prefilling else 0), step(rows, decoding, prefilling))[1],
+    )  # fmt: skip
+    limit._capture(bench, system, 5, 20)
+    assert set(sizes) == {0, 1, 2, 3, 4, 5}
+
+
+def test_a_context_counts_as_computed(tiny):
+    case = Case("decode", "paged", tiny, "float32", "cpu", {})
+    bench = Bench(case, None, say=lambda text: None)
+    system = limit.open_system("paged", bench.model, Capacity([[60] * 3]))
+    with limit.filled(system.strategy):
+        run = system(bench.prompts([50] * 3, seed=0), 8)
+    assert run.cached_tokens == [49] * 3
+    assert system([[1, 2, 3]], 2).cached_tokens == [0]
+    system.strategy.check_integrity()
+
+
+def test_the_attention_kernel_alone(monkeypatch):
+    from bench import kernel_bandwidth
+
+    monkeypatch.setitem(kernel_bandwidth.SHAPES, "mha-2x32", (2, 32, 2, 2))
+    monkeypatch.setattr(kernel_bandwidth, "WORKING_SET", 0)
+    params = {"shapes": ["mha-2x32", "no such shape"], "dim": 16, "repeats": 1}
+    found = measured(None, "attention", "paged", params)
+    first, second = found["result"]["points"]
+    assert first["seconds"] > 0 and first["bytes"] == 2 * 32 * 2 * 16 * 2 * 2 and "KeyError" in second["error"]
+    assert "GB/s" in report.in_words(found)
+
+
+def on_a_card(workload, result, system="paged", model=report_limit.MHA, **changes):
+    return line(workload, system, result, about=GPU, suite="limit", model=model, dtype="bfloat16", **changes)
+
+
+@pytest.fixture
+def card():
+    """Every case of the suite, each number of which is known."""
+
+    def decode(points, slow=()):
+        rows = [dict(zip(("system", "batch", "context"), point, strict=True)) for point in points]
+        return {"points": [
+            row | {"step": spread(0.02 if row["system"] in ("baseline", *slow) else 0.01), "unsteady": 1.5,
+                   "step_bytes": 36_000_000_000} for row in rows]}  # fmt: skip
+
+    def batch(system, requests, rate):
+        return {"system": system, "requests": requests, "tokens": 100, "tokens_per_second": spread(rate), "peak": 5e10,
+                "captures": {"count": 0, "seconds": 0.0}, "preemptions": None}  # fmt: skip
+
+    prefill = {"own": spread(0.1), "native": spread(0.2), "operations": 70e12}
+    hit = {"hit": spread(0.009), "cold": spread(0.1), "native": spread(0.2), "hit_rate": 0.98}
+    entry = {
+        "step": 0.01,
+        "busy_share": 0.98,
+        "launches": 200,
+        "kernels": [["a_kernel", 32, 0.008], ["others", 4, 0.001]],
+    }
+    return [
+        line("machine", "limits", {"limits": {"read": 4000e9}}, about=GPU, suite="limit"),
+        on_a_card("attention", {"points": [
+            {"shape": shape, "seconds": 1e-4, "bytes": 380_000_000} for shape in limit.ATTENTION["shapes"]]}),
+        on_a_card("decode", decode(limit.POINTS[report_limit.MHA])),
+        on_a_card("decode", decode([["static", 1, 4096]]), "static"),
+        on_a_card("decode", decode(limit.POINTS[report_limit.GQA], slow=["int8"]), model=report_limit.GQA),
+        on_a_card("first token", {
+            "cold": {"tokens": 4096, "first": 21.5, "new_tokens": 8, "all": 30.0, "load": 6.0},
+            "prefill": [prefill | {"tokens": 4096}, prefill | {"tokens": 16384}],
+            "hits": {"points": [hit | {"shared": shared, "new": 64} for shared in (4096, 16184)]}}),
+        on_a_card("batching", {"batches": [
+            batch("paged", 64, 4600.0), batch("generate_batch", 64, 400.0), batch("paged", 256, 3800.0)]}),
+        on_a_card("profile", {"entries": [entry | {"name": e["name"]} for e in limit.PROFILED]}, "every strategy"),
+    ]  # fmt: skip
+
+
+def test_the_table_of_the_limit(card):
+    page = report.render(card, "title")
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in page.splitlines() if " at least " in row
+            or " at most " in row]  # fmt: skip
+    by_work = {row[0]: row[1:] for row in rows}
+    assert len(rows) == len(by_work) == 26
+    assert by_work["decode step, 1 x 4096: share"] == [
+        "at least 0.85", "0.90", "reached", "10.00 ms", "36.00 GB, 3600 GB/s",
+        "dynamic 0.45 (20.00 ms); static, compiled 0.90 (10.00 ms)", "0.76 (6.63 ms)",
+    ]  # fmt: skip
+    assert by_work["GQA shape, int8 KV, 32 x 8192: step / bf16 step"][1:3] == ["2.00", "missed by 185.7%"]
+    assert by_work["attention kernel alone, 1 x 4096: share"][1:3] == ["0.95", "reached"]
+    assert by_work["prefill, 4096 tokens in one chunk: TTFT"][1:3] == ["100.0 ms", "missed by 8.7%"]
+    assert by_work["prefill, 4096 tokens in one chunk: TTFT"][4] == "700 TFLOP/s"
+    assert by_work["the same / `generate_batch`"][1:3] == ["11.5x", "reached"]
+    assert by_work["`Runner`, 256 requests, 100-1024 in, 100-1024 out: tokens/s"][1:3] == ["3800", "missed by 2.6%"]
+    assert "not run" not in page and "failed" not in page
+    assert "first token of 4096 came after 21.5 s" in page and "| a_kernel | 32 | 8000.0 | 80.0% |" in page
+    for case in card[1:]:
+        assert report.in_words(case)
+
+
+def test_a_part_of_the_limit_that_failed_is_a_row(card):
+    point = next(point for point in card[2]["result"]["points"] if point["system"] == "contiguous")
+    kept = {name: point.pop(name) for name in ("step", "unsteady", "step_bytes")}
+    point["error"] = "OutOfMemoryError: no room"
+    some = [case for case in card if case["workload"] in ("machine", "decode")]
+    page = report.render(some, "title")
+    assert "| at most 1.020 | OutOfMemoryError: no room | failed |" in page and "| not run |" in page
+    assert kept
+    failed = [case | {"status": "timeout", "error": "stopped after 300 s"} for case in card[1:]]
+    page = report.render([card[0], *failed], "title")
+    assert page.count("timeout: stopped after 300 s") >= 26
+    assert report.render(card[1:], "title")  # without limits
+
+
+def test_the_limit_on_a_cpu():
+    points = [{"system": name, "batch": 1, "context": 128, "step": spread(step), "unsteady": 0.1, "step_bytes": 1e9}
+              for name, step in (("baseline", 0.04), ("paged", 0.05))]  # fmt: skip
+    batches = [{"system": name, "requests": 8, "tokens": 8, "tokens_per_second": spread(rate), "peak": 1e9,
+                "captures": {"count": 0, "seconds": 0.0}, "preemptions": None}
+               for name, rate in (("baseline", 50.0), ("paged", 80.0))]  # fmt: skip
+    lines = [line("decode", "paged", {"points": points}), line("batching", "paged", {"batches": batches})]
+    page = report.render(lines, "title")
+    assert "| decode, float32, 1 x 128: tokens/s / native | at least 1.00 | 0.80 | missed by 20.0% |" in page
+    assert "| ragged batch of 8, float32: tokens/s / native | at least 1.50 | 1.60 | reached |" in page
 
 
 def test_cost_of_lossy_settings(tiny, tmp_path):
