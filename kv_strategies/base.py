@@ -171,6 +171,7 @@ class Placement:
 
     tiers = LowerTiers()
     capturable = True  # whether a decode step may be recorded as a CUDA graph
+    prefill_capturable = True  # whether a step with new tokens of a prompt may be, too
 
     def bytes_per_block(self, planes: dict, layer_devices: list[torch.device]) -> dict[torch.device, int]:
         """What one block of the pool takes of the memory of each device."""

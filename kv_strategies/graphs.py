@@ -1,11 +1,14 @@
-"""Decode steps as CUDA graphs: the whole step is one launch, whatever the model's Python costs.
+"""Steps as CUDA graphs: the whole step is one launch, whatever the model's Python costs.
 
-A graph has fixed shapes and addresses, so there is one for each (batch size, context bucket) that occurs, made when it
-first occurs. Smaller batches are padded with rows that read and store nothing; the bucket bounds the grid of the
-attention kernel. Steps in which rows share blocks have graphs of their own, whatever the groups are: the kernels read
-these from the device, and one more bucket bounds what each row reads by itself.
+A graph has fixed shapes and addresses, so there is one for each (batch size, context bucket) that occurs. Smaller
+batches are padded with rows that read and store nothing; the bucket bounds the grid of the attention kernel. Steps in
+which rows share blocks have graphs of their own, whatever the groups are: the kernels read these from the device, and
+one more bucket bounds what each row reads by itself.
 
-`DecodeGraphs` holds whole steps of the runner, `StackGraphs` the decoder stack alone for `generate()`, which keeps what
+Steps that decode are for graphs, and so are those that prefill a few tokens of one prompt (what is behind a prefix hit,
+say), padded with tokens of no row. Others are long enough to hide what launching them costs.
+
+`StepGraphs` holds whole steps of the runner, `StackGraphs` the decoder stack alone for `generate()`, which keeps what
 is around it to itself.
 """
 
@@ -13,8 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,76 +29,99 @@ from .sampling import greedy
 
 if TYPE_CHECKING:
     from .fused import FusedStack
+    from .strategy import Strategy
 
+#: New tokens of the prefills that are for graphs, at most each. More of them take a GPU longer than launching them.
+PREFILL_SIZES = (16, 32, 64, 128, 256)
 _SMALLEST_BUCKET = 1024  # tokens
 
 
 @dataclass
 class _Graph:
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], object]
     logits: Tensor  # [num_rows, V]
     tokens: Tensor  # [num_rows] the likeliest ones
 
 
-class DecodeGraphs:
-    """Captures and replays decode steps.
+class StepGraphs:
+    """Captures and replays steps of the runner: those that decode, and those that prefill a few tokens of one prompt.
 
     Args:
-        cache: the cache whose plan the captured layers read.
-        last_token: [S + 1] the newest token of each slot, read and written by every step; the last slot belongs to
-            padding rows.
+        last_token: [S + 1] the newest token of each slot, written by every step and read by those that decode; the last
+            slot belongs to padding rows.
     """
 
-    def __init__(self, model, cache, last_token: Tensor, max_num_seqs: int):
-        self._model, self._cache, self._last_token = model, cache, last_token
+    def __init__(self, model, strategy: Strategy, last_token: Tensor, max_num_seqs: int):
+        self._model, self._strategy, self._last_token = model, strategy, last_token
         self._sizes = sorted({size for size in _batch_sizes() if size < max_num_seqs} | {max_num_seqs})
-        self._buffers: dict[tuple[int, int], PlanBuffer] = {}  # the graphs read their memory
-        self._graphs: dict[tuple[int, int, int], _Graph] = {}
+        self._met: set[tuple[int, int, int]] = set()
+        self._buffers: dict[tuple[int, int, int], PlanBuffer] = {}  # the graphs read their memory
+        self._graphs: dict[tuple[int, int, int, int], _Graph] = {}
         self._memory = torch.cuda.graph_pool_handle()
 
-    def run(self, rows: Sequence[tuple[BlockTable, int]], slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def decode(self, rows: Sequence[tuple[BlockTable, int]], slots: Sequence[int]) -> tuple[Tensor, Tensor]:
         """One step over rows of one query each. The likeliest tokens are the newest of their slots when it has run.
 
         Returns:
             logits [B, V] and the likeliest tokens [B], both valid until the next step.
         """
         num_rows = next(size for size in self._sizes if size >= len(rows))
-        shape = num_rows, _bucket(max(table.num_tokens for table, _ in rows))
-        if shape not in self._buffers:
-            self._buffers[shape] = _buffer(self._last_token.device, *shape, rows, {"slots": num_rows})
-        buffer = self._buffers[shape]
-        extra = {"slots": [*slots, *[len(self._last_token) - 1] * (num_rows - len(rows))]}
-        bounds = _bounds(buffer.fill(rows, extra), shape[1])
-        captured = self._graphs.get((num_rows, *bounds))
-        if captured is None:
-            captured = self._graphs[num_rows, *bounds] = self._capture(buffer, num_rows, bounds)
-            buffer.fill(rows, extra)
-        captured.graph.replay()
-        return captured.logits[: len(rows)], captured.tokens[: len(rows)]
+        shape = num_rows, num_rows, _bucket(max(table.num_tokens for table, _ in rows))
+        padding = [len(self._last_token) - 1] * (num_rows - len(rows))
+        logits, tokens = self._run(shape, rows, {"slots": [*slots, *padding]})
+        return logits[: len(rows)], tokens[: len(rows)]
 
-    def _capture(self, buffer: PlanBuffer, num_rows: int, bounds: tuple[int, int]) -> _Graph:
+    def prefill(self, table: BlockTable, slot: int, token_ids: np.ndarray) -> tuple[Tensor, Tensor] | None:
+        """One step over the last tokens of a prompt, those that `table` ends with. Returns as `decode` does.
+
+        None where no graph is for it: tokens are many, or it is the first step of its kind. That may also be the last,
+        and who waits for it would wait for the capture.
+        """
+        num_tokens = next((size for size in PREFILL_SIZES if size >= len(token_ids)), None)
+        shape = 1, num_tokens, _bucket(table.num_tokens)
+        if num_tokens is None or not self._strategy.placement.prefill_capturable:
+            return None
+        if shape not in self._met:
+            self._met.add(shape)
+            return None
+        inputs = {"slots": [slot], "input_ids": token_ids, "last": [len(token_ids) - 1]}
+        return self._run(shape, [(table, len(token_ids))], inputs)
+
+    def _run(self, shape: tuple[int, int, int], rows, inputs: dict[str, Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """A step of at most so many rows, tokens, and tokens of a row's context."""
+        num_rows, num_tokens, bucket = shape
+        if shape not in self._buffers:
+            sizes = {name: num_tokens if name == "input_ids" else num_rows for name in inputs}
+            self._buffers[shape] = _buffer(self._last_token.device, *shape, rows, sizes)
+        buffer = self._buffers[shape]
+        bounds = _bounds(buffer.fill(rows, inputs), bucket)
+        kind = num_rows, num_tokens, *bounds
+        if kind not in self._graphs:
+            padding = {name: [0] for name in inputs} | {"slots": [len(self._last_token) - 1]}
+            self._graphs[kind] = self._capture(buffer, _bounded(buffer.fill([], padding), *bounds))
+            buffer.fill(rows, inputs)
+        graph = self._graphs[kind]
+        graph.replay()
+        return graph.logits, graph.tokens
+
+    def _capture(self, buffer: PlanBuffer, plan: Plan) -> _Graph:
         from .runner import forward
 
-        device = self._last_token.device
-        plan = _bounded(buffer.fill([], {"slots": [len(self._last_token) - 1] * num_rows}), *bounds)
-        slots = buffer.tensors["slots"]
+        cache = AttendingCache(self._strategy)  # of its own: the graph reads this plan
+        cache.plan = plan
+        inputs = buffer.tensors
 
         def step() -> tuple[Tensor, Tensor]:
-            logits = forward(self._model, self._cache, plan, self._last_token[slots], 0)
+            slots = inputs["slots"]
+            input_ids = inputs["input_ids"] if "input_ids" in inputs else self._last_token[slots]
+            logits = forward(self._model, cache, plan, input_ids, inputs.get("last", 0))
             tokens = greedy(logits)
             self._last_token[slots] = tokens
             return logits, tokens
 
-        self._cache.plan = plan
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            step()  # compile kernels and fill caches; the padding rows read and store nothing
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            logits, tokens = step()
-        return _Graph(graph, logits, tokens)
+        _warm_up(step, plan.device)  # all is padding still, which reads and stores nothing
+        replay, (logits, tokens) = _record(step, self._memory)
+        return _Graph(replay, logits, tokens)
 
 
 class StackGraphs:
@@ -109,7 +136,7 @@ class StackGraphs:
         """What stands in for the stack in a step over rows of one query each, its plan filled in."""
         shape = len(rows), _bucket(max(table.num_tokens for table, _ in rows))
         if shape not in self._buffers:
-            self._buffers[shape] = _buffer(self.stack.device, *shape, rows)
+            self._buffers[shape] = _buffer(self.stack.device, len(rows), *shape, rows)
         plan = self._buffers[shape].fill(rows)
         bounds = _bounds(plan, shape[1])
         if (len(rows), *bounds) not in self._steps:
@@ -156,17 +183,28 @@ class StackStep:
         return self._output
 
 
-def _record(work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-    """What repeats `work` on the same memory, and where its result will be."""
+def _warm_up(work: Callable[[], object], device: torch.device) -> None:
+    """Run `work` once in a stream of its own, as it has to be before a capture: kernels compile, caches fill."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _record(work: Callable[[], Any], memory: tuple[int, int] | None = None) -> tuple[Callable[[], object], Any]:
+    """What repeats `work` on the same memory, and where its result will be. Graphs that never overlap may share it."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=memory):
         output = work()
     return graph.replay, output
 
 
-def _buffer(device: torch.device, num_rows: int, bucket: int, rows, extra: dict[str, int] | None = None) -> PlanBuffer:
-    """The memory of all plans of so many rows and so long contexts at most, `rows` among them."""
-    return PlanBuffer(device, num_rows, num_rows, -(-bucket // rows[0][0].pool.block_size), extra)
+def _buffer(
+    device: torch.device, num_rows: int, num_tokens: int, bucket: int, rows, extra: dict[str, int] | None = None
+) -> PlanBuffer:
+    """The memory of all plans of so many rows, tokens and so long contexts at most, `rows` among them."""
+    return PlanBuffer(device, num_rows, num_tokens, -(-bucket // rows[0][0].pool.block_size), extra)
 
 
 def _bucket(num_tokens: int) -> int:
@@ -180,14 +218,14 @@ def _bounds(plan: Plan, bucket: int) -> tuple[int, int]:
 
 
 def _bounded(plan: Plan, bucket: int, private: int) -> Plan:
-    """The plan of decode rows with bounds that hold for all steps of a kind."""
-    num_rows = plan.num_tokens
+    """The plan with bounds that hold for all steps of a kind: one new token a row, or any number of a single row."""
+    num_rows = len(plan.context_lens)
     return replace(
         plan,
-        query_lens=[1] * num_rows,
+        query_lens=[plan.num_tokens // num_rows] * num_rows,
         row_lens=[bucket] * num_rows,
         row_groups=[Group(0, num_rows, bucket - private)] if private else [],
-        num_decodes=num_rows,
+        num_decodes=num_rows if plan.num_tokens == num_rows else 0,
     )
 
 

@@ -59,6 +59,8 @@ class Offload(Placement):
         ValueError: options out of range, or that make no sense together.
     """
 
+    prefill_capturable = False  # prompts are timed (`PrefillClock`), and mostly stream
+
     def __init__(
         self,
         *,

@@ -6,8 +6,9 @@
 
 Every step packs one token of each decoding sequence and as much of the prompts as fits, the last perhaps in part, into
 a single forward [1, T], without padding. On a GPU the next step is scheduled and launched before the tokens of this one
-are read back: its inputs are taken from the device, and only stop tokens are noticed a step late. A step that only
-decodes replays a CUDA graph.
+are read back: its inputs are taken from the device, and only stop tokens are noticed a step late. Only a first token is
+read at once, unless others decode beside it. A step that only decodes, or only computes the few tokens behind a prefix
+hit, replays a CUDA graph.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from .baseline import Baseline
 from .cache import AttendingCache
-from .graphs import DecodeGraphs
+from .graphs import StepGraphs
 from .paged import BlockTable, OutOfBlocks
 from .plan import Plan, PlanBuffer
 from .requests import Event, Output, Request, Result
@@ -37,7 +38,7 @@ class Runner:
     Args:
         max_num_seqs: sequences in a step, samples counted.
         max_batch_tokens: tokens in a forward; longer prompts are prefilled in chunks.
-        cuda_graphs: replay decode steps as CUDA graphs; None for yes where the strategy allows it.
+        cuda_graphs: replay decode steps and short prefills as CUDA graphs; None for yes where the strategy allows it.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Runner:
                 f"{self.device.type} cannot be captured"
             )
         if can_capture if cuda_graphs is None else cuda_graphs:
-            self._graphs = DecodeGraphs(model, self._cache, self._last_token, max_num_seqs)
+            self._graphs = StepGraphs(model, strategy, self._last_token, max_num_seqs)
 
     # --- whole runs
 
@@ -138,6 +139,9 @@ class Runner:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One forward, if there is work. Returns the tokens that became known."""
+        if self._in_flight is not None and self._in_flight.is_first:
+            self._collect()
+            return self._take_events()
         step = self._launch(*self._schedule())
         if step is None and self._in_flight is None and self._waiting:
             raise OutOfBlocks(
@@ -148,6 +152,9 @@ class Runner:
         self._in_flight = step
         if not self._lookahead:
             self._collect()
+        return self._take_events()
+
+    def _take_events(self) -> list[Event]:
         events, self._events = self._events, []
         return events
 
@@ -243,14 +250,10 @@ class Runner:
         if not decoding and not prefilling:
             return None
         rows = [(seq.table, 1) for seq in decoding] + [(seq.table, n) for seq, n in prefilling]
-        drawn = None
-        if self._graphs is not None and not prefilling:
-            logits, drawn = self._graphs.run(rows, [seq.slot for seq in decoding])
-            sampling = list(range(len(decoding)))
-        else:
-            logits, sampling = self._forward(rows, decoding, prefilling)
         launched = [*decoding, *(seq for seq, _ in prefilling)]
-        sequences = [launched[row] for row in sampling]
+        sequences = [seq for seq in launched if seq.is_decoding]  # those that have computed all their tokens
+        replayed = self._replay(rows, decoding, prefilling)
+        logits, drawn = replayed or (self._forward(rows, decoding, prefilling), None)
         source = list(range(len(sequences)))
         for row, seq in enumerate(list(sequences)):  # a prompt with n samples: its siblings start from the same logits
             for sibling in self._fork(seq):
@@ -260,18 +263,29 @@ class Runner:
             self.strategy.sharing.publish(seq.tokens, seq.table, seq.request.salt)
         self.strategy.retire([table for table, _ in rows])
         if not sequences:
-            return _Step([], None, None)
+            return _Step([], False, None, None)
         if len(source) > logits.shape[0]:
-            logits = logits[to_device(source, self.device)]
+            logits, drawn = logits[to_device(source, self.device)], None
         if drawn is None or any(seq.sampling.temperature for seq in sequences):
             drawn = sample(logits, [seq.sampling for seq in sequences], [seq.num_issued for seq in sequences])
             self._last_token[to_device([seq.slot for seq in sequences], self.device)] = drawn
         for seq in sequences:
             seq.num_issued += 1
-        return _Step(sequences, *_start_copy(drawn))
+        return _Step(sequences, not decoding, *_start_copy(drawn))
 
-    def _forward(self, rows, decoding, prefilling) -> tuple[Tensor, list[int]]:
-        """Logits [R, V] of the rows that have computed all their tokens, and which rows those are."""
+    def _replay(self, rows, decoding, prefilling) -> tuple[Tensor, Tensor] | None:
+        """Logits [R, V] as `_forward` gives them, and the likeliest tokens [R]; None where no graph is for the step."""
+        if self._graphs is None:
+            return None
+        if not prefilling:
+            return self._graphs.decode(rows, [seq.slot for seq in decoding])
+        seq, num_tokens = prefilling[0]
+        if len(rows) > 1 or not seq.is_decoding:
+            return None
+        return self._graphs.prefill(seq.table, seq.slot, _new_tokens(seq, num_tokens))
+
+    def _forward(self, rows, decoding, prefilling) -> Tensor:
+        """Logits [R, V] of the rows that have computed all their tokens."""
         num_decoding = len(decoding)
         input_ids = np.concatenate([np.zeros(num_decoding, np.int32), *(_new_tokens(seq, n) for seq, n in prefilling)])
         ends, end = [], 0
@@ -294,7 +308,7 @@ class Runner:
             device_ids[:num_decoding] = self._last_token[buffer.tensors["slots"]]
         self._cache.plan = plan
         logits = forward(self.model, self._cache, plan, device_ids, buffer.tensors["last"])
-        return logits.to(self.device), sampling
+        return logits.to(self.device)
 
     def _fork(self, seq: _Sequence) -> list[_Sequence]:
         """The other samples of a request whose prompt has just been computed: same blocks, own seeds."""
@@ -462,6 +476,7 @@ class _Step:
     """A launched forward: which sequences drew a token, and where the tokens will be."""
 
     sequences: list[_Sequence]
+    is_first: bool  # all tokens are the first of their requests, which need not wait for the launch of another step
     on_host: Tensor | None
     ready: torch.cuda.Event | None
 

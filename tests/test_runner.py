@@ -10,7 +10,8 @@ from common import VOCAB, baseline_tokens, random_requests, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kv_strategies import STRATEGIES, Request, Runner, build
+from kv_strategies import STRATEGIES, Request, Runner, base, build, graphs, offload
+from kv_strategies.plan import Plan
 from kv_strategies.sampling import SamplingParams, sample
 
 MODEL = tiny_llama(num_layers=1)
@@ -76,6 +77,93 @@ def test_preemption_is_invisible_in_the_tokens():
     results = runner.generate(requests)
     assert runner.num_preemptions > 0
     assert [result.token_ids for result in results] == baseline_tokens(MODEL, requests)
+
+
+def replaying_runner(model, strategy, monkeypatch, **options) -> Runner:
+    """A runner that replays graphs. Without a GPU these run their step again, over the same memory and with the bounds
+    of their kind, through a GPU's kernels in the interpreter, which read lengths where a GPU does.
+    """
+    if model.device.type == "cuda":
+        return Runner(model, strategy, cuda_graphs=True, **options)
+    from kv_strategies.kernels import gpu, triton_store
+
+    def record(work, memory):
+        held = work()
+        return lambda: [kept.copy_(new) for kept, new in zip(held, work(), strict=True)], held
+
+    for module in (base, offload):
+        monkeypatch.setattr(module, "attention", gpu.attention)
+    monkeypatch.setattr(base, "store_kv", triton_store.store_kv)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(graphs, "_warm_up", lambda work, device: work())
+    monkeypatch.setattr(graphs, "_record", record)
+    monkeypatch.setattr(Plan, "once", lambda plan, name, make: make())  # a graph computes it again
+    runner = Runner(model, strategy, **options)
+    runner._graphs = graphs.StepGraphs(model, strategy, runner._last_token, runner.max_num_seqs)
+    runner._lookahead = True
+    return runner
+
+
+@pytest.mark.parametrize(
+    ("name", "num_heads", "num_kv_heads", "block_size"),
+    [
+        ("prefix", 2, 2, 16),
+        ("prefix", 4, 2, 1),
+        ("prefix", 4, 1, 7),
+        pytest.param("prefix+int8", 4, 2, 7, marks=pytest.mark.gpu),  # the interpreter rounds scales otherwise
+        ("prefix+window", 4, 2, 7),
+    ],
+)
+def test_short_prefills_replay_a_graph(name, num_heads, num_kv_heads, block_size, monkeypatch, device):
+    """Behind a past of any length, or none, and however much padding there is."""
+    rng = random.Random(num_heads)
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "num_layers": 1}
+    model = tiny_llama(**sizes).to(device)
+    options = {"window": 24, "sinks": 2} if "window" in name else {}
+    past = [rng.randrange(VOCAB) for _ in range(90)]
+    requests = [Request(past, max_new_tokens=2)]
+    for shared, new in [(89, 1), (0, 3), (60, 5), (0, 17), (90, 8), (56, 15), (88, 32)] * 2:
+        prompt = past[:shared] + [rng.randrange(VOCAB) for _ in range(new)]
+        requests.append(Request(prompt, max_new_tokens=2, n=1 + (new == 5), temperature=new % 2, seed=new))
+    strategies = [build(name, model, num_blocks=400 // block_size, block_size=block_size, **options) for _ in range(2)]
+    plain = Runner(model, strategies[0], cuda_graphs=False)
+    expected = [plain.generate([request]) for request in requests]
+    monkeypatch.setattr(graphs, "PREFILL_SIZES", (8, 32))
+    monkeypatch.setattr(graphs, "_SMALLEST_BUCKET", 32)
+    runner = replaying_runner(model, strategies[1], monkeypatch, max_num_seqs=2, max_batch_tokens=70)
+    for request, results in zip(requests, expected, strict=True):
+        got = runner.generate([request])
+        assert [result.token_ids for result in got] == [result.token_ids for result in results]
+        strategies[1].check_integrity()
+    kinds = {(num_tokens, bucket) for _, num_tokens, bucket, _ in runner._graphs._graphs}
+    assert {num_tokens for num_tokens, _ in kinds} == {1, 2, 8, 32}, "decode steps of one and two rows, and prefills"
+    assert len({bucket for num_tokens, bucket in kinds if num_tokens == 32}) > 1
+
+
+def test_prefills_that_stream_or_are_timed_are_not_captured(monkeypatch, device):
+    model = tiny_llama(num_layers=1).to(device)
+    strategy = build("offload", model, num_blocks=40, resident="kv", host_bytes=1 << 20)
+    runner = replaying_runner(model, strategy, monkeypatch)
+    for _ in range(3):
+        runner.generate([Request([1, 2, 3], max_new_tokens=2)])
+    assert [num_tokens for _, num_tokens, *_ in runner._graphs._graphs] == [1], "the decode step alone"
+
+
+def test_a_first_token_does_not_wait_for_the_next_launch(monkeypatch):
+    """Where steps are launched ahead; a second request comes while the first decodes."""
+    runner = Runner(MODEL, build("paged", MODEL, num_blocks=40))
+    runner._lookahead = True
+    launched = []
+    monkeypatch.setattr(runner, "_launch", lambda *step, launch=runner._launch: launched.append(step) or launch(*step))
+    requests = [Request([i, 2, 3], max_new_tokens=3 + i, request_id=i) for i in range(2)]
+    runner.submit(requests[:1])
+    assert (runner.step(), len(runner.step()), len(launched)) == ([], 1, 1)
+    runner.submit(requests[1:])
+    tokens = {}
+    while runner.num_running or runner.num_waiting:
+        for event in runner.step():
+            tokens.setdefault(event.request_id, []).append(event.token_id)
+    assert tokens[1] == baseline_tokens(MODEL, requests)[1]
 
 
 def test_samples_share_the_blocks_of_their_prompt():
