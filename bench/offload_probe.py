@@ -2,11 +2,13 @@
 
     python -m bench.offload_probe                                 # Llama-2-7B shape, 16384 tokens, about a minute
     python -m bench.offload_probe --layers 4 --context 4096       # quick
+    python -m bench.offload_probe --parts kernels tune
 
 Parts, each a few lines of the table: `kernels` compares top-N reads of page-locked V with the reference and times
-them; `link` streams layers that nothing computes on; `steps` decodes one request, resident, streamed and gathered, and
-compares tokens (exact reads must agree to the token in bfloat16 too: the same kernels read the same bytes); `tiers`
-brings evicted prompts back. Rates are held against copies of 1 GiB from page-locked memory in the same run.
+them, kernel by kernel, beside attention that reads all; `tune`, where asked for, sweeps their sizes; `link` streams
+layers that nothing computes on; `steps` decodes one request, resident, streamed and gathered, and compares tokens
+(exact reads must agree to the token in bfloat16 too: the same kernels read the same bytes); `tiers` brings evicted
+prompts back. Rates are held against copies of 1 GiB from page-locked memory in the same run.
 """
 
 from __future__ import annotations
@@ -18,17 +20,20 @@ import statistics
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.machine import conditions, limits
 from bench.measure import seconds
 from kv_strategies import Request, Runner, build
-from kv_strategies.kernels import attention, topn
+from kv_strategies.kernels import attention, topn, triton_topn
 from kv_strategies.models import RANDOM_MODELS
 from kv_strategies.plan import LayerStore, Plan
 from kv_strategies.stream import LayerStream
@@ -36,6 +41,8 @@ from kv_strategies.transfer import host_memory
 
 DEVICE = torch.device("cuda")
 BLOCK_SIZE = 16
+SCALING = 128**-0.5
+LAYERS = 8  # in rotation at 16384 tokens: 1 GiB of K, far beyond the L2 cache
 
 
 def decode_case(context: int, num_kv_heads: int, group: int, dim: int = 128, layers: int = 1, codes: bool = False):
@@ -66,7 +73,7 @@ def decode_case(context: int, num_kv_heads: int, group: int, dim: int = 128, lay
         num_decodes=1,
     )
     # Sharp enough that the heaviest tokens matter.
-    query = 2 * torch.randn(1, num_kv_heads * group, dim, device=DEVICE, dtype=torch.bfloat16)
+    query = 4 * torch.randn(1, num_kv_heads * group, dim, device=DEVICE, dtype=torch.bfloat16)
     return query, plan, far, near
 
 
@@ -76,29 +83,64 @@ def kernels(context: int) -> dict:
         query, plan, (far,), (near,) = decode_case(context, heads, group, codes=codes)
         for options in ({"top_n": 128}, {"mass": 0.9}):
             tally, wanted = topn.new_tally(DEVICE), topn.new_tally(DEVICE)
-            out = topn.topn_attention(query, far, plan, tally, scaling=128**-0.5, **options)
-            expected = topn.reference(query.float(), near, plan, wanted, scaling=128**-0.5, **options)
+            out = topn.topn_attention(query, far, plan, tally, scaling=SCALING, **options)
+            expected = topn.reference(query.float(), near, plan, wanted, scaling=SCALING, **options)
             error = (out.float() - expected).abs().max() / expected.abs().max()
             kept, wanted_kept = (float(t[1] / t[0]) for t in (tally, wanted))
             found[f"{name}, {options}"] = {"relative_error": float(error), "kept": kept, "expected_kept": wanted_kept}
 
-    layers = 8  # 1 GiB of K in rotation, far beyond the L2 cache
-    query, plan, far, near = decode_case(context, 32, 1, layers=layers)
-    for name, stores in (("V on the host", far), ("V on the GPU", near)):
-        for top_n in (16, 128, 256):
-            tally = topn.new_tally(DEVICE)
+    for tokens in (context, 4 * context):
+        query, plan, far, near = decode_case(tokens, 32, 1, layers=max(2, LAYERS * context // tokens))
+        for options in ({"top_n": 16}, {"top_n": 128}, {"top_n": 256}, {"mass": 0.9}, {"mass": 0.99}):
+            found[f"{tokens} tokens, {options}"] = topn_times(query, plan, far, **options)
+        found[f"{tokens} tokens, top 128, V on the GPU"] = topn_times(query, plan, near, top_n=128)
 
-            def step(stores=stores, top_n=top_n, tally=tally) -> None:
-                for store in stores:
-                    topn.topn_attention(query, store, plan, tally, scaling=128**-0.5, top_n=top_n)
+        def resident(query=query, plan=plan, near=near) -> None:
+            for store in near:
+                attention(query, store, plan, scaling=SCALING)
 
-            found[f"top {top_n}, {name}, us a layer"] = graph_seconds(step) / layers * 1e6
+        found[f"{tokens} tokens, all of it, V on the GPU"] = {"us_a_layer": graph_seconds(resident) / len(near) * 1e6}
+        if tokens == context:  # its pages may be larger, which would spare the GPU look-ups
+            far = [store._replace(v=store.v.cpu().pin_memory()) for store in near]
+            found[f"{tokens} tokens, top 128, V in memory from CUDA"] = topn_times(query, plan, far, top_n=128)
+        del far, near
+    return found
 
-    def resident() -> None:
-        for store in near:
-            attention(query, store, plan, scaling=128**-0.5)
 
-    found["all of it, V on the GPU, us a layer"] = graph_seconds(resident) / layers * 1e6
+def topn_times(query, plan, stores: list[LayerStore], **options) -> dict:
+    """us a layer in a CUDA graph, us of either kernel alone, tokens kept a head, and the rate at which V came."""
+    tally = topn.new_tally(DEVICE)
+
+    def step() -> None:
+        for store in stores:
+            topn.topn_attention(query, store, plan, tally, scaling=SCALING, **options)
+
+    found = {"us_a_layer": graph_seconds(step) / len(stores) * 1e6}
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+    for event in profiler.key_averages():
+        for kernel in ("scores", "choose"):
+            if f"{kernel}_kernel" in event.key:
+                found[f"{kernel}_us"] = event.self_device_time_total / event.count
+    found["kept"] = float(tally[1] / tally[0])
+    size = found["kept"] * query.shape[1] * query.shape[2] * stores[0].v.element_size()
+    return found | {"v_gb_s": size / found["choose_us"] / 1e3}
+
+
+def tune(context: int) -> dict:
+    """The sizes of either kernel, one step away from those in use."""
+    query, plan, far, _ = decode_case(context, 32, 1, layers=LAYERS)
+    base, found = triton_topn.tuning(1), {}
+    for change in (
+        {}, {"split": 256}, {"split": 1024}, {"tile": 32}, {"tile": 128}, {"tile": 32, "num_warps": 2},
+        {"num_warps": 8}, {"split": 256, "tile": 32}, {"num_stages": 3}, {"tile": 32, "num_stages": 3},
+        {"span": 8}, {"span": 32}, {"held": 8}, {"held": 32}, {"rows": 64}, {"rows": 32},
+    ):  # fmt: skip
+        tuned = replace(base, **change)
+        with patch.object(triton_topn, "tuning", lambda group, tuned=tuned: tuned):
+            found[str(change or base)] = topn_times(query, plan, far, top_n=128)
     return found
 
 
@@ -271,6 +313,7 @@ def main() -> None:
     print(f"{gpu}: link {rate / 1e9:.1f} GB/s in, {out / 1e9:.1f} out; memory {read / 1e9:.0f} GB/s")
     parts = {
         "kernels": lambda: kernels(args.context),
+        "tune": lambda: tune(args.context),
         "link": lambda: link(args.context, args.layers),
         "steps": lambda: steps(random_model(args.layers), args.context, args.new_tokens),
         "tiers": lambda: tiers(random_model(args.layers), min(args.context, 4096)),
