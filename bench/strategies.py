@@ -65,17 +65,18 @@ def run_prefix(bench: Bench) -> dict:
     """A prompt nobody has sent; the same start again behind which all is new, `repeats` times; native `generate()`."""
     repeats, points = bench.params["repeats"], bench.params["points"]
     capacity = Capacity([[max(map(sum, points)) + 1]])
-    room = (repeats + 2) * capacity.blocks(BLOCK_SIZE)  # for every cold prompt: nothing is evicted
+    count = repeats + 2  # kernels compile in the first, a short prefill is captured in the second
+    room = (count + 1) * capacity.blocks(BLOCK_SIZE)  # for every cold prompt: nothing is evicted
     system = ours(bench, "prefix", capacity, num_blocks=room)
     native, rows = Native(bench.model, None), []
     for shared, new in points:
         bench.say(f"{shared} shared + {new} new tokens")
         system.strategy.reset()
-        colds = bench.prompts([shared + new] * (repeats + 1), seed=shared)
-        cold = [system([prompt], 1) for prompt in colds][1:]  # kernels compile in the first
-        ends = bench.prompts([new] * (repeats + 1), seed=shared + 1)
-        hit = [system([colds[-1][:shared] + end], 1) for end in ends][1:]
-        plain = [native([prompt], 1) for prompt in colds][1:]
+        colds = bench.prompts([shared + new] * count, seed=shared)
+        cold = [system([prompt], 1) for prompt in colds][2:]
+        ends = bench.prompts([new] * count, seed=shared + 1)
+        hit = [system([colds[-1][:shared] + end], 1) for end in ends][2:]
+        plain = [native([prompt], 1) for prompt in colds[1:]][1:]
         row = {"shared": shared, "new": new, "hit_rate": hit[-1].cached_tokens[0] / (shared + new)}
         for name, runs in {"cold": cold, "hit": hit, "native": plain}.items():
             row[name] = measure.spread([run.times[0][0] for run in runs])
