@@ -1,6 +1,7 @@
 """What stands before and after a product by cuBLAS, each in one pass over memory: norm, rotary embedding, gating.
 
-One program a token, or a stretch of it. All arithmetic is float32. See `linear.py` for what each one means.
+One program a token, or a stretch of it. All arithmetic is float32. See `linear.py` for what each one means, and
+`triton_overlap.py` for how they follow each other.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .linear import Norm, Rotary
+from .triton_overlap import followed, overlapping, waited
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
@@ -18,19 +20,22 @@ def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     size = x.shape[1]
     rms_norm_kernel[(len(x),)](
         x, norm.weight, out, norm.eps, x.stride(0),
-        SIZE=size, SIZE_P2=triton.next_power_of_2(size), num_warps=8 if size > 2048 else 4,
+        SIZE=size, SIZE_P2=triton.next_power_of_2(size), num_warps=8 if size > 2048 else 4, **overlapping(x.device),
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def rms_norm_kernel(x, weight, out, eps, x_stride, SIZE: tl.constexpr, SIZE_P2: tl.constexpr):
+def rms_norm_kernel(x, weight, out, eps, x_stride, SIZE: tl.constexpr, SIZE_P2: tl.constexpr, OVERLAP: tl.constexpr):
+    followed(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, SIZE_P2)
     mask = columns < SIZE
+    factor = tl.load(weight + columns, mask=mask, other=0.0)
+    waited(OVERLAP)
     data = tl.load(x + token * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(data * data, 0) / SIZE + eps)
-    data = data * scale * tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    data = data * scale * factor.to(tl.float32)
     tl.store(out + token * SIZE + columns, data.to(out.dtype.element_ty), mask=mask)
 
 
@@ -40,15 +45,17 @@ def rotate(y: Tensor, rotary: Rotary) -> None:
     rotate_kernel[(len(y),)](
         y, rotary.cos, rotary.sin, y.stride(0), rotary.cos.stride(0), rotary.sin.stride(0),
         HEADS=rotary.num_heads, HEADS_P2=triton.next_power_of_2(rotary.num_heads),
-        HALF=half, HALF_P2=triton.next_power_of_2(half),
+        HALF=half, HALF_P2=triton.next_power_of_2(half), **overlapping(y.device),
     )  # fmt: skip
 
 
 @triton.jit
 def rotate_kernel(
     y, cos, sin, y_stride, cos_stride, sin_stride,
-    HEADS: tl.constexpr, HEADS_P2: tl.constexpr, HALF: tl.constexpr, HALF_P2: tl.constexpr,
+    HEADS: tl.constexpr, HEADS_P2: tl.constexpr, HALF: tl.constexpr, HALF_P2: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    followed(OVERLAP)
+    waited(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     heads, dims = tl.arange(0, HEADS_P2), tl.arange(0, HALF_P2)
     mask = (heads < HEADS)[:, None] & (dims < HALF)[None, :]
@@ -71,12 +78,16 @@ def silu_mul(y: Tensor) -> Tensor:
     size = y.shape[1] // 2
     out = y.new_empty(len(y), size)
     tile = min(2048, triton.next_power_of_2(size))
-    silu_mul_kernel[(len(y), triton.cdiv(size, tile))](y, out, y.stride(0), SIZE=size, TILE=tile)
+    silu_mul_kernel[(len(y), triton.cdiv(size, tile))](
+        y, out, y.stride(0), SIZE=size, TILE=tile, **overlapping(y.device)
+    )
     return out
 
 
 @triton.jit
-def silu_mul_kernel(y, out, y_stride, SIZE: tl.constexpr, TILE: tl.constexpr):
+def silu_mul_kernel(y, out, y_stride, SIZE: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr):
+    followed(OVERLAP)
+    waited(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = columns < SIZE

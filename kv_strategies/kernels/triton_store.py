@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..plan import LayerStore
 from .reference import CODE_MAX
+from .triton_overlap import followed, overlapping, waited
 
 
 def store_kv(key: Tensor, value: Tensor, layer: LayerStore, slot_mapping: Tensor) -> None:
@@ -26,7 +27,7 @@ def store_kv(key: Tensor, value: Tensor, layer: LayerStore, slot_mapping: Tensor
         *k_scale.stride()[:2], *v_scale.stride()[:2],
         BLOCK_SIZE=layer.block_size, HEADS=num_heads, HEADS_P2=triton.next_power_of_2(num_heads),
         DIM=dim, DIM_P2=triton.next_power_of_2(dim),
-        CODE_MAX=CODE_MAX[layer.k.dtype] if quantised else 0.0,
+        CODE_MAX=CODE_MAX[layer.k.dtype] if quantised else 0.0, **overlapping(key.device),
     )  # fmt: skip
 
 
@@ -37,10 +38,12 @@ def store_kernel(
     k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token,
     k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, HEADS_P2: tl.constexpr,
-    DIM: tl.constexpr, DIM_P2: tl.constexpr, CODE_MAX: tl.constexpr,
+    DIM: tl.constexpr, DIM_P2: tl.constexpr, CODE_MAX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    followed(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
+    waited(OVERLAP)
     if slot < 0:
         return
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
