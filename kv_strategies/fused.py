@@ -66,20 +66,15 @@ class FusedStack:
         num_rows, num_columns, hidden = hidden_states.shape
         cos, sin = (part.expand(num_rows, -1, -1).flatten(0, 1) for part in position_embeddings)
         x = hidden_states.reshape(-1, hidden).clone()  # [T, hidden], changed in place from layer to layer
-        arrived = None
-        if x.is_cuda:
-            from .kernels.triton_linear import counters
-
-            arrived = counters(x.device)
         for layer_idx, layer in enumerate(self._layers):
             heads = [size // self._head_dim for size in layer.qkv_sizes]
             rotary = Rotary(cos, sin, heads[0] + heads[1])
-            qkv = linear(x, *layer.qkv, norm=layer.input_norm, rotary=rotary, arrived=arrived)
+            qkv = linear(x, *layer.qkv, norm=layer.input_norm, rotary=rotary)
             qkv = qkv.view(num_rows, num_columns, -1, self._head_dim).transpose(1, 2)  # [B, Hq + 2 Hkv, n, D]
             out = past_key_values.attend(layer_idx, *qkv.split(heads, dim=1), self._scaling)  # [B, n, Hq * D]
-            linear(out.flatten(0, 1), *layer.o, residual=x, arrived=arrived)
-            gated = linear(x, *layer.gate_up, norm=layer.mlp_norm, gated=True, arrived=arrived)
-            linear(gated, *layer.down, residual=x, arrived=arrived)
+            linear(out.flatten(0, 1), *layer.o, residual=x)
+            gated = linear(x, *layer.gate_up, norm=layer.mlp_norm, gated=True)
+            linear(gated, *layer.down, residual=x)
         return x.view(hidden_states.shape)
 
 

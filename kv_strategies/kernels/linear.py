@@ -47,7 +47,6 @@ def linear(
     rotary: Rotary | None = None,
     gated: bool = False,
     residual: Tensor | None = None,
-    arrived: Tensor | None = None,
 ) -> Tensor:
     """x [T, K], weight [N, K] -> [T, N], or [T, N / 2] if gated. At most one of rotary, gated and residual.
 
@@ -56,7 +55,6 @@ def linear(
         rotary: applied to the result.
         gated: the first half of the result is the gate, the second what it gates: silu(gate) * up.
         residual: [T, N], what the result is added to, in place; it is what is returned.
-        arrived: counters for the kernel for one row, see `triton_linear.counters`; needed on a GPU.
     """
     options = {"norm": norm, "rotary": rotary, "gated": gated, "residual": residual}
     if not x.is_cuda:
@@ -65,7 +63,7 @@ def linear(
         return many_rows(x, weight, bias, **options)
     from . import triton_linear  # Triton is there only where a GPU is
 
-    return triton_linear.linear(x, weight, bias, **options, arrived=arrived)
+    return triton_linear.linear(x, weight, bias, **options)
 
 
 def reference(
