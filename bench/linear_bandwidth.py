@@ -1,13 +1,14 @@
 """The products of a decoder layer alone: how much of the read bandwidth they reach with few rows.
 
     python -m bench.linear_bandwidth                                     # tuned sizes and cuBLAS, every product
-    python -m bench.linear_bandwidth --products llama-2-7b/down --rows 1 --tile-n 4 8 16 --splits 2 4 8 --overlap 0 1
+    python -m bench.linear_bandwidth --products llama-2-7b/down --rows 1 --programs 2 4 8 --ahead 0 2 4
 
 Three ways: cuBLAS alone; cuBLAS with what stands around it in a layer (norm, rotary embedding, gating, residual) as
 kernels of their own, which is what runs with two rows and more; and our kernel for one row, with all of it inside.
 
 A CUDA graph runs a product over as many copies of its weights as leave the L2 cache behind; the median of its replays
-over the number of copies is the time of one product, launch included.
+over the number of copies is the time of one product, launch included. How products of one row follow each other in a
+decode step is `product_chain.py`'s to measure.
 share = bytes of weights / measured read bandwidth / time.
 """
 
@@ -38,24 +39,24 @@ PRODUCTS = {
     "llama-2-7b/down": (4096, 11008, "residual"),
     "llama-2-7b/lm_head": (32000, 4096, "nothing"),
     "llama-3.1-8b/qkv": (6144, 4096, "rotary"),
+    "llama-3.1-8b/o": (4096, 4096, "residual"),
     "llama-3.1-8b/gate_up": (28672, 4096, "gated"),
     "llama-3.1-8b/down": (4096, 14336, "residual"),
     "llama-3.1-8b/lm_head": (128256, 4096, "nothing"),
 }
 WORKING_SET = 1 << 30  # bytes of weights in rotation, far beyond the L2 cache
-SIZES = ("tile_n", "tile_k", "splits", "num_warps", "num_stages", "overlap")
+SIZES = ("tile_n", "tile_k", "num_warps", "programs", "ahead")
 
 
 class Problem:
-    """One product, with fresh weights at every call until all have had their turn."""
+    """One product, with fresh weights at every call until all have had their turn; or so many copies of them."""
 
-    def __init__(self, name: str, num_rows: int):
+    def __init__(self, name: str, num_rows: int, copies: int | None = None):
         n, k, around = PRODUCTS[name]
         self.n, self.k, self.num_rows = n, k, num_rows
         self.bytes = 2 * n * k
-        self.weights = torch.empty(
-            max(2, -(-WORKING_SET // self.bytes)), n, k, dtype=torch.bfloat16, device="cuda"
-        ).normal_(std=0.02)
+        copies = copies or max(2, -(-WORKING_SET // self.bytes))
+        self.weights = torch.empty(copies, n, k, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
         self.x = torch.randn(num_rows, k, dtype=torch.bfloat16, device="cuda")
         norm = Norm(torch.ones(k, dtype=torch.bfloat16, device="cuda"), 1e-5)
         angles = torch.rand(num_rows, DIM, dtype=torch.bfloat16, device="cuda")
@@ -68,10 +69,9 @@ class Problem:
             "residual": {"residual": residual},
             "nothing": {},
         }[around]
-        self.counters = triton_linear.counters(self.x.device)
 
     def ours(self, tuned: Tuning) -> Callable:
-        return lambda weight: triton_linear.linear(self.x, weight, **self.options, tuned=tuned, arrived=self.counters)
+        return lambda weight: triton_linear.linear(self.x, weight, **self.options, tuned=tuned)
 
     def cublas(self, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(self.x, weight)
@@ -99,7 +99,7 @@ class Problem:
 def check(problem: Problem, tuned: Tuning) -> float:
     """Relative error of a tuning's result against kernels of their own around cuBLAS."""
     fresh = {name: value.clone() if torch.is_tensor(value) else value for name, value in problem.options.items()}
-    got = triton_linear.linear(problem.x, problem.weights[0], **fresh, tuned=tuned, arrived=problem.counters).float()
+    got = triton_linear.linear(problem.x, problem.weights[0], **fresh, tuned=tuned).float()
     fresh = {name: value.clone() if torch.is_tensor(value) else value for name, value in problem.options.items()}
     expected = many_rows(problem.x, problem.weights[0], **fresh).float()
     return float((got - expected).norm() / expected.norm())
@@ -107,7 +107,7 @@ def check(problem: Problem, tuned: Tuning) -> float:
 
 def sweep(base: Tuning, args: argparse.Namespace) -> list[Tuning]:
     choices = [getattr(args, name) or [getattr(base, name)] for name in SIZES]
-    return [Tuning(*choice[:-1], bool(choice[-1])) for choice in product(*choices)]
+    return [Tuning(*choice) for choice in product(*choices)]
 
 
 def main() -> None:
@@ -152,7 +152,7 @@ def main() -> None:
         print(line, flush=True)
         tried.sort(key=lambda result: result["seconds"])
         for result in tried[:6]:
-            sizes = "/".join(str(int(result[size])) for size in SIZES)
+            sizes = "/".join(str(result[size]) for size in SIZES)
             mark = " (tuned)" if result["base"] else ""
             print(" " * 32, f"ours {show(result)}  {sizes}{mark}", end="")
             print(f"  error {result['error']:.1e}" if result["error"] > 8e-3 else "", flush=True)
