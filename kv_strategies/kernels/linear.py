@@ -118,7 +118,7 @@ def many_rows(
     from . import triton_fused
 
     if norm is not None:
-        x = triton_fused.rms_norm(x, norm)
+        x = triton_fused.rms_norm(x, norm, following=weight)
     if residual is not None and bias is None:
         return residual.addmm_(x, weight.mT)
     y = F.linear(x, weight, bias)
