@@ -77,7 +77,7 @@ def topn_attention(
     num_spans = triton.cdiv(width, span)  # at most a chunk
     limit = min(top_n, width) if top_n else width
     by_span = limit < num_spans  # fewer are wanted than there are spans
-    dim_p2, group_p2 = triton.next_power_of_2(dim), triton.next_power_of_2(group)
+    dim_p2, group_p2 = max(triton.next_power_of_2(dim), 16), triton.next_power_of_2(group)
 
     def workspace() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         floats, ints = ({"device": query.device, "dtype": dtype} for dtype in (torch.float32, torch.int32))
