@@ -25,7 +25,7 @@ from kv_strategies.kernels import triton_linear
 from kv_strategies.kernels.triton_linear import Tuning, tuning
 
 NAMES = ("qkv", "o", "gate_up", "down")
-MAX_ERROR = 8e-3  # relative, of a result in bfloat16 against cuBLAS and kernels around it
+MAX_ERROR = 2e-2  # relative, of a result in bfloat16 against cuBLAS and kernels around it
 MAX_WARPS = 48  # of a multiprocessor, that a kernel may ask for
 
 
