@@ -49,7 +49,7 @@ class Problem:
         self.bytes = int(num_rows * context * num_kv_heads * dim * 2 * itemsize)
         self.num_layers = max(2, -(-WORKING_SET // self.bytes))
         self.group = self.num_heads // num_kv_heads
-        self.dim, self.itemsize = dim, CODES[codes].itemsize
+        self.dim, self.dtype = dim, CODES[codes]
         blocks_a_row = -(-context // block_size)
         num_blocks = num_rows * blocks_a_row
         size = (num_blocks, 2, self.num_layers, num_kv_heads, block_size, dim)
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--codes", choices=CODES, default="none", help="how K and V are stored")
-    for name in ("split", "max-splits", "tile", "warps", "stages"):
+    for name in ("split", "least", "max-splits", "tile", "warps", "stages", "programs"):
         parser.add_argument(f"--{name}", type=int, nargs="+", help="values to sweep; the tuned constant unless given")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, help="write all results here, as JSON")
@@ -115,13 +115,15 @@ def main() -> None:
     results = []
     for name in args.shapes:
         problem = Problem(name, args.block_size, args.dim, args.codes)
-        base = tuning(problem.group, problem.dim, problem.itemsize)
+        base = tuning(problem.group, problem.dtype)
         choices = product(
             args.split or [base.split],
+            args.least or [base.least],
             args.max_splits or [base.max_splits],
             args.tile or [base.tile],
             args.warps or [base.num_warps],
             args.stages or [base.num_stages],
+            args.programs or [base.programs],
         )
         tried = []
         for choice in choices:
@@ -134,7 +136,7 @@ def main() -> None:
             share = problem.bytes / read / taken
             tried.append({"shape": name, **asdict(tuned), "seconds": taken, "share": share, "base": tuned == base})
         for result in sorted(tried, key=lambda result: result["seconds"])[:8]:
-            sizes = "/".join(str(result[key]) for key in ("split", "max_splits", "tile", "num_warps", "num_stages"))
+            sizes = "/".join(str(result[key]) for key in asdict(base))
             mark = " (tuned)" if result["base"] else ""
             print(
                 f"{name:14} {result['seconds'] * 1e6:9.1f} us  share {result['share']:.3f}  {sizes}{mark}", flush=True

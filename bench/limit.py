@@ -68,7 +68,7 @@ def run_attention(bench: Bench) -> dict:
 
     def point(name: str) -> dict:
         problem = Problem(name, strategies.BLOCK_SIZE, bench.params["dim"], "none", bench.case.device)
-        tuned = tuning(problem.group, problem.dim, problem.itemsize)
+        tuned = tuning(problem.group, problem.dtype)
         seconds = problem.time(tuned, bench.params["repeats"])
         return {"batch": SHAPES[name][0], "context": SHAPES[name][1], "seconds": seconds, "bytes": problem.bytes}
 

