@@ -76,9 +76,9 @@ def prefill(
     sinks = sinks if window or sink_query is not None else 0  # else all is visible anyhow
     # Each row of the batch owns the tiles from (queries before it) // tile_queries + (rows before it) on: enough for
     # its own queries, and a program finds its row by bisection.
-    num_tiles = sum(query_lens) // tile_queries + len(query_lens)
+    num_tiles = triton.cdiv(sum(query_lens), tile_queries) + len(query_lens) - 1
     longest = max(row_lens) if not window else min(max(row_lens), window + tile_queries)
-    num_splits = min(triton.cdiv(longest, tuned.split), triton.cdiv(tuned.programs, num_tiles * num_kv_heads))
+    num_splits = min(triton.cdiv(longest, tuned.split), tuned.programs // (num_tiles * num_kv_heads))
     num_splits = max(num_splits, 1)
     dim_p2 = max(triton.next_power_of_2(dim), 16)  # a product on tensor cores takes 16 and more
     parts, part_lses, arrived = workspace(
