@@ -1,7 +1,7 @@
 """The products of a decoder layer alone: how much of the read bandwidth they reach with few rows.
 
     python -m bench.linear_bandwidth                                     # tuned sizes and cuBLAS, every product
-    python -m bench.linear_bandwidth --products llama-2-7b/down --rows 1 --programs 2 4 8 --ahead 0 2 4
+    python -m bench.linear_bandwidth --products llama-2-7b/down --rows 1 --programs 2 4 6 8
 
 Three ways: cuBLAS alone; cuBLAS with what stands around it in a layer (norm, rotary embedding, gating, residual) as
 kernels of their own, which is what runs with two rows and more; and our kernel for one row, with all of it inside.
@@ -45,7 +45,7 @@ PRODUCTS = {
     "llama-3.1-8b/lm_head": (128256, 4096, "nothing"),
 }
 WORKING_SET = 1 << 30  # bytes of weights in rotation, far beyond the L2 cache
-SIZES = ("tile_n", "tile_k", "num_warps", "programs", "ahead")
+SIZES = ("tile_n", "tile_k", "num_warps", "programs")
 
 
 class Problem:

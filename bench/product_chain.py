@@ -1,7 +1,7 @@
 """The four products of a layer for one row, one after the other as a decode step runs them, attention left out.
 
     python -m bench.product_chain                                         # tuned sizes, and others for each product
-    python -m bench.product_chain --model llama-3.1-8b --tile 4/1024/4 2/1024/4 --programs 3 4 --ahead 4
+    python -m bench.product_chain --model llama-3.1-8b --tile 4/1024/4 2/1024/4 --programs 4 6
 
 Consecutive kernels overlap, so the time of one alone says little. One CUDA graph holds as many layers of distinct
 weights as leave the L2 cache behind; a product costs what the graph takes longer with it than without. Sizes are tried
@@ -73,8 +73,8 @@ def error_of(name: str, tuned: Tuning) -> float | str:
 
 def candidates(args: argparse.Namespace) -> list[Tuning]:
     tiles = [tuple(map(int, tile.split("/"))) for tile in args.tile]
-    choices = product(tiles, args.programs, args.ahead)
-    return [Tuning(*tile, programs, ahead) for tile, programs, ahead in choices if programs * tile[2] <= MAX_WARPS]
+    choices = product(tiles, args.programs)
+    return [Tuning(*tile, programs) for tile, programs in choices if programs * tile[2] <= MAX_WARPS]
 
 
 def main() -> None:
@@ -84,7 +84,6 @@ def main() -> None:
         "--tile", nargs="+", default=["4/1024/4", "2/1024/4", "4/512/2", "8/1024/4"], help="tile_n/tile_k/num_warps"
     )
     parser.add_argument("--programs", type=int, nargs="+", default=[2, 3, 4, 6, 8])
-    parser.add_argument("--ahead", type=int, nargs="+", default=[0, 2, 4, 8])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--processes", type=int, default=8, help="that compile")
@@ -95,9 +94,7 @@ def main() -> None:
     tried = candidates(args)
     base = {name: tuning(*PRODUCTS[f"{args.model}/{name}"][:2]) for name in NAMES}
     kernels = {  # the number of programs is not compiled in
-        (name, tuned.tile_n, tuned.tile_k, tuned.num_warps, tuned.ahead): tuned
-        for name in NAMES
-        for tuned in [*tried, base[name]]
+        (name, tuned.tile_n, tuned.tile_k, tuned.num_warps): tuned for name in NAMES for tuned in [*tried, base[name]]
     }
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         errors = pool.map(error_of, [f"{args.model}/{key[0]}" for key in kernels], kernels.values())
@@ -122,7 +119,7 @@ def main() -> None:
         show(name, whole - without, chain.bytes[name])
         times = {base[name]: whole}
         for tuned in tried:
-            error = errors[name, tuned.tile_n, tuned.tile_k, tuned.num_warps, tuned.ahead]
+            error = errors[name, tuned.tile_n, tuned.tile_k, tuned.num_warps]
             if not isinstance(error, str) and error < MAX_ERROR:
                 times[tuned] = chain.time({**base, name: tuned}, args.repeats)
         ranked = sorted(times, key=times.get)

@@ -222,7 +222,7 @@ def test_other_models_keep_their_layers(change):
 # --- kernels
 
 SHAPES = [(64, 96), (37, 50), (20, 130), (1, 7)]  # N, K
-TUNINGS = [None, Tuning(16, 32, 4, 2, 1), Tuning(4, 16, 1, 3, 2), Tuning(2, 64, 1, 1, 0)]
+TUNINGS = [None, Tuning(16, 32, 4, 2), Tuning(4, 16, 1, 3), Tuning(2, 64, 1, 1)]
 
 
 def arguments(num_rows, n, k, device, dtype=torch.float32):
@@ -266,34 +266,6 @@ def test_one_row_rotated_and_gated(half, heads, rotated, tuned, device):
     for options in ({"rotary": rotary}, {"gated": True}):
         expected = plain.reference(x, weight, bias, norm=norm, **options)
         torch.testing.assert_close(run(x, weight, bias, tuned, norm=norm, **options), expected, **EXACT)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="listens to what the interpreter passes")
-@pytest.mark.parametrize("ahead", [1, 2, 4])
-@pytest.mark.parametrize(("n", "k"), [(64, 96), (61, 100)])
-def test_weights_are_asked_for_once(n, k, ahead, monkeypatch):
-    """A kernel that asks for weights ahead asks for each byte once, and for nothing else."""
-    x, weight, _, norm, _ = arguments(1, n, k, "cpu")
-    asked = torch.zeros(n * k * 4, dtype=torch.int32)
-
-    def ask(address, size):
-        for begin, length in zip(address.handle.data.flatten(), size.handle.data.flatten(), strict=True):
-            begin, length = int(begin) - weight.data_ptr(), int(length)
-            assert not length or (begin >= 0 and begin + length <= len(asked) and begin % 16 == length % 16 == 0)
-            asked[begin : begin + length] += 1
-
-    for module in (triton_linear, triton_fused):
-        monkeypatch.setattr(module, "ask", ask)
-        monkeypatch.setattr(module, "overlapping", lambda device: {"OVERLAP": True})
-        monkeypatch.setattr(module, "followed", lambda overlap: None)
-        monkeypatch.setattr(module, "waited", lambda overlap: None)
-    triton_linear.linear(x, weight, norm=norm, tuned=Tuning(4, 32, 1, 3, ahead))
-    rows = asked.view(n, -1)
-    assert (rows[: n // 4 * 4] == 1).all() and (rows >= 1).all()  # the last row stands in for what is beyond it
-    asked.zero_()
-    monkeypatch.setattr(triton_fused, "AHEAD_BYTES", n * 128)
-    triton_fused.rms_norm(x, norm, weight)
-    assert (rows[:, :128] == 1).all() and not rows[:, 128:].any()
 
 
 def test_many_rows(device):

@@ -11,42 +11,26 @@ import triton.language as tl
 from torch import Tensor
 
 from .linear import Norm, Rotary
-from .triton_overlap import ask, followed, overlapping, waited
-
-FEW = 64  # rows with which a product still waits for its weights, not for its arithmetic
-AHEAD_BYTES = 12 << 20  # of the weights of the next product: what the memory gives in the time of a small kernel
+from .triton_overlap import followed, overlapping, waited
 
 
-def rms_norm(x: Tensor, norm: Norm, following: Tensor | None = None) -> Tensor:
-    """[T, K] -> [T, K]. `following` [N, K] is what the result is multiplied by: with few rows the memory has nothing to
-    do meanwhile, so other programs ask for the first columns of it.
-    """
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """[T, K] -> [T, K]"""
     out = x.new_empty(x.shape)
     num_tokens, size = x.shape
-    num_warps, options = 8 if size > 2048 else 4, overlapping(x.device)
-    asked = 0  # bytes of a row of `following`
-    if options["OVERLAP"] and following is not None and num_tokens <= FEW and size * x.element_size() % 16 == 0:
-        asked = min(AHEAD_BYTES // len(following) // 128 * 128, size * x.element_size())
-    num_rows = len(following) if asked else 0
-    rms_norm_kernel[(num_tokens + triton.cdiv(num_rows, 32 * num_warps),)](
-        x, norm.weight, out, following if asked else x, norm.eps, num_tokens, num_rows, x.stride(0),
-        SIZE=size, SIZE_P2=triton.next_power_of_2(size), ASKED=asked, THREADS=32 * num_warps,
-        num_warps=num_warps, **options,
+    rms_norm_kernel[(num_tokens,)](
+        x, norm.weight, out, norm.eps, x.stride(0), SIZE=size, SIZE_P2=triton.next_power_of_2(size),
+        num_warps=8 if size > 2048 else 4, **overlapping(x.device),
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def rms_norm_kernel(
-    x, weight, out, following, eps, num_tokens, num_rows, x_stride,
-    SIZE: tl.constexpr, SIZE_P2: tl.constexpr, ASKED: tl.constexpr, THREADS: tl.constexpr, OVERLAP: tl.constexpr,
+    x, weight, out, eps, x_stride, SIZE: tl.constexpr, SIZE_P2: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     followed(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
-    if ASKED > 0 and token >= num_tokens:
-        row = (token - num_tokens) * THREADS + tl.arange(0, THREADS)
-        ask(following + row * SIZE, tl.where(row < num_rows, ASKED, 0))
-        return
     columns = tl.arange(0, SIZE_P2)
     mask = columns < SIZE
     factor = tl.load(weight + columns, mask=mask, other=0.0)

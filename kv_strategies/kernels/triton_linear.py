@@ -4,14 +4,13 @@ With one row a product costs what reading W [N, K] costs, so the memory must nev
 
     program p     tile p, then tile p + P, ...     as many programs as fit the chip at once, P, go through all tiles
       a tile      TILE_N rows of W, piece by piece of TILE_K columns:
-        ask       for a piece AHEAD pieces further on, of this tile or the next, to be brought into L2
-        load      the next piece into registers
+        load      the next piece into registers, of this tile or the next
         sums     += this piece * x
         squares  += x^2                   RMSNorm is a factor of the row, known only at the end: W (x w) * 1 / rms(x)
       its end     bias, and rotary embedding, silu(gate) * up or residual
 
-A program's first pieces depend on nobody, so it asks for them before it waits for the kernel ahead of it, and lets the
-next kernel follow when it starts on its last tile (see `triton_overlap.py`): the memory is busy from kernel to kernel.
+A program's first piece depends on nobody, so it loads it before it waits for the kernel ahead of it, and lets the next
+kernel follow when it starts on its last tile (see `triton_overlap.py`): the memory is busy from kernel to kernel.
 
 Rotary embedding and gating join two rows of W, half a head or half of N apart. A tile takes both: its lanes 2 i and
 2 i + 1 are the pair i, so that its end finds them next to each other.
@@ -30,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .linear import Norm, Rotary
-from .triton_overlap import ask, followed, overlapping, waited
+from .triton_overlap import followed, overlapping, waited
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,14 @@ class Tuning:
     tile_k: int  # columns of a piece
     num_warps: int
     programs: int  # a multiprocessor
-    ahead: int  # pieces asked for before they are loaded; no more than a tile has
 
 
 def tuning(n: int, k: int) -> Tuning:
     """The sizes for W [n, k]. All lanes together take a piece in loads of 16 bytes, one from each row: few rows, so
-    that tiles are many and programs end together; and half of the registers, which leaves room for the next kernel.
+    that tiles are many and programs end together; and as many programs as the registers hold of the largest kernel.
     """
     tile_k = min(1024, max(triton.next_power_of_2(k), 64))
-    return Tuning(4, tile_k, num_warps=max(tile_k // 256, 1), programs=4, ahead=4)
+    return Tuning(4, tile_k, num_warps=max(tile_k // 256, 1), programs=6)
 
 
 def linear(
@@ -71,15 +69,12 @@ def linear(
     out = residual if residual is not None else x.new_empty(1, half if gated else n)
     norm_weight, eps = (x, 0.0) if norm is None else norm  # x stands for what is not read
     cos, sin, num_rotated = (x, x, 0) if rotary is None else rotary
-    aligned = k * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
-    ahead = min(tuned.ahead, triton.cdiv(k, tuned.tile_k)) if aligned else 0
     num_programs = min(tuned.programs * _num_multiprocessors(x.device), triton.cdiv(n, tuned.tile_n))
     linear_kernel[(num_programs,)](
         x, weight, x if bias is None else bias, norm_weight, cos, sin, out, n, eps,
         K=k, NORM=norm is not None, BIAS=bias is not None, GATED=gated, ADD=residual is not None,
-        HALF=half, ROTATED=num_rotated * 2 * half, TILE_N=tuned.tile_n, TILE_K=tuned.tile_k, AHEAD=ahead,
-        ITEMSIZE=weight.element_size(), THREADS=32 * tuned.num_warps, num_warps=tuned.num_warps,
-        **overlapping(x.device),
+        HALF=half, ROTATED=num_rotated * 2 * half, TILE_N=tuned.tile_n, TILE_K=tuned.tile_k,
+        num_warps=tuned.num_warps, **overlapping(x.device),
     )  # fmt: skip
     return out
 
@@ -93,18 +88,14 @@ def _num_multiprocessors(device: torch.device) -> int:
 def linear_kernel(
     x, weight, bias, norm_weight, cos, sin, out, n, eps,
     K: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
-    HALF: tl.constexpr, ROTATED: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, AHEAD: tl.constexpr,
-    ITEMSIZE: tl.constexpr, THREADS: tl.constexpr, OVERLAP: tl.constexpr,
+    HALF: tl.constexpr, ROTATED: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     PIECES: tl.constexpr = (K + TILE_K - 1) // TILE_K
-    PACK: tl.constexpr = 16 // ITEMSIZE  # columns of a row that a lane takes at once, and adds up by itself
+    # columns of a row that a lane takes at once, 16 bytes, and adds up by itself
+    PACK: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth
     num_tiles = tl.cdiv(n, TILE_N)
     first = tl.program_id(0)
     lanes, ks = tl.arange(0, TILE_N), tl.arange(0, TILE_K)
-    thread = tl.arange(0, THREADS)  # the first TILE_N of them ask, each for a row
-    if OVERLAP and AHEAD > 0:
-        address = weight + row_of(first, thread % TILE_N, n, TILE_N, HALF).to(tl.int64) * K
-        ask(address, tl.where(thread < TILE_N, tl.minimum(AHEAD * TILE_K, K) * ITEMSIZE, 0))
     w = load_piece(weight, row_of(first, lanes, n, TILE_N, HALF), ks, K, K)
     waited(OVERLAP)
 
@@ -114,8 +105,6 @@ def linear_kernel(
         if not has_next:
             followed(OVERLAP)
         row, next_row = row_of(tile, lanes, n, TILE_N, HALF), row_of(next_tile, lanes, n, TILE_N, HALF)
-        asked = row_of(tile, thread % TILE_N, n, TILE_N, HALF)
-        next_asked = row_of(next_tile, thread % TILE_N, n, TILE_N, HALF)
         extra = tl.zeros([TILE_N], tl.float32)  # what the end adds, here before it is wanted
         if BIAS:
             extra += tl.load(bias + row).to(tl.float32)
@@ -125,12 +114,6 @@ def linear_kernel(
         sums = tl.zeros([TILE_N, TILE_K // PACK], tl.float32)
         lane_squares = tl.zeros([TILE_K // PACK], tl.float32)
         for index in tl.range(PIECES, num_stages=1):
-            if OVERLAP and AHEAD > 0:
-                is_own = index + AHEAD < PIECES
-                begin = tl.where(is_own, index + AHEAD, index + AHEAD - PIECES) * TILE_K
-                columns = tl.where(is_own | has_next, tl.minimum(TILE_K, K - begin), 0)
-                address = weight + tl.where(is_own, asked, next_asked).to(tl.int64) * K + begin
-                ask(address, tl.where(thread < TILE_N, columns * ITEMSIZE, 0))
             is_own = index + 1 < PIECES
             begin = tl.where(is_own, index + 1, 0) * TILE_K
             end = tl.where(is_own | has_next, K, 0)

@@ -4,13 +4,12 @@ A kernel launched so may start before the one ahead of it has ended: once all pr
 may be followed, or have ended. Its programs take what room is left, do what depends on nobody, and wait.
 
     kernel n      |-- begins --|------ works ------| followed() |-- last of the work --|
-    kernel n + 1                                                |-- weights ahead --|  | waited() |-- works ------|
+    kernel n + 1                                                |-- first weights --|  | waited() |-- works ------|
 
 One rule makes this safe, whatever the order of kernels, and a kernel that is launched with it has to keep it:
 
     Before `waited`, no program writes anything, nor reads anything but what no kernel of the step writes: weights, and
-    the block tables and lengths that the host has copied. Every program that does anything else waits, and at least
-    one does.
+    the block tables, slots and lengths that the host has copied. And every program waits.
 
 Then the end of a kernel means the end of all before it, so what is read after `waited` is there (also two kernels on),
 and what is overwritten after it (a residual, parts in a workspace, memory that the allocator gives again) has no reader
@@ -50,13 +49,3 @@ def waited(OVERLAP: tl.constexpr):
     """All that earlier kernels have written is there from here on."""
     if OVERLAP:
         gdc_wait()
-
-
-@triton.jit
-def ask(address, size):
-    """Ask for `size` bytes from each address on, multiples of 16 both, to be brought into L2; nothing where it is 0."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred wanted; setp.gt.s32 wanted, $2, 0; @wanted cp.async.bulk.prefetch.L2.global [$1], $2; "
-        "mov.b32 $0, 0; }",
-        "=r,l,r", [address.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
