@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench import measure, strategies
-from bench.systems import DOOR, NATIVE_CACHES, Capacity, Ours, open_system
+from bench.systems import DOOR, NATIVE_CACHES, Capacity, Ours, filled, open_system
 
 if TYPE_CHECKING:
     from bench.cases import Bench
@@ -126,33 +126,6 @@ def _point(key: tuple, runs: list[dict]) -> dict:
         return point | failed[0]
     steps = measure.spread([step for run in runs for step in run["steps"]])
     return point | {"step": steps, "unsteady": runs[0]["unsteady"], "step_bytes": runs[0]["step_bytes"]}
-
-
-@contextmanager
-def filled(strategy) -> Iterator[None]:
-    """Every prompt counts as computed but for its last token: its K and V are random numbers.
-
-    A decode step takes as long whatever they are, and 260,000 tokens need not be computed to time it.
-    """
-    from kv_strategies.paged import BlockTable
-
-    for store in strategy.placement.stores.values():
-        for plane in store.planes.values():
-            if plane.dtype.itemsize == 1:
-                plane.view(torch.int8).random_(-64, 64)
-            else:
-                plane.normal_(std=0.1)
-
-    def open_table(token_ids, salt="", suspended=None) -> BlockTable:
-        table = BlockTable(strategy.pool)
-        strategy.reserve([(table, len(token_ids) - 1)])
-        return table
-
-    strategy.open_table = open_table
-    try:
-        yield
-    finally:
-        del strategy.open_table
 
 
 # --- first token
