@@ -45,13 +45,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results go (default: bench/results)")
     parser.add_argument("--only", metavar="PATTERN", help="run only cases whose name matches this regular expression")
+    parser.add_argument("--full", action="store_true", help="on a CPU the sizes of a GPU: accurate, and hours")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     options = parser.parse_args(argv)
 
     if options.command == "report":
         print(report.write(options.out))
         return 0
-    cases = suite(options.suite, options.device, options.model or None)
+    cases = suite(options.suite, options.device, options.model or None, full=options.full)
     if options.only:
         cases = [case for case in cases if re.search(options.only, case.name)]
     if options.list or not cases:

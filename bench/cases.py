@@ -24,7 +24,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from bench import cost, limit, machine, measure, strategies
 from bench.systems import DOOR, NATIVE_CACHES, PEERS, Capacity, Native, build_strategy, known_systems, open_system
 
 RAGGED_SEED = 7
+PATIENCE = 20  # times the time of a GPU that a CPU is given for the same
 
 
 @dataclass(frozen=True)
@@ -376,8 +377,9 @@ WORKLOADS: dict[str, Callable[[Bench], dict]] = {
 # --- suites: which cases run
 
 
-def suite(name: str, device: str, model: str | None) -> list[Case]:
-    """The cases of a suite, in order. `model` replaces the default models of the suite.
+def suite(name: str, device: str, model: str | None, *, full: bool = False) -> list[Case]:
+    """The cases of a suite, in order. `model` replaces the default models of the suite; `full` takes the sizes of a GPU
+    on any device.
 
     default     every question on the embedded model; on a GPU the speed of the Llama-2-7B shape as well
     equality    tokens of 64 ragged prompts, 128 new each, in float32 and on a GPU in bfloat16
@@ -388,6 +390,9 @@ def suite(name: str, device: str, model: str | None) -> list[Case]:
     if name not in SUITES:
         raise ValueError(f"unknown suite {name!r}; known are {', '.join(SUITES)}")
     limits = Case("machine", "limits", model, "float32", device)
+    if full and not device.startswith("cuda"):
+        cases = SUITES[name]("cuda", model)
+        return [limits, *(replace(case, device=device, timeout=PATIENCE * case.timeout) for case in cases)]
     return [limits, *SUITES[name](device, model)]
 
 
