@@ -55,7 +55,7 @@ def write(folder: Path = RESULTS) -> Path:
     plot(compared, folder)
     report_cost.plot(lines, folder)
     if folder == RESULTS:
-        README.write_text(with_headline(README.read_text(), compared))
+        README.write_text(with_headline(README.read_text(), lines))
     return path
 
 
@@ -67,11 +67,12 @@ def page_of(suite: str, folder: Path) -> Path:
 def with_headline(readme: str, lines: list[dict]) -> str:
     """The README with its picture and table, between the two marks, made anew: from the largest model on a GPU, else
     from what there is."""
-    throughput = [line for line in lines if line["workload"] == "throughput" and line["status"] == "ok"]
+    compared = [line for line in lines if line["suite"] in COMPARISON]
+    throughput = [line for line in compared if line["workload"] == "throughput" and line["status"] == "ok"]
     if not throughput:
         return readme
     best = max(throughput, key=lambda line: ("gpu" in line["machine"], line["result"]["parameter_bytes"]))
-    section = Machine([line for line in lines if _machine(line) == _machine(best)])
+    section = Machine([line for line in compared if _machine(line) == _machine(best)])
     model, dtype, picture = best["model"], best["dtype"], _picture(best["device"], best["model"], best["dtype"])
     text = [
         f"![{model}: throughput, memory and decode step](bench/results/{picture})",
@@ -79,6 +80,13 @@ def with_headline(readme: str, lines: list[dict]) -> str:
         "[bench/results/comparison_table.md](bench/results/comparison_table.md).",
         section.comparison(model, dtype).split("\n\n", 1)[1],
     ]
+    claims = report_claims.claims([line for line in lines if _machine(line) == _machine(best)], model)
+    if claims and "gpu" in best["machine"]:
+        text += [
+            "What each strategy is for, against the figure it was built to reach, both sides of a ratio in one process "
+            "(`make bench SUITE=strategies`, [bench/results/strategies_table.md](bench/results/strategies_table.md)):",
+            claims,
+        ]
     begin, rest = readme.split(MARKS[0])
     _, end = rest.split(MARKS[1])
     return "\n\n".join([begin + MARKS[0], *text, MARKS[1] + end])

@@ -153,16 +153,25 @@ def _instances(claim: Claim, line: dict) -> list[dict]:
 
 def section(lines: Sequence[dict], model: str) -> str:
     """The table of claims and the tables behind it, of the workloads that ran on `model`."""
-    ran = {line["workload"]: line for line in lines if line["model"] == model and line["workload"] in DETAILS}
+    ran = _ran(lines, model)
     if not ran:
         return ""
-    rows = [row for claim in CLAIMS if claim.workload in ran for row in _rows(claim, ran[claim.workload])]
-    head = ["strategy", "what", "must reach", "reached", ""]
     note = "Ratios of medians, both sides measured in one process."
     if not any("gpu" in line["machine"] for line in ran.values()):
         note += " The figures to reach are for the Llama-2-7B shape on a GPU: here the same is shown, and not judged."
     details = [DETAILS[workload](line["params"] | line["result"]) for workload, line in ran.items() if _is_ok(line)]
-    return "\n\n".join([f"**What must be reached**\n\n{note}\n\n" + table(head, rows), *details])
+    return "\n\n".join([f"**What must be reached**\n\n{note}\n\n" + claims(lines, model), *details])
+
+
+def claims(lines: Sequence[dict], model: str) -> str:
+    """The table of claims alone; empty where none of the workloads ran on `model`."""
+    ran = _ran(lines, model)
+    rows = [row for claim in CLAIMS if claim.workload in ran for row in _rows(claim, ran[claim.workload])]
+    return table(["strategy", "what", "must reach", "reached", ""], rows) if rows else ""
+
+
+def _ran(lines: Sequence[dict], model: str) -> dict[str, dict]:
+    return {line["workload"]: line for line in lines if line["model"] == model and line["workload"] in DETAILS}
 
 
 def _rows(claim: Claim, line: dict) -> list[list[str]]:
