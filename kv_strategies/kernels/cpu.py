@@ -245,5 +245,8 @@ def view(store: Tensor, block: int, offset: int, count: int) -> Tensor:
 
 def copied(store: Tensor, blocks: Tensor, skip: int, count: int) -> Tensor:
     """Blocks of [N, Hkv, block_size, D] one after the other, without the first `skip` tokens -> [1, Hkv, count, D]."""
-    data = store.transpose(0, 1).index_select(1, blocks)  # [Hkv, n, block_size, D]
-    return data.view(1, data.shape[0], -1, data.shape[3])[:, :, skip : skip + count]
+    if is_flat(store):
+        data = store.transpose(0, 1).index_select(1, blocks)  # [Hkv, n, block_size, D]
+    else:  # one block is one piece of memory, and to select from what is not contiguous takes hundreds of times longer
+        data = store.index_select(0, blocks).transpose(0, 1)
+    return data.reshape(1, data.shape[0], -1, data.shape[3])[:, :, skip : skip + count]
