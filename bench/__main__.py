@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results go (default: bench/results)")
     parser.add_argument("--only", metavar="PATTERN", help="run only cases whose name matches this regular expression")
-    parser.add_argument("--full", action="store_true", help="on a CPU the sizes of a GPU: accurate, and hours")
+    parser.add_argument("--full", action="store_true", help="cost on a CPU: texts and settings of a GPU; hours")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     options = parser.parse_args(argv)
 
