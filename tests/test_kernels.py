@@ -273,6 +273,7 @@ DECODES = {
     "window, sinks": Shape((1, 1, 1), (70, 4, 12), group=2, window=9, sinks=4, sink_query=True),
     "sinks longer than a split": Shape((1,), (70,), window=9, sinks=20, sink_query=True),
     "int8": Shape((1, 1), (45, 8), codes="int8", dtype=torch.float16),
+    "int8, sinks without a window": Shape((1,), (45,), codes="int8", sinks=4, sink_query=True),
     "int8, groups": Shape((1,), (45,), group=2, codes="int8", window=20, sinks=3),
     "fp8": Shape((1,), (45,), group=2, codes="fp8"),
 }
@@ -311,6 +312,23 @@ def test_triton_decode_row_ignores_its_neighbours(device, group):
     alone = torch.empty_like(out[:1])
     triton_decode.decode(batch.query[:1], batch.layer, plan, alone, tuned=tuned, **batch.options)
     assert torch.equal(alone[0], out[0])
+
+
+@pytest.mark.parametrize("query_len", [1, 2])
+def test_small_weights_of_small_codes_count(device, query_len):
+    """Most of the softmax on many tokens of weight 3e-4 beside one, as after an attention sink, and V of about 0.01."""
+    dtype = torch.float16 if device.type == "cpu" else torch.bfloat16  # both are multiplied as float16 when decoding
+    case = build(Shape((query_len,), (800,), group=2, codes="int8", dtype=torch.float16), device)
+    key, value = torch.zeros(2, 800, 2, 16, dtype=dtype, device=device)
+    key[0, :, 0], value[:] = 1.0, 0.01
+    value[0] = 0.0
+    blocks = case.plan.block_tables[0, :50].long()
+    reference.store_kv(key, value, case.layer, (blocks[:, None] * 16 + torch.arange(16, device=device)).flatten())
+    query = torch.zeros_like(case.query, dtype=dtype)
+    query[..., 0] = 8.0 / case.options["scaling"]
+    out = gpu.attention(query, case.layer, case.plan, **case.options)
+    expected = reference.attention(query.float(), case.layer, case.plan, **case.options)
+    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=0)
 
 
 TINY_PREFILL = triton_prefill.Tuning(rows=16, tile=16, num_warps=4, num_stages=2, split=16)

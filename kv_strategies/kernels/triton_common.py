@@ -20,6 +20,9 @@ from ..plan import Plan
 LOG2_E = 1.4426950408889634
 #: Where a maximum starts: finite, so that the difference of two starts is 0 and not NaN.
 LOWEST = tl.constexpr(-1.0e30)
+#: Where 8-bit V is summed, weights times scales are so many times as large: else the small ones vanish in a float16,
+#: which begins at 2^-24. V may be as large as 65504 / 256 * 127.
+V_UNIT = tl.constexpr(256.0)
 
 
 @triton.jit
@@ -72,6 +75,8 @@ def attend(
     WINDOW: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Go on with the online softmax of q [ROWS, DIM_P2] over the tokens begin:end of a row."""
+    if QUANTISED:
+        acc *= V_UNIT
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         index = start + tl.arange(0, TILE)
         seen = index < end
@@ -94,9 +99,12 @@ def attend(
         keep = tl.exp2(best - new_best)
         weight = tl.exp2(score - new_best[:, None])
         total = total * keep + tl.sum(weight, 1)
-        weight = (weight * v_scales[None, :]).to(q.dtype)
-        acc = tl.dot(weight, v.to(q.dtype), acc * keep[:, None], input_precision="ieee")
+        if QUANTISED:
+            weight *= (v_scales * V_UNIT)[None, :]
+        acc = tl.dot(weight.to(q.dtype), v.to(q.dtype), acc * keep[:, None], input_precision="ieee")
         best = new_best
+    if QUANTISED:
+        acc /= V_UNIT
     return best, total, acc
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..plan import LayerStore, Plan
 from .triton_cascade import SharedParts, fold_shared
-from .triton_common import LOG2_E, LOWEST, load_blocks, load_tokens, merge_parts, workspace
+from .triton_common import LOG2_E, LOWEST, V_UNIT, load_blocks, load_tokens, merge_parts, workspace
 from .triton_overlap import followed, overlapping, waited
 
 
@@ -356,9 +356,11 @@ def decode_kernel(
             weight = tl.exp2(score - new_best[:, None])
             total = total * keep + tl.sum(weight, 1)
             if QUANTISED:
-                weight *= v_scales[None, :]
+                weight *= (v_scales * V_UNIT)[None, :]
             acc = tl.dot(weight.to(v.dtype), v, acc * keep[:, None], input_precision="ieee")
             best = new_best
+        if QUANTISED:
+            acc /= V_UNIT
     finish_part(
         best, total, acc, out, parts, part_lses, arrived, shared_parts, shared_lses, shared_splits, shared_len,
         row, kv_head, split, num_parts, heads, dims, out_stride_row, out_stride_head,

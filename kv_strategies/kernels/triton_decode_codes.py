@@ -111,14 +111,14 @@ def decode_codes_kernel(
     k, scale, seen = load_codes(
         k_codes, k_scale, first_block, runs, first, end, kv_head, k_stride_block // CODES, k_stride_head // CODES,
         k_stride_token // CODES, k_scale_stride_block, k_scale_stride_head,
-        BLOCK_SIZE, RUN, DIM // CODES, DIM_P2 // CODES, WINDOW,
+        BLOCK_SIZE, RUN, DIM // CODES, DIM_P2 // CODES, WINDOW + SINKS > 0,
     )  # fmt: skip
     for start in tl.range(begin, end, TILE, num_stages=1):
         runs += TILE
         next_k, next_scale, next_seen = load_codes(
             k_codes, k_scale, block, runs, first, end, kv_head, k_stride_block // CODES, k_stride_head // CODES,
             k_stride_token // CODES, k_scale_stride_block, k_scale_stride_head,
-            BLOCK_SIZE, RUN, DIM // CODES, DIM_P2 // CODES, WINDOW,
+            BLOCK_SIZE, RUN, DIM // CODES, DIM_P2 // CODES, WINDOW + SINKS > 0,
         )  # fmt: skip
         block = tl.load(table + (runs + TILE) // BLOCK_SIZE, mask=runs + TILE < end, other=0)
         if WORDS:
@@ -138,13 +138,13 @@ def decode_codes_kernel(
     runs, block = first_runs, second_block
     v, scale, _ = load_codes(
         v_store, v_scale, first_block, runs, first, end, kv_head, v_stride_block, v_stride_head, v_stride_token,
-        v_scale_stride_block, v_scale_stride_head, BLOCK_SIZE, RUN, DIM, DIM_P2, WINDOW,
+        v_scale_stride_block, v_scale_stride_head, BLOCK_SIZE, RUN, DIM, DIM_P2, WINDOW + SINKS > 0,
     )  # fmt: skip
     for start in tl.range(begin, end, TILE, num_stages=1):
         runs += TILE
         next_v, next_scale, _ = load_codes(
             v_store, v_scale, block, runs, first, end, kv_head, v_stride_block, v_stride_head, v_stride_token,
-            v_scale_stride_block, v_scale_stride_head, BLOCK_SIZE, RUN, DIM, DIM_P2, WINDOW,
+            v_scale_stride_block, v_scale_stride_head, BLOCK_SIZE, RUN, DIM, DIM_P2, WINDOW + SINKS > 0,
         )  # fmt: skip
         block = tl.load(table + (runs + TILE) // BLOCK_SIZE, mask=runs + TILE < end, other=0)
         weight = tl.exp2(tl.load(scores + start + lanes) - best)
@@ -163,12 +163,15 @@ def decode_codes_kernel(
 def load_codes(
     store, scales, block, runs, first, end, kv_head, stride_block, stride_head, stride_token,
     scale_stride_block, scale_stride_head,
-    BLOCK_SIZE: tl.constexpr, RUN: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, RUN: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, FROM_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Codes [TILE, DIM_P2] of the runs of tokens that begin at `runs`, their scales, and which are seen, [TILE]."""
+    """Codes [TILE, DIM_P2] of the runs of tokens that begin at `runs`, their scales, and which are seen, [TILE].
+
+    FROM_FIRST: `first` need not begin a run.
+    """
     index = runs[:, None] + tl.arange(0, RUN)[None, :]  # [TILE / RUN, RUN]
     seen = index < end
-    if WINDOW > 0:  # which need not begin with a run
+    if FROM_FIRST:
         seen = seen & (index >= first)
     codes = load_runs(
         store, block, runs, seen, kv_head, stride_block, stride_head, stride_token, BLOCK_SIZE, RUN, DIM, DIM_P2
