@@ -50,7 +50,10 @@ class Tuning:
 
 
 def tuning(group: int, dtype: torch.dtype) -> Tuning:
-    """The sizes for a number of query heads a KV head and the dtype of K and V as stored, swept on an H200."""
+    """The sizes for a number of query heads a KV head and the dtype of K and V as stored, swept on an H200.
+
+    Float32 is for float32 queries on any store: they take the most registers, and their results are compared.
+    """
     if dtype == torch.float32:
         return Tuning(split=256, least=256, max_splits=64, tile=32, num_warps=4)
     if group > 1:
@@ -82,7 +85,7 @@ def decode(
     _, num_heads, dim = query.shape
     num_kv_heads = layer.k.shape[1]
     group, rows = num_heads // num_kv_heads, plan.num_decodes
-    tuned = tuned or tuning(group, layer.k.dtype)
+    tuned = tuned or tuning(group, query.dtype if query.dtype == torch.float32 else layer.k.dtype)
     sinks = sinks if window or sink_query is not None else 0  # else all is visible anyhow
     longest = max((plan.row_lens if shared is None else plan.private_lens)[:rows])
     longest = min(longest, window + layer.block_size if window else longest)  # a window need not begin with a block
