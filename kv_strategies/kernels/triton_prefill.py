@@ -6,8 +6,8 @@ through the block table. The query heads that share a KV head lie in one tile, s
     tile row m  ->  query m // GROUP of the tile,  query head kv_head * GROUP + m % GROUP
 
 Few new queries on a long past (a prefix hit) would leave most of a GPU idle: tokens are split as in `triton_decode`.
-Here the split follows the size of the launch, which bounds the memory of the parts; so a result may differ in its last
-bits with the batch, where that of a decode step never does.
+Here the split follows the size of the launch in float32, too, which bounds the memory of the parts; so a result may
+differ in its last bits with the batch.
 """
 
 from __future__ import annotations
