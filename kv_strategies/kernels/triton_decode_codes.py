@@ -52,7 +52,8 @@ def decode_codes(
         lambda: torch.empty(rows, num_kv_heads, num_splits, size, dtype=torch.float32, device=query.device),
     )
     decode_codes_kernel[grid](
-        *arguments, scores, size, RUN=run, WORDS=query.is_cuda and query.element_size() == 2 and dim % 4 == 0, **sizes, **overlap,
+        *arguments, scores, size, RUN=run, **sizes, **overlap,
+        WORDS=query.is_cuda and query.element_size() == 2 and dim % 4 == 0,
         **({"maxnreg": 128} if query.is_cuda else {}),  # else the compiler takes more, and fewer programs fit
     )  # fmt: skip
 
