@@ -138,7 +138,7 @@ def main() -> None:
 
         cublas = record("cublas", problem.time(problem.cublas, args.repeats))
         around = record("cublas and kernels around it", problem.time(problem.around_cublas, args.repeats))
-        base = tuning(problem.n, problem.k)
+        base = tuning(problem.k)
         tried = []
         for tuned in sweep(base, args) if num_rows == 1 else []:
             try:

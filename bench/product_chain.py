@@ -92,7 +92,7 @@ def main() -> None:
         parser.error("this measures a GPU, and torch sees none")
 
     tried = candidates(args)
-    base = {name: tuning(*PRODUCTS[f"{args.model}/{name}"][:2]) for name in NAMES}
+    base = {name: tuning(PRODUCTS[f"{args.model}/{name}"][1]) for name in NAMES}
     kernels = {  # the number of programs is not compiled in
         (name, tuned.tile_n, tuned.tile_k, tuned.num_warps): tuned for name in NAMES for tuned in [*tried, base[name]]
     }

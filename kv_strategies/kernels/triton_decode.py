@@ -106,7 +106,7 @@ def decode(
         *layer.k.stride()[:3], *layer.v.stride()[:3], plan.block_tables.stride(0),
     ]  # fmt: skip
     sizes = {
-        "BLOCK_SIZE": layer.block_size, "GROUP": group, "DIM": dim, "DIM_P2": dim_p2, "GROUP_P2": group_p2,
+        "BLOCK_SIZE": layer.block_size, "DIM": dim, "DIM_P2": dim_p2,
         "TILE_PARTS": max(16 * tuned.num_warps // max(group_p2, 4), 1), "WINDOW": window, "SINKS": sinks,
         "CASCADE": shared is not None, "SHARED_SPLIT": shared_split, "PROGRAMS": tuned.programs,
         "SPLIT": tuned.split, "LEAST": tuned.least, "MAX_SPLITS": tuned.max_splits,
@@ -124,7 +124,8 @@ def decode(
         decode_codes(grid, arguments, sizes, query, layer, plan, tuned, longest, overlap)
     else:
         decode_kernel[grid](
-            *arguments, QUANTISED=quantised, HALF=quantised and query.element_size() == 2, FAST=query.is_cuda,
+            *arguments, GROUP=group, GROUP_P2=group_p2,
+            QUANTISED=quantised, HALF=quantised and query.element_size() == 2, FAST=query.is_cuda,
             ROWS=1 if group == 1 else max(group_p2, 16), STAGES=tuned.num_stages, **sizes, **overlap,
         )  # fmt: skip
 

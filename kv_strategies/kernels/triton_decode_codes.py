@@ -66,7 +66,7 @@ def decode_codes_kernel(
     k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token, table_stride,
     k_scale, v_scale, k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head,
     scores, scores_stride,
-    BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, GROUP_P2: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr,
     TILE_PARTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     CASCADE: tl.constexpr, SHARED_SPLIT: tl.constexpr, PROGRAMS: tl.constexpr,
     SPLIT: tl.constexpr, LEAST: tl.constexpr, MAX_SPLITS: tl.constexpr, TILE: tl.constexpr,

@@ -42,8 +42,8 @@ class Tuning:
     programs: int  # a multiprocessor
 
 
-def tuning(n: int, k: int) -> Tuning:
-    """The sizes for W [n, k]. All lanes together take a piece in loads of 16 bytes, one from each row: few rows, so
+def tuning(k: int) -> Tuning:
+    """The sizes for W [N, k]. All lanes together take a piece in loads of 16 bytes, one from each row: few rows, so
     that tiles are many and programs end together; and as many programs as the registers hold of the largest kernel.
     """
     tile_k = min(1024, max(triton.next_power_of_2(k), 64))
@@ -63,7 +63,7 @@ def linear(
 ) -> Tensor:
     """See `linear.linear`. x is [1, K]; W has to be contiguous."""
     n, k = weight.shape
-    tuned = tuned or tuning(n, k)
+    tuned = tuned or tuning(k)
     half = n // 2 if gated else rotary.cos.shape[-1] // 2 if rotary is not None else 0
     assert len(x) == 1 and x.stride(1) == 1 and weight.is_contiguous()
     out = residual if residual is not None else x.new_empty(1, half if gated else n)
