@@ -50,7 +50,10 @@ def quantise(tensor: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype = torc
     """
     code_max = CODE_MAX[dtype]
     tensor = tensor.float()
-    scale = (tensor.abs().amax(-1) / code_max).to(scale_dtype)
+    largest = tensor.abs().amax(-1)
+    # By a tensor: by a number torch multiplies by what 1 / it is rounded to on a GPU, and a bit more or less of the
+    # quotient may round to another scale.
+    scale = (largest / torch.full_like(largest, code_max)).to(scale_dtype)
     codes = tensor / torch.where(scale == 0, 1.0, scale.float())[..., None]
     codes = codes.clamp(-code_max, code_max)
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
