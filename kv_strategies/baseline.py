@@ -41,7 +41,7 @@ class Baseline:
     def _run(self, request: Request, sample_index: int) -> Iterator[Event]:
         output = Output(request, sample_index, time.perf_counter())
         cache, event = self.cache(), None
-        input_ids = torch.tensor([request.token_ids], device=self.model.device)
+        input_ids = torch.from_numpy(request.token_ids)[None].to(self.model.device)
         while event is None or event.result is None:
             logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             input_ids = sample(logits[:, -1], [request.sampling(sample_index)], [len(output.token_ids)])[:, None]

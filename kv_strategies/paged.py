@@ -61,12 +61,24 @@ class BlockPool:
 
     def allocate(self, after: int = NULL_BLOCK) -> int:
         """A free block, now with one reference; the one following `after` if that is free."""
-        if not self._free:
-            raise OutOfBlocks(f"all {self.num_blocks} blocks are in use")
-        block = after + 1 if after != NULL_BLOCK and after + 1 in self._free else next(iter(self._free))
-        del self._free[block]
-        self.ref_counts[block] = 1
-        return block
+        return self.allocate_run(1, after)[0]
+
+    def allocate_run(self, count: int, after: int = NULL_BLOCK) -> list[int]:
+        """Free blocks, each the one following the last, or `after`, if that is free.
+
+        Raises:
+            OutOfBlocks: there are fewer; nothing was changed.
+        """
+        free, ref_counts, blocks = self._free, self.ref_counts, []
+        if count > len(free):
+            raise OutOfBlocks(f"{count} more blocks are needed, {len(free)} of {self.num_blocks} are free")
+        block = after
+        for _ in range(count):
+            block = block + 1 if block != NULL_BLOCK and block + 1 in free else next(iter(free))
+            del free[block]
+            ref_counts[block] = 1
+            blocks.append(block)
+        return blocks
 
     def share(self, block: int) -> None:
         assert self.ref_counts[block] > 0, f"block {block} is free"
@@ -166,10 +178,10 @@ class BlockTable:
             grown = np.full(max(wanted, 2 * len(self._ids), 8), NULL_BLOCK, dtype=np.int32)
             grown[: self._size] = self._ids[: self._size]
             self._ids = grown
-        while self._size < wanted:
+        if self._size < wanted:
             last = int(self._ids[self._size - 1]) if self._size else NULL_BLOCK
-            self._ids[self._size] = pool.allocate(after=last)
-            self._size += 1
+            self._ids[self._size : wanted] = pool.allocate_run(wanted - self._size, after=last)
+            self._size = wanted
         return copies
 
     def slots(self, start: int, stop: int) -> np.ndarray:

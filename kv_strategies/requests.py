@@ -6,6 +6,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+import torch
+
 from .sampling import SamplingParams
 
 
@@ -26,11 +29,12 @@ class Request:
 
     @classmethod
     def of(cls, request: Request | Sequence[int], index: int) -> Request:
-        """A request of its own from what the user gave, with an id and a seed."""
+        """A request of its own from what the user gave, with an id, a seed and its tokens as an array."""
         request = request if isinstance(request, Request) else cls(request)
+        ids = request.token_ids
         return replace(
             request,
-            token_ids=[int(token) for token in request.token_ids],
+            token_ids=np.array(ids.cpu() if torch.is_tensor(ids) else ids, dtype=np.int64),
             request_id=index if request.request_id is None else request.request_id,
             seed=random.getrandbits(32) if request.seed is None else request.seed,
         )

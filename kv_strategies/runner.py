@@ -361,7 +361,7 @@ class Runner:
             num_prompt, num_new = len(request.token_ids), request.max_new_tokens
             if num_prompt == 0:
                 raise ValueError(f"{name}: the prompt is empty")
-            low, high = min(request.token_ids), max(request.token_ids)
+            low, high = request.token_ids.min(), request.token_ids.max()
             if low < 0 or high >= vocab_size:
                 raise ValueError(
                     f"{name}: token id {low if low < 0 else high} is outside the vocabulary (0 to {vocab_size - 1})"
@@ -420,7 +420,7 @@ class _Sequence:
         self.sample_index = sample_index
         self.submitted = submitted
         self.sampling = request.sampling(sample_index)
-        self.prompt = np.array(request.token_ids, dtype=np.int32)
+        self.prompt = request.token_ids.astype(np.int32)
         self.output = Output(request, sample_index, submitted)  # tokens read back
         self.num_issued = 0  # tokens drawn, those still on the device included
         self.table: BlockTable | None = None
