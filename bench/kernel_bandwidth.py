@@ -1,7 +1,7 @@
 """The decode kernel alone: how much of the device's read bandwidth it reaches, and a sweep of its sizes.
 
     python -m bench.kernel_bandwidth                                      # the tuned constants, every shape
-    python -m bench.kernel_bandwidth --shapes mha-1x4096 --split 128 256 --tile 32 64 --warps 4 8 --stages 1 2 3
+    python -m bench.kernel_bandwidth --shapes mha-1x4096 --tile 32 64 --warps 4 8 --programs 2 3 4
 
 A CUDA graph runs the kernel once a layer, over as many layers as it takes to leave the L2 cache behind; the median of
 its replays over the number of layers is the time of one attention, launch included. share = bytes of K and V (and
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--codes", choices=CODES, default="none", help="how K and V are stored")
-    for name in ("split", "least", "max-splits", "tile", "warps", "stages", "programs"):
+    for name in ("tile", "warps", "stages", "programs", "registers", "least", "part"):
         parser.add_argument(f"--{name}", type=int, nargs="+", help="values to sweep; the tuned constant unless given")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, help="write all results here, as JSON")
@@ -117,13 +117,13 @@ def main() -> None:
         problem = Problem(name, args.block_size, args.dim, args.codes)
         base = tuning(problem.group, problem.dtype)
         choices = product(
-            args.split or [base.split],
-            args.least or [base.least],
-            args.max_splits or [base.max_splits],
             args.tile or [base.tile],
             args.warps or [base.num_warps],
             args.stages or [base.num_stages],
             args.programs or [base.programs],
+            args.registers or [base.registers],
+            args.least or [base.least],
+            args.part or [base.part],
         )
         tried = []
         for choice in choices:

@@ -42,7 +42,7 @@ def check(shape: Shape, device: torch.device | str) -> None:
 @pytest.fixture
 def tiny(device, monkeypatch):
     monkeypatch.setattr(triton_cascade, "tuning", lambda *_: TINY)
-    small_decode = triton_decode.Tuning(split=16, least=16, max_splits=3, tile=16, num_warps=4)
+    small_decode = triton_decode.Tuning(tile=16, num_warps=4, programs=6, least=16)
     monkeypatch.setattr(triton_decode, "tuning", lambda *_: small_decode)
     small_prefill = triton_prefill.Tuning(rows=16, tile=16, num_warps=4, num_stages=2, split=16, programs=8)
     monkeypatch.setattr(triton_prefill, "tuning", lambda *_: small_prefill)

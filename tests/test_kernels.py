@@ -261,7 +261,7 @@ def check_prefill(shape: Shape, device: torch.device, first: int = 0, tuned: tri
     assert all((value[2] == 0).all() for value in case.plan.scratch.values() if isinstance(value, tuple))
 
 
-TINY_DECODE = triton_decode.Tuning(split=16, least=16, max_splits=3, tile=8, num_warps=4)
+TINY_DECODE = triton_decode.Tuning(tile=8, num_warps=4, programs=15, least=16)
 DECODES = {
     "one token": Shape(row_lens=(1,), block_size=1),
     "one head a group, many splits": Shape((1, 1, 1), (70, 16, 17), dim=20, block_size=3),
@@ -278,10 +278,30 @@ DECODES = {
 }
 
 
+@pytest.mark.parametrize("part", [0, 16])
 @pytest.mark.parametrize("name", DECODES)
-def test_triton_decode(device, name):
-    tuned = replace(TINY_DECODE, tile=16) if device.type == "cuda" else TINY_DECODE
-    check_decode(DECODES[name], device, tuned)
+def test_triton_decode(device, name, part):
+    tuned = replace(TINY_DECODE, part=part)
+    check_decode(DECODES[name], device, replace(tuned, tile=16) if device.type == "cuda" else tuned)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    row_lens=st.lists(st.integers(1, 60), min_size=1, max_size=5),
+    heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2]),
+    codes=st.sampled_from([None, "int8"]),
+    window=st.sampled_from([0, 20]),
+    sinks=st.sampled_from([0, 3]),
+    programs=st.integers(1, 40),
+    least=st.sampled_from([8, 24]),
+)
+def test_triton_decode_in_parts_of_any_size(row_lens, heads, group, codes, window, sinks, programs, least):
+    shape = Shape((1,) * len(row_lens), tuple(row_lens), heads, group, codes=codes, window=window, sinks=sinks)
+    shape = replace(shape, dtype=torch.float16, block_size=4, sink_query=sinks > 0)
+    tuned = replace(TINY_DECODE, programs=programs, least=least)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_decode(shape, device, replace(tuned, tile=16) if device.type == "cuda" else tuned)
 
 
 def test_triton_decode_padding_row(device):
@@ -295,7 +315,7 @@ def test_triton_decode_padding_row(device):
 @pytest.mark.parametrize("group", [1, 2])
 def test_triton_decode_row_ignores_its_neighbours(device, group):
     """The same row alone and in a batch, to the bit."""
-    tuned = replace(TINY_DECODE, tile=16)
+    tuned = replace(TINY_DECODE, tile=16, part=16)
     batch = build(Shape((1, 1), (23, 77), group=group), device)
     out = torch.empty_like(batch.query)
     triton_decode.decode(batch.query, batch.layer, batch.plan, out, tuned=tuned, **batch.options)

@@ -10,6 +10,8 @@ the order of arrival, so that a result is the same every time.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -111,9 +113,10 @@ def attend(
 @triton.jit
 def merge_parts(
     parts, part_lses, num_parts, rows, rows_mask, dims,
-    ROWS: tl.constexpr, DIM_P2: tl.constexpr, TILE_PARTS: tl.constexpr,
+    STRIDE: tl.constexpr, DIM_P2: tl.constexpr, TILE_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Parts [num_parts, ROWS, DIM_P2] and their log-sum-exp [num_parts, ROWS] -> the merged [ROWS_P2, DIM_P2].
+    """Parts [num_parts, STRIDE, DIM_P2] and their log-sum-exp [num_parts, STRIDE] -> of these rows the merged
+    [ROWS_P2, DIM_P2].
 
     Weights first: the sums that follow do not wait for each other then, only for the memory.
     """
@@ -123,7 +126,7 @@ def merge_parts(
         part = start + tl.arange(0, 4 * TILE_PARTS)
         mask = (part < num_parts)[:, None] & rows_mask[None, :]
         # .cg: other programs wrote these, so they are read from L2, past this core's own cache.
-        lse = tl.load(part_lses + part[:, None] * ROWS + rows[None, :], mask=mask, other=LOWEST, cache_modifier=".cg")
+        lse = tl.load(part_lses + part[:, None] * STRIDE + rows[None, :], mask=mask, other=LOWEST, cache_modifier=".cg")
         new_best = tl.maximum(best, tl.max(lse, 0))
         total = total * tl.exp2(best - new_best) + tl.sum(tl.where(mask, tl.exp2(lse - new_best[None, :]), 0.0), 0)
         best = new_best
@@ -131,7 +134,7 @@ def merge_parts(
     for start in tl.range(0, num_parts, TILE_PARTS, loop_unroll_factor=4):
         part = start + tl.arange(0, TILE_PARTS)
         mask = (part < num_parts)[:, None] & rows_mask[None, :]
-        at = part[:, None] * ROWS + rows[None, :]  # [TILE_PARTS, ROWS_P2]
+        at = part[:, None] * STRIDE + rows[None, :]  # [TILE_PARTS, ROWS_P2]
         lse = tl.load(part_lses + at, mask=mask, other=LOWEST, cache_modifier=".cg")
         address = parts + at[:, :, None] * DIM_P2 + dims[None, None, :]
         data = tl.load(address, mask=mask[:, :, None], other=0.0, cache_modifier=".cg")
@@ -162,17 +165,28 @@ def fold_parts(
     return best, total, out
 
 
-def workspace(plan: Plan, name: str, rows: int, parts: int, size: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for the parts [rows, parts, size, dim], their log-sum-exps, and an arrival counter a row (zero).
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 for Triton's interpreter, which runs programs one after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def workspace(
+    plan: Plan, name: str, rows: int, parts: int, size: int, dim: int, counters: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the parts [rows, parts, size, dim], their log-sum-exps, and arrival counters (zero), one a row unless
+    told.
 
     One for all layers of a plan: layers follow one another, and the last program to arrive puts the counter back to
     zero. What a graph capture uses is its own, cleared inside the graph, so that it needs nothing from outside.
     """
-    key = (name, rows, parts, size, dim, torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    counters = rows if counters is None else counters
+    is_capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    key = (name, rows, parts, size, dim, counters, is_capturing)
     if key not in plan.scratch:
         plan.scratch[key] = (
             torch.empty(rows, parts, size, dim, dtype=torch.float32, device=plan.device),
             torch.empty(rows, parts, size, dtype=torch.float32, device=plan.device),
-            torch.zeros(rows, dtype=torch.int32, device=plan.device),
+            torch.zeros(counters, dtype=torch.int32, device=plan.device),
         )
     return plan.scratch[key]

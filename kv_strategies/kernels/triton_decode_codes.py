@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ..plan import LayerStore, Plan
 from .triton_common import LOWEST
-from .triton_decode import Tuning, finish_part, load_queries, own_part
+from .triton_decode import Tuning, finish_part, load_queries, own_part, token_of
 from .triton_overlap import followed, waited
 
 
 def decode_codes(
-    grid: tuple[int, int, int],
+    grid: tuple[int],
     arguments: list,
     sizes: dict,
     query: Tensor,
@@ -33,101 +33,106 @@ def decode_codes(
     plan: Plan,
     tuned: Tuning,
     longest: int,
-    overlap: dict[str, bool],
+    options: dict,
 ) -> None:
     """Launch the kernel with what `decode` has prepared for its own.
 
     Args:
-        longest: most tokens that a row reads.
+        longest: most places of a row.
     """
-    block_size, dim = layer.block_size, query.shape[2]
-    run = min(tuned.tile, block_size)  # whole blocks or a tile of one, where both are powers of two; else single tokens
-    if run & (run - 1) or max(tuned.tile, block_size) % run:
+    block_size, dim, tile = layer.block_size, query.shape[2], tuned.tile
+    run = min(tile, block_size)  # whole blocks or a tile of one, where both are powers of two; else single tokens
+    if run & (run - 1) or max(tile, block_size) % run:
         run = 1
-    size = max(tuned.split, triton.cdiv(longest, tuned.max_splits), sizes["SINKS"])
-    size = tuned.tile * triton.cdiv(size, tuned.tile)
-    num_kv_heads, num_splits, rows = grid
+    longest = tile * triton.cdiv(longest + run, tile)
+    if tuned.part:
+        most = max(tuned.part, tile * triton.cdiv(longest, tile * sizes["MAX_PARTS"]))
+    else:
+        most = max(triton.cdiv(plan.num_decodes * sizes["HEADS"] * longest, sizes["WANTED"]), tuned.least)
+        most = 2 * tile * triton.cdiv(most, tile)  # a part is less than twice the target
+    most = min(most, longest)  # places of a part
     scores = plan.once(
-        ("scores", *grid, size),
-        lambda: torch.empty(rows, num_kv_heads, num_splits, size, dtype=torch.float32, device=query.device),
+        ("scores", *grid, most), lambda: torch.empty(*grid, most, dtype=torch.float32, device=query.device)
     )
     decode_codes_kernel[grid](
-        *arguments, scores, size, RUN=run, **sizes, **overlap,
+        *arguments, scores, most, RUN=run, **sizes, **options,
         WORDS=query.is_cuda and query.element_size() == 2 and dim % 4 == 0,
-        **({"maxnreg": 128} if query.is_cuda else {}),  # else the compiler takes more, and fewer programs fit
     )  # fmt: skip
 
 
 @triton.jit
 def decode_codes_kernel(
     query, sink_query, out, k_store, v_store, block_tables, context_lens, parts, part_lses, arrived,
-    shared_lens, shared_parts, shared_lses, shared_splits, scaling,
+    shared_lens, shared_parts, shared_lses, shared_splits, scaling, num_rows,
     query_stride_row, query_stride_head, sink_query_stride_row, sink_query_stride_head, out_stride_row, out_stride_head,
     k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token, table_stride,
     k_scale, v_scale, k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head,
     scores, scores_stride,
-    BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr,
-    TILE_PARTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    CASCADE: tl.constexpr, SHARED_SPLIT: tl.constexpr, PROGRAMS: tl.constexpr,
-    SPLIT: tl.constexpr, LEAST: tl.constexpr, MAX_SPLITS: tl.constexpr, TILE: tl.constexpr,
-    RUN: tl.constexpr, WORDS: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, ROWS_P2: tl.constexpr,
+    TILE_PARTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, SINK_PLACES: tl.constexpr,
+    CASCADE: tl.constexpr, SHARED_SPLIT: tl.constexpr, WANTED: tl.constexpr, PART: tl.constexpr,
+    MAX_PARTS: tl.constexpr, LEAST: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, WORDS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The arguments of `decode_kernel`, then
 
-    scores: [rows, Hkv, splits, scores_stride] float32, workspace.
+    scores: [programs, scores_stride] float32, workspace.
     WORDS: K is read as words of four int8.
     """
     followed(OVERLAP)
-    kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first, begin, end, num_parts, shared_len = own_part(
-        context_lens, shared_lens, row, split, WINDOW, SINKS, CASCADE, PROGRAMS, SPLIT, LEAST, MAX_SPLITS, TILE, RUN
-    )
+    row, kv_head, part, num_parts, place, end, first, begin, context_len, shared_len, is_there = own_part(
+        context_lens, shared_lens, num_rows,
+        HEADS, ROWS_P2, WINDOW, SINKS, SINK_PLACES, CASCADE, WANTED, PART, MAX_PARTS, LEAST, TILE, RUN,
+    )  # fmt: skip
+    heads, dims, lanes = tl.arange(0, 1), tl.arange(0, DIM_P2), tl.arange(0, TILE)
+    runs = place + tl.arange(0, TILE // RUN) * RUN
     table = block_tables + row * table_stride
-    lanes = tl.arange(0, TILE)
-    first_runs = begin + tl.arange(0, TILE // RUN) * RUN
-    first_block = tl.load(table + first_runs // BLOCK_SIZE, mask=first_runs < end, other=0)
-    second_block = tl.load(table + (first_runs + TILE) // BLOCK_SIZE, mask=first_runs + TILE < end, other=0)
+    first_block = load_run_blocks(table, runs, end, begin, context_len, BLOCK_SIZE, SINKS, SINK_PLACES)
+    second_block = load_run_blocks(table, runs + TILE, end, begin, context_len, BLOCK_SIZE, SINKS, SINK_PLACES)
+    scores += tl.program_id(0).to(tl.int64) * scores_stride - place
     waited(OVERLAP)
-    if split >= tl.maximum(num_parts, 1):
+    if not is_there:
         return
 
-    heads = tl.arange(0, 1)
-    dims = tl.arange(0, DIM_P2)
-    q = load_queries(
-        query, sink_query, row, kv_head, split, heads, dims, query_stride_row, query_stride_head,
-        sink_query_stride_row, sink_query_stride_head, 1, DIM, SINKS,
-    ).to(tl.float32)  # fmt: skip
-    scores += ((row * tl.num_programs(0) + kv_head) * tl.num_programs(1) + split) * scores_stride - begin
+    q = load_queries(query, row, kv_head, heads, dims, query_stride_row, query_stride_head, 1, DIM).to(tl.float32)
+    high, low, score_scale = as_codes(q, scaling, WORDS, DIM_P2)
+    if SINKS > 0:
+        q_sink = load_queries(
+            sink_query, row, kv_head, heads, dims, sink_query_stride_row, sink_query_stride_head, 1, DIM
+        ).to(tl.float32)
+        sink_high, sink_low, sink_scale = as_codes(q_sink, scaling, WORDS, DIM_P2)
 
     # K. Loads run a tile ahead of the arithmetic, and the block table another.
     CODES: tl.constexpr = 4 if WORDS else 1  # in what is loaded at a time
     k_codes = k_store
     if WORDS:
         k_codes = k_store.to(tl.pointer_type(tl.int32))
-        largest = tl.maximum(tl.max(tl.abs(q)), 1e-30)
-        high, low = two_codes(tl.reshape(q / largest, [DIM_P2]), DIM_P2)
-        scaling = scaling * largest / 16256
     best = LOWEST
-    runs, block = first_runs, second_block
     k, scale, seen = load_codes(
-        k_codes, k_scale, first_block, runs, first, end, kv_head, k_stride_block // CODES, k_stride_head // CODES,
-        k_stride_token // CODES, k_scale_stride_block, k_scale_stride_head,
-        BLOCK_SIZE, RUN, DIM // CODES, DIM_P2 // CODES, WINDOW + SINKS > 0,
+        k_codes, k_scale, first_block, runs, end, first, begin, context_len, kv_head, k_stride_block // CODES,
+        k_stride_head // CODES, k_stride_token // CODES, k_scale_stride_block, k_scale_stride_head,
+        BLOCK_SIZE, RUN, DIM // CODES, DIM_P2 // CODES, SINKS, SINK_PLACES,
     )  # fmt: skip
-    for start in tl.range(begin, end, TILE, num_stages=1):
-        runs += TILE
+    block = second_block
+    for start in tl.range(place, end, TILE, num_stages=1):
+        ahead = runs + (start - place + TILE)
         next_k, next_scale, next_seen = load_codes(
-            k_codes, k_scale, block, runs, first, end, kv_head, k_stride_block // CODES, k_stride_head // CODES,
-            k_stride_token // CODES, k_scale_stride_block, k_scale_stride_head,
-            BLOCK_SIZE, RUN, DIM // CODES, DIM_P2 // CODES, WINDOW + SINKS > 0,
+            k_codes, k_scale, block, ahead, end, first, begin, context_len, kv_head, k_stride_block // CODES,
+            k_stride_head // CODES, k_stride_token // CODES, k_scale_stride_block, k_scale_stride_head,
+            BLOCK_SIZE, RUN, DIM // CODES, DIM_P2 // CODES, SINKS, SINK_PLACES,
         )  # fmt: skip
-        block = tl.load(table + (runs + TILE) // BLOCK_SIZE, mask=runs + TILE < end, other=0)
+        block = load_run_blocks(table, ahead + TILE, end, begin, context_len, BLOCK_SIZE, SINKS, SINK_PLACES)
+        tile_high, tile_low, tile_scale = high, low, score_scale
+        if SINKS > 0:
+            is_sink = start < SINK_PLACES
+            tile_high, tile_low = tl.where(is_sink, sink_high, high), tl.where(is_sink, sink_low, low)
+            tile_scale = tl.where(is_sink, sink_scale, score_scale)
         if WORDS:
-            product = dot_bytes(k, high[None, :], 0) * 128
-            score = tl.sum(dot_bytes(k, low[None, :], product), 1).to(tl.float32)
+            product = dot_bytes(k, tile_high[None, :], 0) * 128
+            score = tl.sum(dot_bytes(k, tile_low[None, :], product), 1).to(tl.float32)
         else:
-            score = tl.sum(k.to(tl.float32) * q, 1)
-        score = tl.where(seen, score * (scale * scaling), float("-inf"))  # [TILE]
+            score = tl.sum(k.to(tl.float32) * tile_high[None, :], 1)
+        score = tl.where(seen, score * (scale * tile_scale), float("-inf"))  # [TILE]
         best = tl.maximum(best, tl.max(score, 0))
         tl.store(scores + start + lanes, score)
         k, scale, seen = next_k, next_scale, next_seen
@@ -136,18 +141,20 @@ def decode_codes_kernel(
     # V
     total = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([TILE, DIM_P2], tl.float32)
-    runs, block = first_runs, second_block
-    v, scale, _ = load_codes(
-        v_store, v_scale, first_block, runs, first, end, kv_head, v_stride_block, v_stride_head, v_stride_token,
-        v_scale_stride_block, v_scale_stride_head, BLOCK_SIZE, RUN, DIM, DIM_P2, WINDOW + SINKS > 0,
+    v, scale, seen = load_codes(
+        v_store, v_scale, first_block, runs, end, first, begin, context_len, kv_head, v_stride_block,
+        v_stride_head, v_stride_token, v_scale_stride_block, v_scale_stride_head,
+        BLOCK_SIZE, RUN, DIM, DIM_P2, SINKS, SINK_PLACES,
     )  # fmt: skip
-    for start in tl.range(begin, end, TILE, num_stages=1):
-        runs += TILE
-        next_v, next_scale, _ = load_codes(
-            v_store, v_scale, block, runs, first, end, kv_head, v_stride_block, v_stride_head, v_stride_token,
-            v_scale_stride_block, v_scale_stride_head, BLOCK_SIZE, RUN, DIM, DIM_P2, WINDOW + SINKS > 0,
+    block = second_block
+    for start in tl.range(place, end, TILE, num_stages=1):
+        ahead = runs + (start - place + TILE)
+        next_v, next_scale, next_seen = load_codes(
+            v_store, v_scale, block, ahead, end, first, begin, context_len, kv_head, v_stride_block,
+            v_stride_head, v_stride_token, v_scale_stride_block, v_scale_stride_head,
+            BLOCK_SIZE, RUN, DIM, DIM_P2, SINKS, SINK_PLACES,
         )  # fmt: skip
-        block = tl.load(table + (runs + TILE) // BLOCK_SIZE, mask=runs + TILE < end, other=0)
+        block = load_run_blocks(table, ahead + TILE, end, begin, context_len, BLOCK_SIZE, SINKS, SINK_PLACES)
         weight = tl.exp2(tl.load(scores + start + lanes) - best)
         total += weight
         acc += v.to(tl.float32) * (weight * scale)[:, None]
@@ -155,25 +162,43 @@ def decode_codes_kernel(
     finish_part(
         tl.full([1], 0.0, tl.float32) + best, tl.sum(total, 0, keep_dims=True), tl.sum(acc, 0, keep_dims=True),
         out, parts, part_lses, arrived, shared_parts, shared_lses, shared_splits, shared_len,
-        row, kv_head, split, num_parts, heads, dims, out_stride_row, out_stride_head,
-        1, 1, DIM, DIM_P2, CASCADE, SHARED_SPLIT, TILE_PARTS,
+        row, kv_head, part, num_parts, heads, dims, out_stride_row, out_stride_head,
+        1, 1, HEADS, DIM, DIM_P2, CASCADE, SHARED_SPLIT, TILE_PARTS,
     )  # fmt: skip
 
 
 @triton.jit
-def load_codes(
-    store, scales, block, runs, first, end, kv_head, stride_block, stride_head, stride_token,
-    scale_stride_block, scale_stride_head,
-    BLOCK_SIZE: tl.constexpr, RUN: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, FROM_FIRST: tl.constexpr,
-):  # fmt: skip
-    """Codes [TILE, DIM_P2] of the runs of tokens that begin at `runs`, their scales, and which are seen, [TILE].
+def as_codes(q, scaling, WORDS: tl.constexpr, DIM_P2: tl.constexpr):
+    """The query [1, DIM_P2] as two vectors of words, or as it is; and the scale of its products with codes."""
+    if WORDS:
+        largest = tl.maximum(tl.max(tl.abs(q)), 1e-30)
+        high, low = two_codes(tl.reshape(q / largest, [DIM_P2]), DIM_P2)
+        scaling = scaling * largest / 16256
+    else:
+        high = tl.reshape(q, [DIM_P2])
+        low = high
+    return high, low, scaling
 
-    FROM_FIRST: `first` need not begin a run.
-    """
-    index = runs[:, None] + tl.arange(0, RUN)[None, :]  # [TILE / RUN, RUN]
-    seen = index < end
-    if FROM_FIRST:
-        seen = seen & (index >= first)
+
+@triton.jit
+def load_run_blocks(
+    table, place, end, begin, context_len, BLOCK_SIZE: tl.constexpr, SINKS: tl.constexpr, SINK_PLACES: tl.constexpr,
+):  # fmt: skip
+    """The blocks of the runs that begin at these places."""
+    token, seen = token_of(place, end, 0, begin, context_len, SINKS, SINK_PLACES, 1)
+    return tl.load(table + token // BLOCK_SIZE, mask=seen, other=0)
+
+
+@triton.jit
+def load_codes(
+    store, scales, block, runs, end, first, begin, context_len, kv_head, stride_block, stride_head, stride_token,
+    scale_stride_block, scale_stride_head, BLOCK_SIZE: tl.constexpr, RUN: tl.constexpr, DIM: tl.constexpr,
+    DIM_P2: tl.constexpr, SINKS: tl.constexpr, SINK_PLACES: tl.constexpr,
+):  # fmt: skip
+    """Codes [TILE, DIM_P2] of the runs that begin at the places `runs`, their scales, and which are seen, [TILE]."""
+    place = runs[:, None] + tl.arange(0, RUN)[None, :]  # [TILE / RUN, RUN]
+    _, seen = token_of(place, end, first, begin, context_len, SINKS, SINK_PLACES, RUN)
+    runs, _ = token_of(runs, end, first, begin, context_len, SINKS, SINK_PLACES, RUN)
     codes = load_runs(
         store, block, runs, seen, kv_head, stride_block, stride_head, stride_token, BLOCK_SIZE, RUN, DIM, DIM_P2
     )

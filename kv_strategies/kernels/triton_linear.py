@@ -21,14 +21,13 @@ Bytes that have to move: N * K * itemsize.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .linear import Norm, Rotary
+from .triton_common import num_multiprocessors
 from .triton_overlap import followed, overlapping, waited
 
 
@@ -69,7 +68,7 @@ def linear(
     out = residual if residual is not None else x.new_empty(1, half if gated else n)
     norm_weight, eps = (x, 0.0) if norm is None else norm  # x stands for what is not read
     cos, sin, num_rotated = (x, x, 0) if rotary is None else rotary
-    num_programs = min(tuned.programs * _num_multiprocessors(x.device), triton.cdiv(n, tuned.tile_n))
+    num_programs = min(tuned.programs * num_multiprocessors(x.device), triton.cdiv(n, tuned.tile_n))
     linear_kernel[(num_programs,)](
         x, weight, x if bias is None else bias, norm_weight, cos, sin, out, n, eps,
         K=k, NORM=norm is not None, BIAS=bias is not None, GATED=gated, ADD=residual is not None,
@@ -77,11 +76,6 @@ def linear(
         num_warps=tuned.num_warps, **overlapping(x.device),
     )  # fmt: skip
     return out
-
-
-@cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @triton.jit
