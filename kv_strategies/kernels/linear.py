@@ -12,7 +12,9 @@
 
 One kernel pays for one row only. On an H200, in a chain of such kernels, q, k and v of Llama-2-7B cost 27.0 us (0.85 of
 the bandwidth for reads), o 12.5, gate and up 40.6 to 46, down 26.4; by cuBLAS and its neighbours q, k and v take 33.
-With 16 rows that takes 34, where a kernel of our own with tensor cores took 38.
+With 16 rows that takes 34, where a kernel of our own with tensor cores took 38. On an H100, one that cuts W into equal
+shares (stream-K), with norms ahead of it and the rest inside, took 163 us for the four products with 32 rows where
+cuBLAS and its neighbours take 167, and a step of 32 rows of 1024 tokens took 11.69 ms with either.
 """
 
 from __future__ import annotations
