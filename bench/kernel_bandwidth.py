@@ -45,10 +45,10 @@ class Problem:
 
     def __init__(self, name: str, block_size: int, dim: int, codes: str, device: str = "cuda"):
         num_rows, context, self.num_heads, num_kv_heads = SHAPES[name]
-        itemsize = CODES[codes].itemsize + (4 / dim if codes != "none" else 0)
+        itemsize = CODES[codes].itemsize + (2 / dim if codes != "none" else 0)
         self.bytes = int(num_rows * context * num_kv_heads * dim * 2 * itemsize)
         self.num_layers = max(2, -(-WORKING_SET // self.bytes))
-        self.group = self.num_heads // num_kv_heads
+        self.group, self.num_pairs = self.num_heads // num_kv_heads, num_rows * num_kv_heads
         self.dim, self.dtype = dim, CODES[codes]
         blocks_a_row = -(-context // block_size)
         num_blocks = num_rows * blocks_a_row
@@ -57,7 +57,7 @@ class Problem:
             slab = torch.empty(size, dtype=torch.bfloat16, device=device).normal_()
         else:
             slab = torch.randint(-64, 64, size, dtype=torch.int8, device=device).view(CODES[codes])
-        scales = torch.rand(size[:-1], device=device) / 64 if codes != "none" else None
+        scales = (torch.rand(size[:-1], device=device) / 64).bfloat16() if codes != "none" else None
         self.layers = [
             LayerStore(slab[:, 0, layer], slab[:, 1, layer])
             if scales is None
@@ -115,7 +115,7 @@ def main() -> None:
     results = []
     for name in args.shapes:
         problem = Problem(name, args.block_size, args.dim, args.codes)
-        base = tuning(problem.group, problem.dtype)
+        base = tuning(problem.group, problem.dtype, problem.num_pairs)
         choices = product(
             args.tile or [base.tile],
             args.warps or [base.num_warps],

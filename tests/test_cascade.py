@@ -27,6 +27,9 @@ SHAPES = {
     "short candidates": Shape((1, 1, 3, 5, 2), (39, 34, 37, 39, 9), groups=((0, 4, 32),)),
     "candidates of a tile and more": Shape((9, 18), (30, 40), group=2, num_kv_heads=1, groups=((0, 2, 16),)),
     "int8": Shape((1, 1, 4), (40, 35, 39), codes="int8", dtype=torch.float16, groups=((0, 3, 32),)),
+    "int8, groups in registers": Shape(
+        (1,) * 5, (21, 58, 24, 70, 9), 1, 3, 64, 4, torch.float16, "int8", groups=((0, 2, 20), (2, 4, 12))
+    ),
 }
 
 
@@ -42,7 +45,7 @@ def check(shape: Shape, device: torch.device | str) -> None:
 @pytest.fixture
 def tiny(device, monkeypatch):
     monkeypatch.setattr(triton_cascade, "tuning", lambda *_: TINY)
-    small_decode = triton_decode.Tuning(tile=16, num_warps=4, programs=6, least=16)
+    small_decode = triton_decode.Tuning(tile=16, num_warps=1, programs=6, least=16)
     monkeypatch.setattr(triton_decode, "tuning", lambda *_: small_decode)
     small_prefill = triton_prefill.Tuning(rows=16, tile=16, num_warps=4, num_stages=2, split=16, programs=8)
     monkeypatch.setattr(triton_prefill, "tuning", lambda *_: small_prefill)

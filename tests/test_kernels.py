@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, replace
 from itertools import product
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -13,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_strategies import kernels
-from kv_strategies.kernels import cpu, gpu, library, reference, triton_decode, triton_prefill, triton_store
+from kv_strategies.kernels import (
+    cpu,
+    gpu,
+    library,
+    reference,
+    triton_decode,
+    triton_decode_codes,
+    triton_decode_groups,
+    triton_prefill,
+    triton_store,
+)
 from kv_strategies.plan import NULL_BLOCK, NULL_SLOT, Group, LayerStore, Plan
 
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -31,6 +42,7 @@ class Shape:
     block_size: int = 16
     dtype: torch.dtype = torch.float32
     codes: str | None = None
+    scales: torch.dtype = torch.bfloat16  # of the codes
     window: int = 0
     sinks: int = 0
     sink_query: bool = False
@@ -96,7 +108,7 @@ def build(shape: Shape, device: torch.device | str = "cpu") -> Case:
     store_dtype = CODES[shape.codes] if shape.codes else shape.dtype
     layer = LayerStore(*(empty(num_blocks, heads, bs, dim, dtype=store_dtype) for _ in "kv"))
     if shape.codes:
-        layer = LayerStore(*layer[:2], *(empty(num_blocks, heads, bs, dtype=torch.float32) for _ in "kv"))
+        layer = LayerStore(*layer[:2], *(empty(num_blocks, heads, bs, dtype=shape.scales) for _ in "kv"))
 
     def states(num_tokens: int, num_heads: int) -> torch.Tensor:  # laid out as modeling_llama leaves them
         data = torch.randn(1, num_heads, num_tokens, dim, generator=generator).to(shape.dtype).to(device)
@@ -230,12 +242,13 @@ def check_store(shape: Shape, store_kv, hole: bool, device: torch.device | str) 
             torch.testing.assert_close(actual.float(), wanted.float(), atol=0, rtol=0, equal_nan=True)
 
 
-# bf16 products and rounding to fp8 are wrong in Triton's interpreter: those are for the GPU.
+# bf16 products and rounding to bf16 and fp8 are wrong in Triton's interpreter: those are for the GPU.
 @pytest.mark.parametrize("codes", [None, "int8", pytest.param("fp8", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("head_major", [True, False])
 def test_triton_store(device, codes, head_major):
     shape = Shape((1, 6), (20, 30), num_kv_heads=3, dim=20, block_size=7, dtype=torch.float16)
-    check_store(replace(shape, codes=codes, head_major=head_major), triton_store.store_kv, True, device)
+    shape = replace(shape, codes=codes, scales=torch.float32, head_major=head_major)
+    check_store(shape, triton_store.store_kv, True, device)
 
 
 def check_decode(shape: Shape, device: torch.device, tuned: triton_decode.Tuning | None = None) -> None:
@@ -261,7 +274,9 @@ def check_prefill(shape: Shape, device: torch.device, first: int = 0, tuned: tri
     assert all((value[2] == 0).all() for value in case.plan.scratch.values() if isinstance(value, tuple))
 
 
-TINY_DECODE = triton_decode.Tuning(tile=8, num_warps=4, programs=15, least=16)
+# One warp is what makes `triton_decode_groups` take what suits it.
+TINY_DECODE = triton_decode.Tuning(tile=8, num_warps=1, programs=15, least=16)
+GROUPS = Shape((1, 1), (37, 8), 2, 4, 64, 16, torch.float16, "int8")
 DECODES = {
     "one token": Shape(row_lens=(1,), block_size=1),
     "one head a group, many splits": Shape((1, 1, 1), (70, 16, 17), dim=20, block_size=3),
@@ -274,14 +289,20 @@ DECODES = {
     "int8": Shape((1, 1), (45, 8), codes="int8", dtype=torch.float16),
     "int8, sinks without a window": Shape((1,), (45,), codes="int8", sinks=4, sink_query=True),
     "int8, groups": Shape((1,), (45,), group=2, codes="int8", window=20, sinks=3),
+    "int8, groups, float32 scales": replace(GROUPS, scales=torch.float32),
     "fp8": Shape((1,), (45,), group=2, codes="fp8"),
+    "int8, groups in registers": GROUPS,
+    "int8, groups in registers, one whole tile": Shape((1,), (16,), 1, 2, 64, 4, torch.float16, "int8"),
+    "int8, groups in registers, large heads": Shape((1,), (29,), 1, 7, 128, 48, torch.float16, "int8"),
+    "fp8, groups in registers": replace(GROUPS, codes="fp8", group=8, num_kv_heads=1, head_major=False),
 }
 
 
+@pytest.mark.parametrize("num_warps", [1, pytest.param(4, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("part", [0, 16])
 @pytest.mark.parametrize("name", DECODES)
-def test_triton_decode(device, name, part):
-    tuned = replace(TINY_DECODE, part=part)
+def test_triton_decode(device, name, part, num_warps):
+    tuned = replace(TINY_DECODE, part=part, num_warps=num_warps)
     check_decode(DECODES[name], device, replace(tuned, tile=16) if device.type == "cuda" else tuned)
 
 
@@ -304,11 +325,45 @@ def test_triton_decode_in_parts_of_any_size(row_lens, heads, group, codes, windo
     check_decode(shape, device, replace(tuned, tile=16) if device.type == "cuda" else tuned)
 
 
-def test_triton_decode_padding_row(device):
-    case = build(Shape((1, 1), (20, 1), window=8, sinks=2), device)
+@settings(deadline=None, max_examples=8)
+@given(
+    row_lens=st.lists(st.integers(1, 60), min_size=1, max_size=2),
+    heads=st.integers(1, 2),
+    group=st.integers(2, 8),
+    block_size=st.sampled_from([4, 12, 16]),
+    programs=st.integers(1, 40),
+    least=st.sampled_from([8, 24]),
+)
+def test_triton_decode_of_groups_in_parts_of_any_size(row_lens, heads, group, block_size, programs, least):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = Shape((1,) * len(row_lens), tuple(row_lens), heads, group, 64, block_size, torch.float16, "int8")
+    check_decode(shape, device, replace(TINY_DECODE, programs=programs, least=least, tile=16))
+
+
+TAKEN = [{}, {"codes": "fp8"}, {"group": 2}, {"group": 8}, {"dim": 128}, {"block_size": 4}, {"dtype": torch.bfloat16}]
+LEFT = [{"codes": None}, {"group": 1}, {"group": 9}, {"dim": 80}, {"dim": 256}, {"block_size": 6}, {"window": 9}]
+LEFT += [{"dtype": torch.float32}, {"scales": torch.float32}, {"sinks": 4, "sink_query": True}]
+
+
+@pytest.mark.parametrize("change, is_taken", [*product(TAKEN, [True]), *product(LEFT, [False])])
+def test_which_groups_stay_in_registers(monkeypatch, change, is_taken):
+    taken = Mock()
+    monkeypatch.setattr(triton_decode_groups, "decode_groups", taken)
+    monkeypatch.setattr(triton_decode_codes, "decode_codes", Mock())
+    monkeypatch.setattr(triton_decode, "decode_kernel", MagicMock())
+    for num_rows in (31, 32):  # times two KV heads
+        shape = replace(GROUPS, query_lens=(1,) * num_rows, row_lens=(9,) * num_rows, **change)
+        case = build(shape)
+        triton_decode.decode(case.query, case.layer, case.plan, torch.empty_like(case.query), **case.options)
+        assert taken.called == (is_taken and num_rows == 32)
+
+
+@pytest.mark.parametrize("shape", [Shape((1, 1), (20, 1), window=8, sinks=2), GROUPS])
+def test_triton_decode_padding_row(device, shape):
+    case = build(shape, device)
     case.plan.context_lens[1] = 0
     out = torch.full_like(case.query, 7.0)
-    triton_decode.decode(case.query, case.layer, case.plan, out, **case.options)
+    triton_decode.decode(case.query, case.layer, case.plan, out, tuned=replace(TINY_DECODE, tile=16), **case.options)
     assert (out[1] == 0).all() and not out.isnan().any()
 
 
@@ -333,12 +388,14 @@ def test_triton_decode_row_ignores_its_neighbours(device, group):
     assert torch.equal(alone[0], out[0])
 
 
-@pytest.mark.parametrize("query_len", [1, 2])
-def test_small_weights_of_small_codes_count(device, query_len):
+@pytest.mark.parametrize("query_len, dim", [(1, 16), (1, 64), (2, 16)])
+def test_small_weights_of_small_codes_count(device, query_len, dim, monkeypatch):
     """Most of the softmax on many tokens of weight 3e-4 beside one, as after an attention sink, and V of about 0.01."""
     dtype = torch.float16 if device.type == "cpu" else torch.bfloat16  # both are multiplied as float16 when decoding
-    case = build(Shape((query_len,), (800,), group=2, codes="int8", dtype=torch.float16), device)
-    key, value = torch.zeros(2, 800, 2, 16, dtype=dtype, device=device)
+    if dim == 64:
+        monkeypatch.setattr(triton_decode, "tuning", lambda *_: replace(TINY_DECODE, tile=32, least=800))
+    case = build(Shape((query_len,), (800,), 1, 2, dim, codes="int8", dtype=torch.float16), device)
+    key, value = torch.zeros(2, 800, 1, dim, dtype=dtype, device=device)
     key[0, :, 0], value[:] = 1.0, 0.01
     value[0] = 0.0
     blocks = case.plan.block_tables[0, :50].long()
@@ -472,6 +529,20 @@ def test_gpu_windows_and_codes(device, codes, window, sinks, group, dtype):
     check_store(shape, triton_store.store_kv, True, device)
     check_decode(shape, device)
     check_prefill(shape, device, first=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group, dim", [(2, 128), (4, 128), (7, 128), (8, 128), (4, 64), (8, 64)])
+def test_gpu_groups_in_registers(device, codes, dtype, group, dim):
+    """As many rows as it takes for the tuned constants, in parts of all sizes."""
+    row_lens = (3001, 1, 16, 260, 2048, *(97 * row + 5 for row in range(35)))
+    shape = Shape((1,) * 40, row_lens, group=group, dim=dim, dtype=dtype, codes=codes, head_major=False)
+    check_decode(shape, device)
+    check_decode(
+        replace(shape, query_lens=(1, 1), row_lens=(3001, 800)), device, triton_decode.tuning(4, torch.int8, 64)
+    )
 
 
 @pytest.mark.gpu

@@ -16,8 +16,9 @@ Two ways to compute a part, chosen by the number of query heads that share a KV 
           the lanes are merged once at the end: inside the loop no lane waits for another.
   several (GQA) they form the rows of a matrix product on tensor cores, padded to the 16 rows these take.
 
-8-bit codes take the same ways, the second with products of float16; int8 and the first way have a kernel of their own,
-`triton_decode_codes.py`.
+8-bit codes take the same ways, the second with products of float16. As they leave half the time for it, what is most
+common has kernels of its own: int8 and the first way `triton_decode_codes.py`, the second without a window
+`triton_decode_groups.py`.
 
 Reading K and V once is the floor: bytes = 2 * context * Hkv * D * itemsize a row.
 """
@@ -53,13 +54,19 @@ class Tuning:
     part: int = 0  # tokens of a part where the row's length alone decides; 0 where the batch does
 
 
-def tuning(group: int, dtype: torch.dtype) -> Tuning:
+def tuning(group: int, dtype: torch.dtype, num_pairs: int = 0) -> Tuning:
     """The sizes for a number of query heads a KV head and the dtype of K and V as stored, swept on an H100.
 
     Float32 is for float32 queries on any store: they take the most registers, and their results are compared.
+
+    Args:
+        num_pairs: rows times KV heads, or 0 for what does not suit `triton_decode_groups.py`. Fewer pairs have more
+            parts each, which one warp is long to merge.
     """
     if dtype == torch.float32:
         return Tuning(tile=32, num_warps=4, part=256)
+    if dtype.itemsize == 1 and 1 < group <= 8 and num_pairs >= 64:
+        return Tuning(tile=16, num_warps=1, programs=16, registers=128, least=128)
     if group > 1:
         return Tuning(tile=64, num_warps=4, num_stages=5, programs=2)
     if dtype == torch.int8:
@@ -86,16 +93,22 @@ def decode(
 
     Nothing here depends on host values but shapes and the bounds in plan.row_lens, so that a CUDA graph can hold it.
     """
+    from .triton_decode_codes import decode_codes  # these take parts of this module
+    from .triton_decode_groups import decode_groups, suits
+
     _, num_heads, dim = query.shape
     num_kv_heads = layer.k.shape[1]
     group, rows = num_heads // num_kv_heads, plan.num_decodes
-    tuned = tuned or tuning(group, query.dtype if query.dtype == torch.float32 else layer.k.dtype)
     sinks = sinks if window or sink_query is not None else 0  # else all is visible anyhow
+    num_pairs = rows * num_kv_heads
+    is_plain = not window and not sinks and (suits(query, layer, tuned.tile) if tuned else suits(query, layer))
+    dtype = query.dtype if query.dtype == torch.float32 else layer.k.dtype
+    tuned = tuned or tuning(group, dtype, num_pairs if is_plain else 0)
     longest = max((plan.row_lens if shared is None else plan.private_lens)[:rows])
     longest = min(longest, window + layer.block_size if window else longest)  # a window need not begin with a block
     sink_places = tuned.tile * triton.cdiv(sinks, tuned.tile)
     # The kernel knows each row's length, from which its parts follow; this bounds how many there may be.
-    num_pairs, longest = rows * num_kv_heads, max(longest + sink_places, 1)
+    longest = max(longest + sink_places, 1)
     if tuned.part:
         num_programs = num_pairs * min(triton.cdiv(longest, tuned.part), MAX_PARTS)
         wanted = 0
@@ -129,9 +142,9 @@ def decode(
     grid, options = (num_programs,), overlapping(query.device)
     if query.is_cuda:
         options = options | {"maxnreg": tuned.registers}
-    if layer.k.dtype == torch.int8 and group == 1:
-        from .triton_decode_codes import decode_codes  # which takes parts of this module
-
+    if is_plain and tuned.num_warps == 1:
+        decode_groups(grid, arguments, sizes, query, group, options)
+    elif layer.k.dtype == torch.int8 and group == 1:
         decode_codes(grid, arguments, sizes, query, layer, plan, tuned, longest, options)
     else:
         decode_kernel[grid](
