@@ -192,11 +192,12 @@ def shapes(draw) -> Shape:
 
 
 @settings(max_examples=200, deadline=None)
-@given(shape=shapes(), min_run=st.sampled_from([1, 20, 256]))
-def test_cpu_attention(shape, min_run):
+@given(shape=shapes(), min_run=st.sampled_from([1, 20, 256]), max_gathered=st.sampled_from([0, 40, 512]))
+def test_cpu_attention(shape, min_run, max_gathered):
     case = build(shape)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "MIN_RUN", min_run)
+        patch.setattr(cpu, "MAX_GATHERED", max_gathered)
         patch.setattr(cpu, "CODE_TILE", 13)
         patch.setattr(cpu, "QUERY_TILE", 7)
         out = kernels.attention(case.query, case.layer, case.plan, key=case.key, value=case.value, **case.options)
