@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import fused
 from .baseline import Baseline
 from .cache import AttendingCache
 from .graphs import StepGraphs
+from .kernels.linear import linear
 from .paged import BlockTable, OutOfBlocks
 from .plan import Plan, PlanBuffer
 from .requests import Event, Output, Request, Result
@@ -402,14 +404,17 @@ def forward(model, cache: AttendingCache, plan: Plan, input_ids: Tensor, last: T
     Args:
         input_ids: [T]; last: [R] indices into T, or 0 for all of them.
     """
-    output = model(
-        input_ids=input_ids[None],
-        position_ids=plan.positions[None],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=last,
-    )
-    return output.logits[0]
+    inputs = {
+        "input_ids": input_ids[None],
+        "position_ids": plan.positions[None],
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    head = fused.head_of(model) if cache.strategy.fused else None
+    if head is None:
+        return model(**inputs, logits_to_keep=last).logits[0]
+    states = model.model(**inputs).last_hidden_state[0]
+    return linear(states if isinstance(last, int) else states[last], *head)
 
 
 class _Sequence:

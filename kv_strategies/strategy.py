@@ -51,7 +51,7 @@ class Strategy:
         self.num_prompt_tokens = self.num_hit_tokens = 0
         self.num_evictions = 0
         #: Whether the layers run in one piece with fused kernels (`fused.py`) where the model allows it.
-        self.fused = self.shape.layer_devices[0].type == "cuda"
+        self.fused = True
         self._stack_graphs: StackGraphs | None = None
 
     @property

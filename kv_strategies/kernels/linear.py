@@ -6,7 +6,7 @@
 
 `reference` says what is meant, in plain torch. Three ways to get there:
 
-    a CPU       the reference itself
+    a CPU       the library's products in their fast forms (cpu_linear.py)
     one row     one Triton kernel that streams W once and does the rest on the way (triton_linear.py)
     more rows   cuBLAS, with a kernel before or after it (triton_fused.py); the residual is its accumulator
 
@@ -61,7 +61,9 @@ def linear(
     """
     options = {"norm": norm, "rotary": rotary, "gated": gated, "residual": residual}
     if not x.is_cuda:
-        return reference(x, weight, bias, **options)
+        from . import cpu_linear
+
+        return cpu_linear.linear(x, weight, bias, **options)
     if len(x) != 1:
         return many_rows(x, weight, bias, **options)
     from . import triton_linear  # Triton is there only where a GPU is
@@ -102,9 +104,10 @@ def rotate(y: Tensor, rotary: Rotary) -> None:
     """Turn the heads of y [T, N] in place: dimension d of a head is a pair with dimension d + D / 2."""
     cos, sin = rotary.cos[:, None].float(), rotary.sin[:, None].float()  # [T, 1, D]
     heads = y[:, : rotary.num_heads * cos.shape[-1]].view(len(y), rotary.num_heads, -1)
-    first, second = heads.float().chunk(2, dim=-1)
+    wide = heads.float()
+    first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    heads.copy_(heads * cos + turned * sin)
+    heads.copy_((wide * cos).addcmul_(turned, sin))
 
 
 def many_rows(
