@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .kernels import attention, store_kv
+from .kernels.linear import Rotary
 from .paged import BlockPool, BlockTable
 from .plan import LayerStore, Plan
 from .store import BlockStore, block_bytes
@@ -130,9 +131,17 @@ class Codec:
         shape = (num_kv_heads, block_size, head_dim)
         return {"k": (shape, dtype), "v": (shape, dtype)}
 
-    def write(self, layer: LayerStore, slot_mapping: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store K and V [T, Hkv, D] of the tokens at their slots."""
-        store_kv(key, value, layer, slot_mapping)
+    def write(
+        self,
+        layer: LayerStore,
+        slot_mapping: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query: Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> None:
+        """Store K and V [T, Hkv, D] of the tokens at their slots; with `rotary`, queries and keys are rotated first."""
+        store_kv(key, value, layer, slot_mapping, query, rotary)
 
 
 class LowerTiers:

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import output_capturing
 
 from . import fused
+from .kernels.linear import Rotary
 from .paged import BlockTable, OutOfBlocks
 from .plan import Plan, PlanBuffer
 from .strategy import Strategy
@@ -50,18 +51,26 @@ class AttendingCache(Cache):
     def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
         """Called in place of `create_causal_mask`: nothing to do where the plan is there already."""
 
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
         """Store K and V of the new tokens and attend to all tokens of the row.
 
         Args:
-            query: [B, Hq, n, D]; key, value: [B, Hkv, n, D], keys rotated.
+            query: [B, Hq, n, D]; key, value: [B, Hkv, n, D], keys rotated, unless `rotary` [B * n, D] comes with them.
 
         Returns:
             [B, n, Hq * D]
         """
         num_rows, _, num_columns, _ = query.shape
         packed = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # [B * n, H, D], views
-        out = self.strategy.attend(layer_idx, *packed, self.plan.on(query.device), scaling)
+        out = self.strategy.attend(layer_idx, *packed, self.plan.on(query.device), scaling, rotary)
         return out.reshape(num_rows, num_columns, -1)
 
     def update(self, *args, **kwargs):
@@ -136,14 +145,24 @@ class StrategyCache(AttendingCache):
     def _stack(self) -> FusedStack | StackStep | None:
         return self._step or self.strategy.stack
 
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
         if self._packing is None:
-            return super().attend(layer_idx, query, key, value, scaling)
+            return super().attend(layer_idx, query, key, value, scaling, rotary)
         num_rows, num_heads, num_columns, head_dim = query.shape
         packing = self._packing.to(query.device)
         packed = (states.transpose(1, 2).flatten(0, 1)[packing] for states in (query, key, value))
         out = query.new_zeros(num_rows * num_columns, num_heads, head_dim)  # padding attends to nothing
-        out[packing] = self.strategy.attend(layer_idx, *packed, self.plan.on(query.device), scaling)
+        if rotary is not None:
+            rotary = rotary._replace(cos=rotary.cos[packing], sin=rotary.sin[packing])
+        out[packing] = self.strategy.attend(layer_idx, *packed, self.plan.on(query.device), scaling, rotary)
         return out.view(num_rows, num_columns, -1)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -252,8 +271,8 @@ class PromptCache(StrategyCache):
     def _replays(self) -> bool:
         return not self._prompts  # else the last layer publishes them
 
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        out = super().attend(layer_idx, query, key, value, scaling)
+    def attend(self, layer_idx: int, *args) -> Tensor:
+        out = super().attend(layer_idx, *args)
         if self._prompts and layer_idx == len(self.strategy.shape.layer_devices) - 1:
             self._publish()
         return out

@@ -24,7 +24,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 from transformers.utils import output_capturing
 
-from .kernels.linear import Norm, Rotary, linear
+from .kernels.linear import Norm, Rotary, linear, rotates_later
 
 #: What has been decided about a model, for all its strategies; None where the plain layers run.
 _STACKS: WeakKeyDictionary[LlamaForCausalLM, FusedStack | None] = WeakKeyDictionary()
@@ -71,9 +71,10 @@ class FusedStack:
         for layer_idx, layer in enumerate(self._layers):
             heads = [size // self._head_dim for size in layer.qkv_sizes]
             rotary = Rotary(cos, sin, heads[0] + heads[1])
-            qkv = linear(x, *layer.qkv, norm=layer.input_norm, rotary=rotary)
+            inside, later = (None, rotary) if rotates_later(x) else (rotary, None)
+            qkv = linear(x, *layer.qkv, norm=layer.input_norm, rotary=inside)
             qkv = qkv.view(num_rows, num_columns, -1, self._head_dim).transpose(1, 2)  # [B, Hq + 2 Hkv, n, D]
-            out = past_key_values.attend(layer_idx, *qkv.split(heads, dim=1), self._scaling)  # [B, n, Hq * D]
+            out = past_key_values.attend(layer_idx, *qkv.split(heads, dim=1), self._scaling, later)  # [B, n, Hq * D]
             linear(out.flatten(0, 1), *layer.o, residual=x)
             gated = linear(x, *layer.gate_up, norm=layer.mlp_norm, gated=True)
             linear(gated, *layer.down, residual=x)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .base import Codec, LowerTiers, Spec
 from .identity import identity
+from .kernels.linear import Rotary
 from .paged import BlockPool, BlockTable, OutOfBlocks
 from .plan import NULL_BLOCK, Plan
 from .store import block_bytes
@@ -224,18 +225,28 @@ class Strategy:
 
     # --- the data plane: once a layer, tensors only
 
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float) -> Tensor:
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: Plan,
+        scaling: float,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
         """Store the new K and V, and attend to everything the row may see.
 
         Args:
-            query: [T, Hq, D] packed; key, value: [T, Hkv, D]. Keys arrive rotated.
+            query: [T, Hq, D] packed; key, value: [T, Hkv, D]. Keys arrive rotated, unless `rotary` comes with them.
             scaling: factor of the scores before the softmax.
+            rotary: how queries and keys are to be rotated yet, in place.
 
         Returns:
             [T, Hq, D]
         """
         layer = self.placement.open(layer_idx, plan)
-        self.codec.write(layer, plan.slot_mapping, key, value)
+        self.codec.write(layer, plan.slot_mapping, key, value, query, rotary)
         own = {"key": key, "value": value} if self.codec.lossless else {}  # else what comes later reads other bytes
         out = self.placement.read(
             layer_idx,

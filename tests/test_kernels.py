@@ -25,6 +25,7 @@ from kv_strategies.kernels import (
     triton_prefill,
     triton_store,
 )
+from kv_strategies.kernels.linear import Rotary, rotate_heads
 from kv_strategies.plan import NULL_BLOCK, NULL_SLOT, Group, LayerStore, Plan
 
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -250,6 +251,29 @@ def test_triton_store(device, codes, head_major):
     shape = Shape((1, 6), (20, 30), num_kv_heads=3, dim=20, block_size=7, dtype=torch.float16)
     shape = replace(shape, codes=codes, scales=torch.float32, head_major=head_major)
     check_store(shape, triton_store.store_kv, True, device)
+
+
+# A rotation rounds to the model's dtype before the codes are made.
+@pytest.mark.parametrize("codes", [None, "int8", pytest.param("fp8", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("store_kv", [kernels.store_kv, triton_store.store_kv])
+def test_store_rotates(device, codes, store_kv):
+    shape = Shape((1, 6), (20, 30), num_kv_heads=3, group=2, dim=20, block_size=7, dtype=torch.float16)
+    case = build(replace(shape, codes=codes, scales=torch.float32, head_major=False), device)
+    qkv = torch.cat([case.query, case.key, case.value], dim=1)  # as a product leaves them
+    query, key, value = qkv.clone().split([6, 3, 3], dim=1)
+    rotary = Rotary(*torch.randn(2, len(qkv), 20, dtype=torch.float16).to(device), 9)
+    slots = case.plan.slot_mapping.clone()
+    slots[2] = NULL_SLOT
+    stored, expected = (LayerStore(*(None if x is None else x.clone() for x in case.layer)) for _ in range(2))
+    store_kv(key, value, stored, slots, query, rotary)
+    turned = qkv[:, :9].clone()
+    rotate_heads(turned, rotary)
+    assert_close(torch.cat([query, key], dim=1), turned)
+    assert torch.equal(value, case.value)
+    reference.store_kv(key, value, expected, slots)
+    for actual, wanted in zip(stored, expected, strict=True):
+        if actual is not None:
+            torch.testing.assert_close(actual.float(), wanted.float(), atol=0, rtol=0, equal_nan=True)
 
 
 def check_decode(shape: Shape, device: torch.device, tuned: triton_decode.Tuning | None = None) -> None:

@@ -15,16 +15,30 @@ from torch import Tensor
 
 from ..plan import LayerStore, Plan
 from . import cpu
+from .linear import Rotary, rotate_heads
 
 
-def store_kv(key: Tensor, value: Tensor, layer: LayerStore, slot_mapping: Tensor) -> None:
-    """Write this step's K and V, [T, Hkv, D] each, into the slots [T]; slot -1 writes nothing. See `reference`."""
+def store_kv(
+    key: Tensor,
+    value: Tensor,
+    layer: LayerStore,
+    slot_mapping: Tensor,
+    query: Tensor | None = None,
+    rotary: Rotary | None = None,
+) -> None:
+    """Write this step's K and V, [T, Hkv, D] each, into the slots [T]; slot -1 writes nothing. See `reference`.
+
+    With `rotary`, queries [T, Hq, D] and keys come as the product left them, and are rotated in place first.
+    """
     if key.is_cuda:
         from .triton_store import store_kv as store_on_gpu  # Triton is there only where a GPU is
 
-        store_on_gpu(key, value, layer, slot_mapping)
-    else:
-        cpu.store_kv(key, value, layer, slot_mapping)
+        store_on_gpu(key, value, layer, slot_mapping, query, rotary)
+        return
+    if rotary is not None:
+        rotate_heads(query, rotary)
+        rotate_heads(key, rotary)
+    cpu.store_kv(key, value, layer, slot_mapping)
 
 
 def attention(

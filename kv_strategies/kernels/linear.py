@@ -8,7 +8,8 @@
 
     a CPU       the library's products in their fast forms (cpu_linear.py)
     one row     one Triton kernel that streams W once and does the rest on the way (triton_linear.py)
-    more rows   cuBLAS, with a kernel before or after it (triton_fused.py); the residual is its accumulator
+    more rows   cuBLAS, with a kernel before or after it (triton_fused.py); the residual is its accumulator, and rotary
+                embedding is left to what stores K and V (triton_store.py), by which keys pass anyhow
 
 One kernel pays for one row only. On an H200, in a chain of such kernels, q, k and v of Llama-2-7B cost 27.0 us (0.85 of
 the bandwidth for reads), o 12.5, gate and up 40.6 to 46, down 26.4; by cuBLAS and its neighbours q, k and v take 33.
@@ -55,7 +56,7 @@ def linear(
 
     Args:
         norm: applied to x first.
-        rotary: applied to the result.
+        rotary: applied to the result, unless `rotates_later`.
         gated: the first half of the result is the gate, the second what it gates: silu(gate) * up.
         residual: [T, N], what the result is added to, in place; it is what is returned.
     """
@@ -64,11 +65,18 @@ def linear(
         from . import cpu_linear
 
         return cpu_linear.linear(x, weight, bias, **options)
-    if len(x) != 1:
+    if rotates_later(x):
+        if options.pop("rotary") is not None:
+            raise ValueError(f"with {len(x)} rows on a GPU, `kernels.store_kv` rotates: give it the rotary embedding")
         return many_rows(x, weight, bias, **options)
     from . import triton_linear  # Triton is there only where a GPU is
 
     return triton_linear.linear(x, weight, bias, **options)
+
+
+def rotates_later(x: Tensor) -> bool:
+    """Whether rotary embedding is not for `linear`, with so many rows, but for `kernels.store_kv`."""
+    return x.is_cuda and len(x) != 1
 
 
 def reference(
@@ -101,9 +109,13 @@ def rms_norm(x: Tensor, norm: Norm) -> Tensor:
 
 
 def rotate(y: Tensor, rotary: Rotary) -> None:
-    """Turn the heads of y [T, N] in place: dimension d of a head is a pair with dimension d + D / 2."""
+    """Turn the first heads of y [T, N] in place."""
+    rotate_heads(y[:, : rotary.num_heads * rotary.cos.shape[-1]].view(len(y), rotary.num_heads, -1), rotary)
+
+
+def rotate_heads(heads: Tensor, rotary: Rotary) -> None:
+    """Turn heads [T, H, D] in place: dimension d of a head is a pair with dimension d + D / 2."""
     cos, sin = rotary.cos[:, None].float(), rotary.sin[:, None].float()  # [T, 1, D]
-    heads = y[:, : rotary.num_heads * cos.shape[-1]].view(len(y), rotary.num_heads, -1)
     wide = heads.float()
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
@@ -116,7 +128,6 @@ def many_rows(
     bias: Tensor | None = None,
     *,
     norm: Norm | None = None,
-    rotary: Rotary | None = None,
     gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -128,8 +139,6 @@ def many_rows(
     if residual is not None and bias is None:
         return residual.addmm_(x, weight.mT)
     y = F.linear(x, weight, bias)
-    if rotary is not None:
-        triton_fused.rotate(y, rotary)
     if gated:
         y = triton_fused.silu_mul(y)
     return y if residual is None else residual.add_(y)

@@ -1,4 +1,4 @@
-"""What stands before and after a product by cuBLAS, each in one pass over memory: norm, rotary embedding, gating.
+"""What stands before and after a product by cuBLAS, each in one pass over memory: norm and gating.
 
 One program a token, or a stretch of it. All arithmetic is float32. See `linear.py` for what each one means, and
 `triton_overlap.py` for how they follow each other.
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear import Norm, Rotary
+from .linear import Norm
 from .triton_overlap import followed, overlapping, waited
 
 
@@ -39,40 +39,6 @@ def rms_norm_kernel(
     scale = tl.rsqrt(tl.sum(data * data, 0) / SIZE + eps)
     data = data * scale * factor.to(tl.float32)
     tl.store(out + token * SIZE + columns, data.to(out.dtype.element_ty), mask=mask)
-
-
-def rotate(y: Tensor, rotary: Rotary) -> None:
-    """Turn the first heads of y [T, N] in place."""
-    half = rotary.cos.shape[-1] // 2
-    rotate_kernel[(len(y),)](
-        y, rotary.cos, rotary.sin, y.stride(0), rotary.cos.stride(0), rotary.sin.stride(0),
-        HEADS=rotary.num_heads, HEADS_P2=triton.next_power_of_2(rotary.num_heads),
-        HALF=half, HALF_P2=triton.next_power_of_2(half), **overlapping(y.device),
-    )  # fmt: skip
-
-
-@triton.jit
-def rotate_kernel(
-    y, cos, sin, y_stride, cos_stride, sin_stride,
-    HEADS: tl.constexpr, HEADS_P2: tl.constexpr, HALF: tl.constexpr, HALF_P2: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    followed(OVERLAP)
-    waited(OVERLAP)
-    token = tl.program_id(0).to(tl.int64)
-    heads, dims = tl.arange(0, HEADS_P2), tl.arange(0, HALF_P2)
-    mask = (heads < HEADS)[:, None] & (dims < HALF)[None, :]
-    at = y + token * y_stride + heads[:, None] * (2 * HALF) + dims[None, :]
-    first = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [HEADS_P2, HALF_P2]
-    second = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
-    cos += token * cos_stride + dims
-    sin += token * sin_stride + dims
-    own = dims < HALF
-    cos_first = tl.load(cos, mask=own, other=0.0).to(tl.float32)[None, :]
-    sin_first = tl.load(sin, mask=own, other=0.0).to(tl.float32)[None, :]
-    cos_second = tl.load(cos + HALF, mask=own, other=0.0).to(tl.float32)[None, :]
-    sin_second = tl.load(sin + HALF, mask=own, other=0.0).to(tl.float32)[None, :]
-    tl.store(at, (first * cos_first - second * sin_first).to(y.dtype.element_ty), mask=mask)
-    tl.store(at + HALF, (second * cos_second + first * sin_second).to(y.dtype.element_ty), mask=mask)
 
 
 def silu_mul(y: Tensor) -> Tensor:
