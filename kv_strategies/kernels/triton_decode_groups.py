@@ -95,18 +95,22 @@ def decode_groups_kernel(
     v_runs = find_runs(v_store, table, begin, end, v_stride_block, DIM, BLOCK_SIZE, RUN)
     k_scale_runs = find_runs(k_scale, table, begin, end, k_scale_stride_block, 1, BLOCK_SIZE, RUN)
     v_scale_runs = find_runs(v_scale, table, begin, end, v_scale_stride_block, 1, BLOCK_SIZE, RUN)
+    # All but the token of this step lies in the cache already, so that codes can be read ahead. Scales can not: that of
+    # the new token shares a sector with those of others, which would stay in this core's own cache as it was.
+    k, v = load_k(k_runs, DIM, RUN), load_v(v_runs, DIM, RUN)
     waited(OVERLAP)
     if not is_there:
         return
 
+    if (part == num_parts - 1) & (end - begin <= TILE):
+        k, v = load_k(k_runs, DIM, RUN), load_v(v_runs, DIM, RUN)
     q, q_scale = load_q(
         query + row * query_stride_row + head * GROUP * query_stride_head, query_stride_head, scaling, GROUP, DIM
     )
     best = tl.full([8], LOWEST, tl.float32)  # of q . k, without its scale
     total = tl.zeros([8], tl.float32)
     acc = tl.zeros([DIM, 8], tl.float32)
-    k, k_scales = load_k(k_runs, DIM, RUN), load_scales(k_scale_runs, RUN)
-    v, v_scales = load_v(v_runs, DIM, RUN), load_scales(v_scale_runs, RUN)
+    k_scales, v_scales = load_scales(k_scale_runs, RUN), load_scales(v_scale_runs, RUN)
     whole = begin + (end - begin) // TILE * TILE
     for start in tl.range(begin, whole, TILE, num_stages=1):  # K and V of a tile are read during the one before
         ahead = start + TILE

@@ -8,8 +8,8 @@ may be followed, or have ended. Its programs take what room is left, do what dep
 
 One rule makes this safe, whatever the order of kernels, and a kernel that is launched with it has to keep it:
 
-    Before `waited`, no program writes anything, nor reads anything but what no kernel of the step writes: weights, and
-    the block tables, slots and lengths that the host has copied. And every program waits.
+    Before `waited`, no program writes anything, nor reads anything but what no kernel of the step writes: weights, the
+    block tables, slots and lengths that the host has copied, and K and V of earlier steps. And every program waits.
 
 Then the end of a kernel means the end of all before it, so what is read after `waited` is there (also two kernels on),
 and what is overwritten after it (a residual, parts in a workspace, memory that the allocator gives again) has no reader
