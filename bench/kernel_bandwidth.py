@@ -21,6 +21,7 @@ import torch
 from bench.machine import conditions, limits
 from bench.measure import seconds
 from kv_strategies.kernels.triton_decode import Tuning, decode, tuning
+from kv_strategies.kernels.triton_decode_groups import suits
 from kv_strategies.plan import LayerStore, Plan
 
 #: name -> (rows, context, query heads, KV heads)
@@ -78,6 +79,11 @@ class Problem:
             num_decodes=num_rows,
         )
 
+    @property
+    def tuned(self) -> Tuning:
+        """The sizes that `decode` takes by itself."""
+        return tuning(self.group, self.dtype, self.num_pairs, suits(self.query, self.layers[0]))
+
     def time(self, tuned: Tuning, repeats: int) -> float:
         """Of one attention: the median over replays of a graph of all layers."""
         plan = replace(self.plan, scratch={})
@@ -115,7 +121,7 @@ def main() -> None:
     results = []
     for name in args.shapes:
         problem = Problem(name, args.block_size, args.dim, args.codes)
-        base = tuning(problem.group, problem.dtype, problem.num_pairs)
+        base = problem.tuned
         choices = product(
             args.tile or [base.tile],
             args.warps or [base.num_warps],

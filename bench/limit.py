@@ -64,12 +64,10 @@ def attempt(work: Callable[[], dict]) -> dict:
 
 def run_attention(bench: Bench) -> dict:
     from bench.kernel_bandwidth import SHAPES, Problem
-    from kv_strategies.kernels.triton_decode import tuning
 
     def point(name: str) -> dict:
         problem = Problem(name, strategies.BLOCK_SIZE, bench.params["dim"], "none", bench.case.device)
-        tuned = tuning(problem.group, problem.dtype)
-        seconds = problem.time(tuned, bench.params["repeats"])
+        seconds = problem.time(problem.tuned, bench.params["repeats"])
         return {"batch": SHAPES[name][0], "context": SHAPES[name][1], "seconds": seconds, "bytes": problem.bytes}
 
     rows = []

@@ -566,7 +566,7 @@ def test_gpu_groups_in_registers(device, codes, dtype, group, dim):
     shape = Shape((1,) * 40, row_lens, group=group, dim=dim, dtype=dtype, codes=codes, head_major=False)
     check_decode(shape, device)
     check_decode(
-        replace(shape, query_lens=(1, 1), row_lens=(3001, 800)), device, triton_decode.tuning(4, torch.int8, 64)
+        replace(shape, query_lens=(1, 1), row_lens=(3001, 800)), device, triton_decode.tuning(4, torch.int8, 64, True)
     )
 
 

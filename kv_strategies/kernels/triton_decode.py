@@ -39,6 +39,8 @@ from .triton_overlap import followed, overlapping, waited
 
 #: Parts of one row and KV head at most, where its length alone decides.
 MAX_PARTS = 64
+#: Fewer pairs of a row and a KV head than these are tuned for by themselves.
+FEW_PAIRS = 64
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,22 @@ class Tuning:
     part: int = 0  # tokens of a part where the row's length alone decides; 0 where the batch does
 
 
-def tuning(group: int, dtype: torch.dtype, num_pairs: int = 0) -> Tuning:
+def tuning(group: int, dtype: torch.dtype, num_pairs: int, in_registers: bool = False) -> Tuning:
     """The sizes for a number of query heads a KV head and the dtype of K and V as stored, swept on an H100.
 
     Float32 is for float32 queries on any store: they take the most registers, and their results are compared.
 
     Args:
-        num_pairs: rows times KV heads, or 0 for what does not suit `triton_decode_groups.py`. Fewer pairs have more
-            parts each, which one warp is long to merge.
+        num_pairs: rows times KV heads. Few have many parts each, which one warp is long to merge; and few rows follow
+            kernels that need little shared memory: a change of it takes as long as it may spare.
+        in_registers: whether `triton_decode_groups.py` can do it.
     """
     if dtype == torch.float32:
         return Tuning(tile=32, num_warps=4, part=256)
-    if dtype.itemsize == 1 and 1 < group <= 8 and num_pairs >= 64:
+    if in_registers and num_pairs >= FEW_PAIRS:
         return Tuning(tile=16, num_warps=1, programs=16, registers=128, least=128)
+    if group > 1 and num_pairs < FEW_PAIRS:
+        return Tuning(tile=64, num_warps=2, num_stages=2, programs=4)
     if group > 1:
         return Tuning(tile=64, num_warps=4, num_stages=5, programs=2)
     if dtype == torch.int8:
@@ -103,7 +108,7 @@ def decode(
     num_pairs = rows * num_kv_heads
     is_plain = not window and not sinks and (suits(query, layer, tuned.tile) if tuned else suits(query, layer))
     dtype = query.dtype if query.dtype == torch.float32 else layer.k.dtype
-    tuned = tuned or tuning(group, dtype, num_pairs if is_plain else 0)
+    tuned = tuned or tuning(group, dtype, num_pairs, is_plain)
     longest = max((plan.row_lens if shared is None else plan.private_lens)[:rows])
     longest = min(longest, window + layer.block_size if window else longest)  # a window need not begin with a block
     sink_places = tuned.tile * triton.cdiv(sinks, tuned.tile)
