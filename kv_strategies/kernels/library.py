@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import LayerStore
-from .triton_common import load_tile
+from .triton_common import VARYING, load_tile
 
 #: Tokens. Fewer queries gain less than their plan costs. (What a CUDA graph prefills is shorter: a bound of the past
 #: would not do here.)
@@ -99,7 +99,7 @@ def gather(store: Tensor, table: Tensor, num_tokens: int) -> Tensor:
     return out.transpose(0, 1)
 
 
-@triton.jit
+@triton.jit(**VARYING)
 def gather_kernel(
     store, table, out, num_tokens, stride_block, stride_head, stride_token, out_stride_head,
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, TILE: tl.constexpr,

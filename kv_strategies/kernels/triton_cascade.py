@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import LayerStore, Plan
-from .triton_common import LOG2_E, LOWEST, attend, fold_parts
+from .triton_common import LOG2_E, LOWEST, VARYING, attend, fold_parts
 
 #: Queries for which parts are kept (16 KiB each and split for 32 heads of 128 numbers). Beyond it, rows read what they
 #: share by themselves: so many queries are bound by arithmetic, which sharing does not spare.
@@ -117,7 +117,7 @@ def split_size(num_tokens, num_splits, SPLIT: tl.constexpr):
     return SPLIT * tl.cdiv(tl.maximum(num_tokens, 1), SPLIT * num_splits)
 
 
-@triton.jit
+@triton.jit(**VARYING)
 def cascade_kernel(
     query, k_store, v_store, k_scale, v_scale,
     block_tables, cu_seqlens_q, groups, parts, part_lses, scaling, num_queries, num_groups,

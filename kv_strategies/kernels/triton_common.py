@@ -20,6 +20,16 @@ from torch import Tensor
 from ..plan import Plan
 
 LOG2_E = 1.4426950408889634
+#: For `triton.jit`: numbers that differ from step to step, and where tables lie in the memory of a plan, are no reason
+#: to compile a kernel again (three seconds, for each sort of number: 1, a multiple of 16, another).
+VARYING = {
+    "do_not_specialize": [
+        "num_rows", "first_row", "last_row", "num_queries", "num_groups", "num_tokens", "shared_splits", "table_stride",
+    ],
+    "do_not_specialize_on_alignment": [
+        "block_tables", "table", "context_lens", "cu_seqlens_q", "slot_mapping", "shared_lens", "groups",
+    ],
+}  # fmt: skip
 #: Where a maximum starts: finite, so that the difference of two starts is 0 and not NaN.
 LOWEST = tl.constexpr(-1.0e30)
 #: Where 8-bit V is summed, weights times scales are so many times as large: else the small ones vanish in a float16,

@@ -34,7 +34,17 @@ from torch import Tensor
 
 from ..plan import LayerStore, Plan
 from .triton_cascade import SharedParts, fold_shared
-from .triton_common import LOG2_E, LOWEST, V_UNIT, load_blocks, load_tokens, merge_parts, num_multiprocessors, workspace
+from .triton_common import (
+    LOG2_E,
+    LOWEST,
+    V_UNIT,
+    VARYING,
+    load_blocks,
+    load_tokens,
+    merge_parts,
+    num_multiprocessors,
+    workspace,
+)
 from .triton_overlap import followed, overlapping, waited
 
 #: Parts of one row and KV head at most, where its length alone decides.
@@ -134,7 +144,9 @@ def decode(
     ]  # fmt: skip
     sizes = {
         "BLOCK_SIZE": layer.block_size, "HEADS": num_kv_heads, "DIM": dim, "DIM_P2": dim_p2,
-        "ROWS_P2": triton.next_power_of_2(rows), "TILE_PARTS": max(16 * tuned.num_warps // max(group_p2, 4), 1),
+        # one row, or as many as there are in few sizes, each of which is another kernel
+        "ROWS_P2": 1 if rows == 1 else max(triton.next_power_of_2(rows), 64),
+        "TILE_PARTS": max(16 * tuned.num_warps // max(group_p2, 4), 1),
         "WINDOW": window, "SINKS": sinks, "SINK_PLACES": sink_places,
         "CASCADE": shared is not None, "SHARED_SPLIT": shared_split,
         "WANTED": wanted, "PART": tuned.part, "MAX_PARTS": MAX_PARTS, "LEAST": tuned.least, "TILE": tuned.tile,
@@ -352,7 +364,7 @@ def widen(codes, HALF: tl.constexpr, FAST: tl.constexpr, PURE: tl.constexpr):
     return wide
 
 
-@triton.jit
+@triton.jit(**VARYING)
 def decode_kernel(
     query, sink_query, out, k_store, v_store, block_tables, context_lens, parts, part_lses, arrived,
     shared_lens, shared_parts, shared_lses, shared_splits, scaling, num_rows,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import LayerStore, Plan
-from .triton_common import LOWEST
+from .triton_common import LOWEST, VARYING
 from .triton_decode import Tuning, finish_part, load_queries, own_part, token_of
 from .triton_overlap import followed, waited
 
@@ -60,7 +60,7 @@ def decode_codes(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(**VARYING)
 def decode_codes_kernel(
     query, sink_query, out, k_store, v_store, block_tables, context_lens, parts, part_lses, arrived,
     shared_lens, shared_parts, shared_lses, shared_splits, scaling, num_rows,

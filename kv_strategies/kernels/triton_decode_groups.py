@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import LayerStore
-from .triton_common import LOWEST
+from .triton_common import LOWEST, VARYING
 from .triton_decode import finish_part, own_part
 from .triton_overlap import followed, waited
 
@@ -63,7 +63,7 @@ def decode_groups(grid: tuple[int], arguments: list, sizes: dict, query: Tensor,
     )
 
 
-@triton.jit
+@triton.jit(**VARYING)
 def decode_groups_kernel(
     query, sink_query, out, k_store, v_store, block_tables, context_lens, parts, part_lses, arrived,
     shared_lens, shared_parts, shared_lses, shared_splits, scaling, num_rows,

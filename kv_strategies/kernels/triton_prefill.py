@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..plan import LayerStore, Plan
 from .triton_cascade import SharedParts, fold_shared
-from .triton_common import LOG2_E, LOWEST, attend, merge_parts, workspace
+from .triton_common import LOG2_E, LOWEST, VARYING, attend, merge_parts, workspace
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def prefill(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(**VARYING)
 def prefill_kernel(
     query, sink_query, out, k_store, v_store, k_scale, v_scale,
     block_tables, cu_seqlens_q, context_lens, parts, part_lses, arrived,

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..plan import LayerStore
 from .linear import Rotary
 from .reference import CODE_MAX
+from .triton_common import VARYING
 from .triton_overlap import followed, overlapping, waited
 
 
@@ -44,7 +45,7 @@ def store_kv(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(**VARYING)
 def store_kernel(
     query, key, value, k_store, v_store, k_scale, v_scale, slot_mapping, cos, sin,
     query_stride_token, query_stride_head, key_stride_token, key_stride_head, value_stride_token, value_stride_head,
