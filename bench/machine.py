@@ -59,7 +59,9 @@ def versions() -> dict[str, str | None]:
 
 def commit() -> dict:
     """The commit measured, and whether files beside the results differ from it. `BENCH_COMMIT` names it where the tree
-    came without its git history."""
+    came without its git history, or with another."""
+    if named := os.environ.get("BENCH_COMMIT"):
+        return {"commit": named, "dirty": None}
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -70,7 +72,7 @@ def commit() -> dict:
         ).stdout.strip()  # fmt: skip
         return {"commit": head, "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": os.environ.get("BENCH_COMMIT", "unknown"), "dirty": None}
+        return {"commit": "unknown", "dirty": None}
 
 
 def conditions(device: str) -> dict:
