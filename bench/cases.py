@@ -497,10 +497,10 @@ def _limit_on_cpu(device: str, model: str | None) -> list[Case]:
     cases = []
     for dtype in ("float32", "bfloat16"):
         points = [[system, 1, context] for context in (128, 1024) for system in ("baseline", "paged")]
-        params = {"points": points, "new_tokens": 24, "native_tokens": 24, "repeats": 4}
+        params = {"points": points, "new_tokens": 24, "native_tokens": 24, "repeats": 2}
         cases.append(Case("decode", "paged", model, dtype, device, params))
         batch = {"systems": ["baseline", "paged"], "lengths": ragged(8, 16, 320), "new_tokens": 64, "repeats": {}}
-        cases.append(Case("batching", "paged", model, dtype, device, {"batches": [batch], "rounds": 4}))
+        cases.append(Case("batching", "paged", model, dtype, device, {"batches": [batch], "rounds": 2}, timeout=600))
     return cases
 
 
