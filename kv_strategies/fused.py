@@ -139,6 +139,8 @@ def head_of(model: LlamaForCausalLM) -> tuple[Tensor, Tensor | None] | None:
     where it is not, or anyone could see the difference.
     """
     head = model.lm_head
+    if type(model) is not LlamaForCausalLM:
+        return None
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or head.weight.device.type != "cpu":
         return None
     if any("forward" in vars(module) or _has_hooks(module) for module in (model, head)):

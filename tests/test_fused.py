@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from common import VOCAB, tiny_llama
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from kv_strategies import Request, Runner, build, fused, graphs
 from kv_strategies.fused import FusedStack
@@ -224,6 +227,29 @@ def test_other_models_keep_their_layers(change):
     change(model)
     assert not fused.supports(model)
     assert fused_strategy(model).stack is None
+
+
+class Louder(LlamaForCausalLM):
+    """Whose logits are its own."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = -output.logits
+        return output
+
+
+def test_the_head_of_other_models_is_their_own(device):
+    model = model_of("plain").to(device)
+    assert (fused.head_of(model) is None) == (device.type == "cuda")
+    for change in ("class", "hook", "method"):
+        model = model_of("plain").to(device)
+        if change == "class":
+            model.__class__ = Louder
+        elif change == "hook":
+            model.lm_head.register_forward_hook(lambda module, args, output: -output)
+        else:
+            model.forward = partial(Louder.forward, model)
+        assert fused.head_of(model) is None
 
 
 # --- kernels
