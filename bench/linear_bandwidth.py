@@ -2,9 +2,11 @@
 
     python -m bench.linear_bandwidth                                     # tuned sizes and cuBLAS, every product
     python -m bench.linear_bandwidth --products llama-2-7b/down --rows 1 --programs 2 4 6 8
+    python -m bench.linear_bandwidth --rows 16 32 --tile-n 64 128 --stages 3 4 5
 
 Three ways: cuBLAS alone; cuBLAS with what stands around it in a layer (norm, gating, residual) as kernels of their own,
-which is what runs with two rows and more; and our kernel for one row, with all of it and rotary embedding inside.
+which is what runs with more rows than 64; and our kernels, with all of it and rotary embedding inside for one row, with
+a kernel for the norm before it for more.
 
 A CUDA graph runs a product over as many copies of its weights as leave the L2 cache behind; the median of its replays
 over the number of copies is the time of one product, launch included. How products of one row follow each other in a
@@ -17,18 +19,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from bench.machine import conditions, limits
 from bench.measure import seconds
-from kv_strategies.kernels import triton_linear
+from kv_strategies.kernels import triton_fused, triton_linear, triton_linear_rows
 from kv_strategies.kernels.linear import Norm, Rotary, many_rows, reference
-from kv_strategies.kernels.triton_linear import Tuning, tuning
 
 DIM = 128
 #: name -> (N, K, what stands around it)
@@ -45,7 +46,8 @@ PRODUCTS = {
     "llama-3.1-8b/lm_head": (128256, 4096, "nothing"),
 }
 WORKING_SET = 1 << 30  # bytes of weights in rotation, far beyond the L2 cache
-SIZES = ("tile_n", "tile_k", "num_warps", "programs")
+#: what can be tuned: with one row, with more
+SIZES = {True: ("tile_n", "tile_k", "num_warps", "programs"), False: ("tile_n", "tile_k", "stages")}
 
 
 class Problem:
@@ -70,8 +72,20 @@ class Problem:
             "nothing": {},
         }[around]
 
-    def ours(self, tuned: Tuning) -> Callable:
-        return lambda weight: triton_linear.linear(self.x, weight, **self.options, tuned=tuned)
+    @property
+    def tuned(self) -> NamedTuple:
+        return triton_linear.tuning(self.k) if self.num_rows == 1 else triton_linear_rows.Tuning()
+
+    def ours(self, tuned: NamedTuple) -> Callable:
+        return lambda weight: self.product(weight, tuned, **self.options)
+
+    def product(self, weight: torch.Tensor, tuned: NamedTuple, **options) -> torch.Tensor:
+        if self.num_rows == 1:
+            return triton_linear.linear(self.x, weight, **options, tuned=tuned)
+        options.pop("rotary", None)  # left to the store of K and V
+        norm = options.pop("norm", None)
+        x = self.x if norm is None else triton_fused.rms_norm(self.x, norm)
+        return triton_linear_rows.linear(x, weight, **options, tuned=tuned)
 
     def cublas(self, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(self.x, weight)
@@ -96,25 +110,28 @@ class Problem:
         return taken
 
 
-def check(problem: Problem, tuned: Tuning) -> float:
+def check(problem: Problem, tuned: NamedTuple) -> float:
     """Relative error of a tuning's result against the plain version."""
     fresh = {name: value.clone() if torch.is_tensor(value) else value for name, value in problem.options.items()}
-    got = triton_linear.linear(problem.x, problem.weights[0], **fresh, tuned=tuned).float()
+    got = problem.product(problem.weights[0], tuned, **fresh).float()
     fresh = {name: value.clone() if torch.is_tensor(value) else value for name, value in problem.options.items()}
+    if problem.num_rows > 1:
+        fresh.pop("rotary", None)
     expected = reference(problem.x, problem.weights[0], **fresh).float()
     return float((got - expected).norm() / expected.norm())
 
 
-def sweep(base: Tuning, args: argparse.Namespace) -> list[Tuning]:
-    choices = [getattr(args, name) or [getattr(base, name)] for name in SIZES]
-    return [Tuning(*choice) for choice in product(*choices)]
+def sweep(problem: Problem, args: argparse.Namespace) -> list[NamedTuple]:
+    base = problem.tuned
+    choices = [getattr(args, name) or [getattr(base, name)] for name in SIZES[problem.num_rows == 1]]
+    return [type(base)(*choice) for choice in product(*choices)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.linear_bandwidth", description=__doc__.splitlines()[0])
     parser.add_argument("--products", nargs="+", choices=PRODUCTS, default=list(PRODUCTS), metavar="NAME")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 32, 64])
-    for name in SIZES:
+    for name in dict.fromkeys(SIZES[True] + SIZES[False]):
         option = "--" + name.removeprefix("num_").replace("_", "-")
         parser.add_argument(
             option, dest=name, type=int, nargs="+", help="values to sweep; the tuned constant unless given"
@@ -138,21 +155,21 @@ def main() -> None:
 
         cublas = record("cublas", problem.time(problem.cublas, args.repeats))
         around = record("cublas and kernels around it", problem.time(problem.around_cublas, args.repeats))
-        base = tuning(problem.k)
+        base = problem.tuned
         tried = []
-        for tuned in sweep(base, args) if num_rows == 1 else []:
+        for tuned in sweep(problem, args) if num_rows <= triton_linear_rows.MAX_ROWS else []:
             try:
                 error = check(problem, tuned)
                 taken = problem.time(problem.ours(tuned), args.repeats)
             except Exception as error:  # a size that does not fit the chip is a result of a sweep, not its end
                 print(f"  {name} {tuned}: {type(error).__name__}: {str(error).splitlines()[0]}")
                 continue
-            tried.append(record("ours", taken, error=error, base=tuned == base, **asdict(tuned)))
+            tried.append(record("ours", taken, error=error, base=tuned == base, **tuned._asdict()))
         line = f"{name:22} {num_rows:3} rows  cuBLAS {show(cublas)}, with its neighbours {show(around)}"
         print(line, flush=True)
         tried.sort(key=lambda result: result["seconds"])
         for result in tried[:6]:
-            sizes = "/".join(str(result[size]) for size in SIZES)
+            sizes = "/".join(str(result[size]) for size in SIZES[num_rows == 1])
             mark = " (tuned)" if result["base"] else ""
             print(" " * 32, f"ours {show(result)}  {sizes}{mark}", end="")
             print(f"  error {result['error']:.1e}" if result["error"] > 8e-3 else "", flush=True)

@@ -126,7 +126,7 @@ def main() -> None:
         best[name] = ranked[0]
         for tuned in ranked[:6]:
             mark = " (tuned)" if tuned == base[name] else ""
-            show(f"  {'/'.join(map(str, vars(tuned).values()))}{mark}", times[tuned] - without, chain.bytes[name])
+            show(f"  {'/'.join(map(str, tuned))}{mark}", times[tuned] - without, chain.bytes[name])
     show("all four, the best", chain.time(best, args.repeats), sum(chain.bytes.values()))
 
 

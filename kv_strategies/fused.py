@@ -135,13 +135,11 @@ def supports(model: LlamaForCausalLM) -> bool:
 
 
 def head_of(model: LlamaForCausalLM) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of the product that gives the logits, where `linear` is faster than the module, on a CPU; None
-    where it is not, or anyone could see the difference.
-    """
+    """Weight and bias of the product that gives the logits, for `linear`; None where one could see the difference."""
     head = model.lm_head
     if type(model) is not LlamaForCausalLM:
         return None
-    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or head.weight.device.type != "cpu":
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or not head.weight.is_contiguous():
         return None
     if any("forward" in vars(module) or _has_hooks(module) for module in (model, head)):
         return None

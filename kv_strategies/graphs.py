@@ -58,6 +58,7 @@ class StepGraphs:
         self._buffers: dict[tuple[int, int, int], PlanBuffer] = {}  # the graphs read their memory
         self._graphs: dict[tuple[int, int, int, int], _Graph] = {}
         self._memory = torch.cuda.graph_pool_handle()
+        self._stream = _stream(last_token.device)
 
     def decode(self, rows: Sequence[tuple[BlockTable, int]], slots: Sequence[int]) -> tuple[Tensor, Tensor]:
         """One step over rows of one query each. The likeliest tokens are the newest of their slots when it has run.
@@ -119,8 +120,8 @@ class StepGraphs:
             self._last_token[slots] = tokens
             return logits, tokens
 
-        _warm_up(step, plan.device)  # all is padding still, which reads and stores nothing
-        replay, (logits, tokens) = _record(step, self._memory)
+        _warm_up(step, self._stream)  # all is padding still, which reads and stores nothing
+        replay, (logits, tokens) = _record(step, self._stream, self._memory)
         return _Graph(replay, logits, tokens)
 
 
@@ -131,6 +132,7 @@ class StackGraphs:
         self.stack = stack
         self._buffers: dict[tuple[int, int], PlanBuffer] = {}  # the graphs read their memory
         self._steps: dict[tuple[int, int, int], StackStep] = {}
+        self._stream = _stream(stack.device)
 
     def step(self, rows: Sequence[tuple[BlockTable, int]]) -> StackStep:
         """What stands in for the stack in a step over rows of one query each, its plan filled in."""
@@ -140,7 +142,7 @@ class StackGraphs:
         plan = self._buffers[shape].fill(rows)
         bounds = _bounds(plan, shape[1])
         if (len(rows), *bounds) not in self._steps:
-            self._steps[len(rows), *bounds] = StackStep(self.stack, bounds)
+            self._steps[len(rows), *bounds] = StackStep(self.stack, bounds, self._stream)
         step = self._steps[len(rows), *bounds]
         step.follow(plan)
         return step
@@ -149,9 +151,9 @@ class StackGraphs:
 class StackStep:
     """One decode step of so many rows and so long contexts at most: called as the stack is."""
 
-    def __init__(self, stack: FusedStack, bounds: tuple[int, int]):
+    def __init__(self, stack: FusedStack, bounds: tuple[int, int], stream: torch.cuda.Stream | None):
         self.plan: Plan | None = None
-        self._stack, self._bounds = stack, bounds
+        self._stack, self._bounds, self._stream = stack, bounds, stream
         self._is_warm = False
         self._replay: Callable[[], object] | None = None
         self._inputs: list[Tensor] = []
@@ -167,7 +169,12 @@ class StackStep:
         """See `FusedStack`. The result is valid until the next step."""
         if not self._is_warm:  # kernels compile
             self._is_warm = True
-            return self._stack(hidden_states, position_embeddings=position_embeddings, past_key_values=past_key_values)
+            return _warm_up(
+                lambda: self._stack(
+                    hidden_states, position_embeddings=position_embeddings, past_key_values=past_key_values
+                ),
+                self._stream,
+            )
         given = (hidden_states, *(part.expand(len(hidden_states), -1, -1) for part in position_embeddings))
         if self._replay is None:
             cache = AttendingCache(past_key_values.strategy)  # of no call: the graph serves all of them
@@ -175,7 +182,8 @@ class StackStep:
             with torch.inference_mode(False), torch.no_grad():  # what is kept serves all modes
                 self._inputs = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in given]
                 self._replay, self._output = _record(
-                    lambda: self._stack(self._inputs[0], position_embeddings=self._inputs[1:], past_key_values=cache)
+                    lambda: self._stack(self._inputs[0], position_embeddings=self._inputs[1:], past_key_values=cache),
+                    self._stream,
                 )
         for own, tensor in zip(self._inputs, given, strict=True):
             own.copy_(tensor)
@@ -183,19 +191,28 @@ class StackStep:
         return self._output
 
 
-def _warm_up(work: Callable[[], object], device: torch.device) -> None:
-    """Run `work` once in a stream of its own, as it has to be before a capture: kernels compile, caches fill."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def _warm_up(work: Callable[[], Any], stream: torch.cuda.Stream) -> Any:
+    """`work()` in the stream of its capture, as it has to be run once before: kernels compile, caches fill, and what a
+    kernel keeps for a stream is made, outside of the graph.
+    """
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream(device).wait_stream(stream)
+        result = work()
+    current.wait_stream(stream)
+    return result
 
 
-def _record(work: Callable[[], Any], memory: tuple[int, int] | None = None) -> tuple[Callable[[], object], Any]:
+def _record(
+    work: Callable[[], Any], stream: torch.cuda.Stream, memory: tuple[int, int] | None = None
+) -> tuple[Callable[[], object], Any]:
     """What repeats `work` on the same memory, and where its result will be. Graphs that never overlap may share it."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory):
+    with torch.cuda.graph(graph, pool=memory, stream=stream):
         output = work()
     return graph.replay, output
 

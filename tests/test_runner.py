@@ -87,7 +87,7 @@ def replaying_runner(model, strategy, monkeypatch, **options) -> Runner:
         return Runner(model, strategy, cuda_graphs=True, **options)
     from kv_strategies.kernels import gpu, triton_store
 
-    def record(work, memory):
+    def record(work, stream, memory):
         held = work()
         return lambda: [kept.copy_(new) for kept, new in zip(held, work(), strict=True)], held
 
@@ -95,7 +95,7 @@ def replaying_runner(model, strategy, monkeypatch, **options) -> Runner:
         monkeypatch.setattr(module, "attention", gpu.attention)
     monkeypatch.setattr(base, "store_kv", triton_store.store_kv)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(graphs, "_warm_up", lambda work, device: work())
+    monkeypatch.setattr(graphs, "_warm_up", lambda work, stream: work())
     monkeypatch.setattr(graphs, "_record", record)
     monkeypatch.setattr(Plan, "once", lambda plan, name, make: make())  # a graph computes it again
     runner = Runner(model, strategy, **options)

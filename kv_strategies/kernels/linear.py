@@ -4,18 +4,14 @@
     norm ->                 -> silu(gate) * up            the MLP's first half
                             -> + residual                 the output of attention, the MLP's second half
 
-`reference` says what is meant, in plain torch. Three ways to get there:
+`reference` says what is meant, in plain torch. Four ways to get there:
 
     a CPU       the library's products in their fast forms (cpu_linear.py)
     one row     one Triton kernel that streams W once and does the rest on the way (triton_linear.py)
-    more rows   cuBLAS, with a kernel before or after it (triton_fused.py); the residual is its accumulator, and rotary
-                embedding is left to what stores K and V (triton_store.py), by which keys pass anyhow
+    up to 64    on Hopper, one kernel that streams W through tensor cores (triton_linear_rows.py), norm ahead of it
+    more rows   cuBLAS, with a kernel before or after it (triton_fused.py); the residual is its accumulator
 
-One kernel pays for one row only. On an H200, in a chain of such kernels, q, k and v of Llama-2-7B cost 27.0 us (0.85 of
-the bandwidth for reads), o 12.5, gate and up 40.6 to 46, down 26.4; by cuBLAS and its neighbours q, k and v take 33.
-With 16 rows that takes 34, where a kernel of our own with tensor cores took 38. On an H100, one that cuts W into equal
-shares (stream-K), with norms ahead of it and the rest inside, took 163 us for the four products with 32 rows where
-cuBLAS and its neighbours take 167, and a step of 32 rows of 1024 tokens took 11.69 ms with either.
+With more than one row, rotary embedding is left to what stores K and V (triton_store.py), by which keys pass anyhow.
 """
 
 from __future__ import annotations
@@ -68,7 +64,10 @@ def linear(
     if rotates_later(x):
         if options.pop("rotary") is not None:
             raise ValueError(f"with {len(x)} rows on a GPU, `kernels.store_kv` rotates: give it the rotary embedding")
-        return many_rows(x, weight, bias, **options)
+        from . import triton_linear_rows
+
+        way = few_rows if triton_linear_rows.suits(x, weight) else many_rows
+        return way(x, weight, bias, **options)
     from . import triton_linear  # Triton is there only where a GPU is
 
     return triton_linear.linear(x, weight, bias, **options)
@@ -120,6 +119,23 @@ def rotate_heads(heads: Tensor, rotary: Rotary) -> None:
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     heads.copy_((wide * cos).addcmul_(turned, sin))
+
+
+def few_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """See `linear`: the product by a kernel of our own, where `triton_linear_rows.suits`."""
+    from . import triton_fused, triton_linear_rows
+
+    if norm is not None:
+        x = triton_fused.rms_norm(x, norm)
+    return triton_linear_rows.linear(x, weight, bias, gated=gated, residual=residual)
 
 
 def many_rows(

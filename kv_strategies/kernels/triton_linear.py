@@ -20,7 +20,7 @@ Bytes that have to move: N * K * itemsize.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -31,8 +31,7 @@ from .triton_common import num_multiprocessors
 from .triton_overlap import followed, overlapping, waited
 
 
-@dataclass(frozen=True)
-class Tuning:
+class Tuning(NamedTuple):
     """Sizes to tune; results agree to rounding whatever they are. `bench/linear_bandwidth.py` sweeps them."""
 
     tile_n: int  # rows of W at once
