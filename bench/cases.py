@@ -470,13 +470,15 @@ def _limit(device: str, model: str | None) -> list[Case]:
             "systems": ["paged", "generate_batch"],
             "lengths": ragged(64, 100, 1024),
             "new_tokens": 256,
-            "repeats": {"paged": 3},
+            "repeats": {"paged": 5},
+            "chunk": 8192,  # nobody waits for a next token while prompts are computed
         },
         {
             "systems": ["paged"],
             "lengths": ragged(256, 100, 1024),
             "new_tokens": ragged(256, 100, 1024)[::-1],
             "repeats": {},
+            "chunk": 8192,
             "slots": 96,
             "places": 96 * 1024,  # 52 GB: beside the weights, what a card of 80 GB holds
         },

@@ -195,7 +195,7 @@ def _prefill(bench: Bench, tokens: int) -> dict:
 
 def run_batching(bench: Bench) -> dict:
     """Each batch by each system, `rounds` times round. `slots` are the sequences in a step at most, `places` the tokens
-    a pool holds, where these are not to be all."""
+    a pool holds, where these are not to be all; `chunk` the tokens in a forward of ours."""
     rows = []
     for batch in bench.params["batches"]:
         found: dict[str, list[dict]] = {}
@@ -219,12 +219,12 @@ def _batch(bench: Bench, name: str, batch: dict) -> dict:
         capacity = Capacity([[batch["places"] // slots] * slots])
     else:
         capacity = Capacity([[length + new_tokens for length in lengths]])
-    system = open_system(name, bench.model, capacity)
+    options = {"max_batch_tokens": batch["chunk"]} if "chunk" in batch else {}
+    system = open_system(name, bench.model, capacity, **options)
     if isinstance(system, Ours) and bench.case.device.startswith("cuda"):
         for longest in (max(lengths), min(lengths)):
             _capture(bench, system, slots, longest)
-    else:
-        system(bench.prompts(lengths, seed=1), 4)
+    system(bench.prompts(lengths[:slots], seed=1), 4)
     bench.free()
     bench.memory.start()
     rates, count = [], 0

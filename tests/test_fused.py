@@ -486,9 +486,9 @@ def test_gpu_graphs_of_few_rows_share_memory(device):
 
         if num_rows != 64:  # without a warm-up, a graph has what it needs to itself
             graphs._warm_up(work, stream)
-        graph_of[num_rows] = *graphs._record(work, stream, memory), [x @ weight.mT for weight in weights]
+        graph_of[num_rows] = *graphs._record(work, stream, memory), [x @ weight.mT for weight in weights], x
     for num_rows in (5, 20, 64, 48, 16, 32, 64, 20):
-        replay, outs, expected = graph_of[num_rows]
+        replay, outs, expected, _x = graph_of[num_rows]  # which the graph reads
         replay()
         for out, wanted in zip(outs, expected, strict=True):
             torch.testing.assert_close(out, wanted, atol=0.5, rtol=2e-2)
