@@ -479,8 +479,8 @@ def _limit(device: str, model: str | None) -> list[Case]:
             "new_tokens": ragged(256, 100, 1024)[::-1],
             "repeats": {},
             "chunk": 8192,
-            "slots": 96,
-            "places": 96 * 1024,  # 52 GB: beside the weights, what a card of 80 GB holds
+            "slots": 128,
+            "places": 120 * 1024,  # 64 GB: beside the weights, what a card of 80 GB holds
         },
     ]
     points = {model: limit.POINTS["llama-2-7b-random"]} if model else limit.POINTS
