@@ -80,16 +80,32 @@ def with_headline(readme: str, lines: list[dict]) -> str:
         "[bench/results/comparison_table.md](bench/results/comparison_table.md).",
         section.comparison(model, dtype).split("\n\n", 1)[1],
     ]
-    claims = report_claims.claims([line for line in lines if _machine(line) == _machine(best)], model)
-    if claims and "gpu" in best["machine"]:
+    if limit := _newest_on_a_gpu(lines, "limit", model):
         text += [
-            "What each strategy is for, against the figure it was built to reach, both sides of a ratio in one process "
-            "(`make bench SUITE=strategies`, [bench/results/strategies_table.md](bench/results/strategies_table.md)):",
-            claims,
+            f"Against the limits of the card, on {_machine(limit[-1])}; shares are bytes that had to move / measured "
+            "read bandwidth / time (`make bench SUITE=limit`, the whole table and what it is measured with: "
+            "[bench/results/limit_table.md](bench/results/limit_table.md), what is missed and why: "
+            "[bench/limit_notes.md](bench/limit_notes.md)):",
+            report_limit.headline(limit, model, [line for line in limit if line["workload"] == "machine"]),
+        ]
+    if measured := _newest_on_a_gpu(lines, "strategies", model):
+        text += [
+            f"What each strategy is for, on {_machine(measured[-1])}, against the figure it was built to reach, both "
+            "sides of a ratio in one process (`make bench SUITE=strategies`, "
+            "[bench/results/strategies_table.md](bench/results/strategies_table.md)):",
+            report_claims.claims(measured, model),
         ]
     begin, rest = readme.split(MARKS[0])
     _, end = rest.split(MARKS[1])
     return "\n\n".join([begin + MARKS[0], *text, MARKS[1] + end])
+
+
+def _newest_on_a_gpu(lines: list[dict], suite: str, model: str) -> list[dict]:
+    """The lines of a suite on the GPU that ran it on `model` last, oldest first; none where none did."""
+    ran = [line for line in lines if line["suite"] == suite and line["status"] == "ok" and "gpu" in line["machine"]]
+    newest = max((line for line in ran if line["model"] == model), key=lambda line: line["time"], default=None)
+    own = [line for line in ran if newest is not None and _machine(line) == _machine(newest)]
+    return sorted(own, key=lambda line: line["time"])
 
 
 def render(lines: list[dict], title: str, command: str = "`make bench`") -> str:

@@ -129,11 +129,21 @@ def _table(rows: Iterable[Row], on_gpu: bool) -> str:
         )
     else:
         note += "Ratios to native `generate()` of the same process, in turns with it."
+    return f"**Against the limits**\n\n{note}\n\n" + _cells(rows, HEAD)
+
+
+def headline(lines: Sequence[dict], model: str, limits: Sequence[dict]) -> str:
+    """Of the table of a GPU, the work of which a serving engine's figures are known, kernels alone left out."""
+    rows = _gpu_rows(Lines(lines, limits), model)
+    chosen = [row for row in rows if row.vllm and row.figure is not None and "kernel alone" not in row.work]
+    return _cells(chosen, [name for name in HEAD if name != "moved or computed"])
+
+
+def _cells(rows: Iterable[Row], names: Sequence[str]) -> str:
+    """The columns of these names, but for those that all rows leave empty."""
     cells = [row.cells() for row in rows]
-    kept = [i for i, name in enumerate(HEAD) if i < 4 or any(row[i] for row in cells)]
-    return f"**Against the limits**\n\n{note}\n\n" + table(
-        [HEAD[i] for i in kept], [[row[i] for i in kept] for row in cells]
-    )
+    kept = [i for i, name in enumerate(HEAD) if name in names and (i < 4 or any(row[i] for row in cells))]
+    return table([HEAD[i] for i in kept], [[row[i] for i in kept] for row in cells]) if cells else ""
 
 
 # --- the rows on a GPU

@@ -477,6 +477,17 @@ def test_the_table_of_the_limit(card):
         assert report.in_words(case)
 
 
+def test_the_readme_shows_the_gpu_that_ran_a_suite_last(card):
+    """Of the limits, what a serving engine was measured at; older results of another card are left to their page."""
+    large = throughput("paged", 4321.0, 2e9, about=GPU, model=report_limit.MHA, dtype="bfloat16")
+    older = [dict(one, time="2020-01-01T00:00:00+00:00", machine={**GPU, "gpu": "an older card"}) for one in card]
+    for found in ([*card, large, *older], [*older, large, *card]):
+        readme = report.with_headline(f"{report.MARKS[0]}{report.MARKS[1]}", found)
+        assert "Against the limits of the card, on A card;" in readme and "an older card" not in readme
+        assert "| decode step, 1 x 4096: share | at least 0.85 | 0.90 | reached | 10.00 ms |" in readme
+        assert "kernel alone" not in readme and "GPU busy" not in readme and "What each strategy is for" not in readme
+
+
 def test_a_part_of_the_limit_that_failed_is_a_row(card):
     point = next(point for point in card[2]["result"]["points"] if point["system"] == "contiguous")
     kept = {name: point.pop(name) for name in ("step", "unsteady", "step_bytes")}

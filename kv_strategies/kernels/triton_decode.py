@@ -145,7 +145,7 @@ def decode(
     sizes = {
         "BLOCK_SIZE": layer.block_size, "HEADS": num_kv_heads, "DIM": dim, "DIM_P2": dim_p2,
         # one row, or as many as there are in few sizes, each of which is another kernel
-        "ROWS_P2": 1 if rows == 1 else max(triton.next_power_of_2(rows), 64),
+        "ROWS_P2": 1 if rows == 1 else max(triton.next_power_of_2(rows), 32),
         "TILE_PARTS": max(16 * tuned.num_warps // max(group_p2, 4), 1),
         "WINDOW": window, "SINKS": sinks, "SINK_PLACES": sink_places,
         "CASCADE": shared is not None, "SHARED_SPLIT": shared_split,
