@@ -15,6 +15,7 @@ Costs: the weights are copied once, one layer at a time.
 
 from __future__ import annotations
 
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -68,16 +69,17 @@ class FusedStack:
         if not cos.is_cuda:
             cos, sin = cos.float(), sin.float()  # once, not once a layer
         x = hidden_states.reshape(-1, hidden).clone()  # [T, hidden], changed in place from layer to layer
+        product = partial(linear, is_replayed=past_key_values.plan.is_replayed)
         for layer_idx, layer in enumerate(self._layers):
             heads = [size // self._head_dim for size in layer.qkv_sizes]
             rotary = Rotary(cos, sin, heads[0] + heads[1])
             inside, later = (None, rotary) if rotates_later(x) else (rotary, None)
-            qkv = linear(x, *layer.qkv, norm=layer.input_norm, rotary=inside)
+            qkv = product(x, *layer.qkv, norm=layer.input_norm, rotary=inside)
             qkv = qkv.view(num_rows, num_columns, -1, self._head_dim).transpose(1, 2)  # [B, Hq + 2 Hkv, n, D]
             out = past_key_values.attend(layer_idx, *qkv.split(heads, dim=1), self._scaling, later)  # [B, n, Hq * D]
-            linear(out.flatten(0, 1), *layer.o, residual=x)
-            gated = linear(x, *layer.gate_up, norm=layer.mlp_norm, gated=True)
-            linear(gated, *layer.down, residual=x)
+            product(out.flatten(0, 1), *layer.o, residual=x)
+            gated = product(x, *layer.gate_up, norm=layer.mlp_norm, gated=True)
+            product(gated, *layer.down, residual=x)
         return x.view(hidden_states.shape)
 
 

@@ -243,6 +243,7 @@ def _bounded(plan: Plan, bucket: int, private: int) -> Plan:
         row_lens=[bucket] * num_rows,
         row_groups=[Group(0, num_rows, bucket - private)] if private else [],
         num_decodes=num_rows if plan.num_tokens == num_rows else 0,
+        is_replayed=True,
     )
 
 

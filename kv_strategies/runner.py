@@ -414,7 +414,7 @@ def forward(model, cache: AttendingCache, plan: Plan, input_ids: Tensor, last: T
     if head is None:
         return model(**inputs, logits_to_keep=last).logits[0]
     states = model.model(**inputs).last_hidden_state[0]
-    return linear(states if isinstance(last, int) else states[last], *head)
+    return linear(states if isinstance(last, int) else states[last], *head, is_replayed=plan.is_replayed)
 
 
 class _Sequence:

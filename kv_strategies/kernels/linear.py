@@ -8,10 +8,11 @@
 
     a CPU       the library's products in their fast forms (cpu_linear.py)
     one row     one Triton kernel that streams W once and does the rest on the way (triton_linear.py)
-    up to 64    on Hopper, one kernel that streams W through tensor cores (triton_linear_rows.py), norm ahead of it
-    more rows   cuBLAS, with a kernel before or after it (triton_fused.py); the residual is its accumulator
+    up to 64    on Hopper, in CUDA graphs, one kernel that streams W through tensor cores (triton_linear_rows.py)
+    more rows   cuBLAS; the residual is its accumulator, and gating a kernel of its own
 
-With more than one row, rotary embedding is left to what stores K and V (triton_store.py), by which keys pass anyhow.
+With more than one row, norms are kernels of their own (triton_fused.py), and rotary embedding is left to what stores K
+and V (triton_store.py), by which keys pass anyhow.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def linear(
     rotary: Rotary | None = None,
     gated: bool = False,
     residual: Tensor | None = None,
+    is_replayed: bool = False,
 ) -> Tensor:
     """x [T, K], weight [N, K] -> [T, N], or [T, N / 2] if gated. At most one of rotary, gated and residual.
 
@@ -55,6 +57,8 @@ def linear(
         rotary: applied to the result, unless `rotates_later`.
         gated: the first half of the result is the gate, the second what it gates: silu(gate) * up.
         residual: [T, N], what the result is added to, in place; it is what is returned.
+        is_replayed: a CUDA graph holds the launch. That of `triton_linear_rows.py` takes a host 70 us, five times that
+            of cuBLAS, and so longer than what it saves.
     """
     options = {"norm": norm, "rotary": rotary, "gated": gated, "residual": residual}
     if not x.is_cuda:
@@ -66,7 +70,7 @@ def linear(
             raise ValueError(f"with {len(x)} rows on a GPU, `kernels.store_kv` rotates: give it the rotary embedding")
         from . import triton_linear_rows
 
-        way = few_rows if triton_linear_rows.suits(x, weight) else many_rows
+        way = few_rows if is_replayed and triton_linear_rows.suits(x, weight) else many_rows
         return way(x, weight, bias, **options)
     from . import triton_linear  # Triton is there only where a GPU is
 

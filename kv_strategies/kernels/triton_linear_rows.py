@@ -64,11 +64,11 @@ MAX_ROWS = 64
 def suits(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` can do this: on Hopper, two bytes a number, and what the copy engine takes."""
     return (
-        x.is_cuda
+        can_overlap(x.device)
+        and torch.cuda.get_device_capability(x.device)[0] == 9
         and len(x) <= MAX_ROWS
         and x.dtype == weight.dtype
         and x.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(x.device)[0] == 9
         and all(matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 for matrix in (x, weight))
         and all(matrix.data_ptr() % 16 == 0 for matrix in (x, weight))
     )
@@ -98,7 +98,7 @@ def linear(
         _pieces(weight, width, tuned.tile_k), _pieces(x, rows, tuned.tile_k), x if bias is None else bias,
         out, parts, arrived, num_rows, out.stride(0),
         N=n, PIECES=pieces, SHARE=share, BIAS=bias is not None, GATED=gated, ADD=residual is not None,
-        STAGES=tuned.stages, EARLY=share >= pieces, num_warps=4, launch_pdl=can_overlap(x.device),
+        STAGES=tuned.stages, EARLY=share >= pieces, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     return out
 
