@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import machine, report
+from bench import CORES, machine, report
 from bench.cases import SUITES, Case, model_name, suite
 from bench.systems import missing
 
@@ -122,6 +122,7 @@ def _in_process(case: Case, scratch: Path, say) -> dict:
         process = subprocess.Popen(
             [sys.executable, "-m", "bench.case", str(case_path), str(result_path), str(scratch)],
             stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+            preexec_fn=lambda: os.sched_setaffinity(0, CORES),
         )  # fmt: skip
         listener = threading.Thread(target=lambda: [say(text.strip()) for text in process.stdout], daemon=True)
         listener.start()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+import subprocess
 import sys
 
 import pytest
@@ -227,6 +228,18 @@ def test_a_process_that_dies_or_hangs_is_a_line(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\nexec sleep 30\n")
     line = run_one(Case("machine", "limits", None, "float32", "cpu", timeout=1), tmp_path, "default")
     assert (line["status"], line["error"]) == ("timeout", "stopped after 1 s")
+
+
+def test_a_case_has_all_cores_whatever_openmp_is_told(tmp_path):
+    """Told to bind threads, OpenMP binds the process that starts the cases to one core."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    command = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
+    expected = subprocess.run(command, env=clean, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", "bench", "--device", "cpu", "--only", "machine", "--out", str(tmp_path)]
+    bound = clean | {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    subprocess.run(command, env=bound, capture_output=True, check=True, cwd=machine.ROOT)
+    (found,) = map(json.loads, (tmp_path / "default-cpu.jsonl").read_text().splitlines())
+    assert found["machine"]["threads"] == int(expected)
 
 
 def test_the_readme_shows_the_largest_model_on_a_gpu():
