@@ -82,10 +82,10 @@ def with_headline(readme: str, lines: list[dict]) -> str:
     ]
     if limit := _newest_on_a_gpu(lines, "limit", model):
         text += [
-            f"Against the limits of the card, on {_machine(limit[-1])}; shares are bytes that had to move / measured "
-            "read bandwidth / time (`make bench SUITE=limit`, the whole table and what it is measured with: "
-            "[bench/results/limit_table.md](bench/results/limit_table.md), what is missed and why: "
-            "[bench/limit_notes.md](bench/limit_notes.md)):",
+            f"Against the limits of the card: {model}, bfloat16, rows x tokens of context, on {_machine(limit[-1])} "
+            "(`make bench SUITE=limit`; the whole table, attention alone and query groups in it: "
+            "[bench/results/limit_table.md](bench/results/limit_table.md); what is missed and why: "
+            "[bench/limit_notes.md](bench/limit_notes.md)).",
             report_limit.headline(limit, model, [line for line in limit if line["workload"] == "machine"]),
         ]
     if measured := _newest_on_a_gpu(lines, "strategies", model):
@@ -102,8 +102,9 @@ def with_headline(readme: str, lines: list[dict]) -> str:
 
 def _newest_on_a_gpu(lines: list[dict], suite: str, model: str) -> list[dict]:
     """The lines of a suite on the GPU that ran it on `model` last, oldest first; none where none did."""
-    ran = [line for line in lines if line["suite"] == suite and line["status"] == "ok" and "gpu" in line["machine"]]
-    newest = max((line for line in ran if line["model"] == model), key=lambda line: line["time"], default=None)
+    ran = [line for line in lines if line["suite"] == suite and "gpu" in line["machine"]]
+    measured = [line for line in ran if line["model"] == model and line["status"] == "ok"]
+    newest = max(measured, key=lambda line: line["time"], default=None)
     own = [line for line in ran if newest is not None and _machine(line) == _machine(newest)]
     return sorted(own, key=lambda line: line["time"])
 

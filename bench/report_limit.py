@@ -119,24 +119,25 @@ def section(lines: Sequence[dict], model: str, limits: Sequence[dict]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+NOTE = "Shares: bytes that had to move / measured read bandwidth / time; medians. "
+PEERS_NOTE = (
+    "vLLM's figures are fixed references of another card (H100: 3062 GB/s), there in ms and its share of that card's "
+    "limit. Native: share and step of transformers' `DynamicCache`, and of `StaticCache` compiled. `generate_batch` "
+    "runs on torch's SDPA; with the flash-attn package it is several times faster upstream (1373 to 6729 tokens/s in "
+    "transformers #42839)."
+)
+
+
 def _table(rows: Iterable[Row], on_gpu: bool) -> str:
-    note = "Shares: bytes that had to move / measured read bandwidth / time; medians. "
-    if on_gpu:
-        note += (
-            "vLLM's figures are fixed references of another card (H100: 3062 GB/s), there in ms and its share of that "
-            "card's limit. `generate_batch` runs on torch's SDPA; with the flash-attn package it is several times "
-            "faster upstream (1373 to 6729 tokens/s in transformers #42839)."
-        )
-    else:
-        note += "Ratios to native `generate()` of the same process, in turns with it."
+    note = NOTE + (PEERS_NOTE if on_gpu else "Ratios to native `generate()` of the same process, in turns with it.")
     return f"**Against the limits**\n\n{note}\n\n" + _cells(rows, HEAD)
 
 
 def headline(lines: Sequence[dict], model: str, limits: Sequence[dict]) -> str:
-    """Of the table of a GPU, the work of which a serving engine's figures are known, kernels alone left out."""
-    rows = _gpu_rows(Lines(lines, limits), model)
-    chosen = [row for row in rows if row.vllm and row.figure is not None and "kernel alone" not in row.work]
-    return _cells(chosen, [name for name in HEAD if name != "moved or computed"])
+    """Of the table of a GPU, the work that others were measured at as well, kernels alone left out."""
+    rows = [row for row in _gpu_rows(Lines(lines, limits), model) if row.vllm or "generate_batch" in row.work]
+    chosen = [row for row in rows if row.figure is not None and "kernel alone" not in row.work]
+    return NOTE + PEERS_NOTE + "\n\n" + _cells(chosen, [name for name in HEAD if name != "moved or computed"])
 
 
 def _cells(rows: Iterable[Row], names: Sequence[str]) -> str:
@@ -376,7 +377,8 @@ def _profiles(found: Lines, model: str) -> str:
     note = (
         "One decode step as the profiler saw it (which slows it a little), one row of 4096 tokens unless it is said "
         "otherwise; the mean of consecutive ones. Busy: the union of all GPU work over the time from the first kernel "
-        "to the end of the last."
+        "to the end of the last. Kernels that start before the one ahead has ended count from there, waiting included, "
+        "so that their times add up to more than the step."
     )
     head = ["strategy", "step, ms", "GPU busy", "idle, us a step", "kernels and copies a step"]
     return f"**Profile of one step of each strategy**\n\n{note}\n\n" + "\n\n".join([table(head, summary), *details])

@@ -137,13 +137,16 @@ def supports(model: LlamaForCausalLM) -> bool:
 
 
 def head_of(model: LlamaForCausalLM) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of the product that gives the logits, for `linear`; None where one could see the difference."""
+    """Weight and bias of the product that gives the logits, for `linear`; None where one could see the difference, and
+    not by rounding alone.
+    """
     head = model.lm_head
-    if type(model) is not LlamaForCausalLM:
+    if type(model) is not LlamaForCausalLM or head.weight.dtype != model.model.norm.weight.dtype:
         return None
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or not head.weight.is_contiguous():
         return None
-    if any("forward" in vars(module) or _has_hooks(module) for module in (model, head)):
+    modules = (model, head)
+    if any("forward" in vars(module) or module._compiled_call_impl or _has_hooks(module) for module in modules):
         return None
     return _weights(head)
 

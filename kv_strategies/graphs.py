@@ -192,10 +192,11 @@ class StackStep:
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    """For warm-ups and captures; None on a CPU, which has no graphs."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def _warm_up(work: Callable[[], Any], stream: torch.cuda.Stream) -> Any:
+def _warm_up(work: Callable[[], Any], stream: torch.cuda.Stream | None) -> Any:
     """`work()` in the stream of its capture, as it has to be run once before: kernels compile, caches fill, and what a
     kernel keeps for a stream is made, outside of the graph.
     """
@@ -208,7 +209,7 @@ def _warm_up(work: Callable[[], Any], stream: torch.cuda.Stream) -> Any:
 
 
 def _record(
-    work: Callable[[], Any], stream: torch.cuda.Stream, memory: tuple[int, int] | None = None
+    work: Callable[[], Any], stream: torch.cuda.Stream | None, memory: tuple[int, int] | None = None
 ) -> tuple[Callable[[], object], Any]:
     """What repeats `work` on the same memory, and where its result will be. Graphs that never overlap may share it."""
     graph = torch.cuda.CUDAGraph()

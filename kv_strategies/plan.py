@@ -85,9 +85,7 @@ class Plan:
     row_groups: list[Group] = field(default_factory=list)
     groups: Tensor | None = None  # [B // 2 or 1, 3] int32, the same on the device, zeros where there are fewer
     shared_lens: Tensor | None = None  # [B] int32, num_tokens of the group that a row is in, 0 for none
-    is_replayed: bool = (
-        False  # a CUDA graph holds the launches of this plan, so it is no matter what they cost the host
-    )
+    is_replayed: bool = False  # by a CUDA graph: what its launches cost the host does not matter
     host_tables: np.ndarray | None = None  # [B, max_blocks] the block tables on the host, for who moves blocks
     scratch: dict = field(default_factory=dict)  # what a kernel derives from the plan once and every layer uses
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -413,6 +416,36 @@ def test_few_rows_suit_only_their_kernel(device):
         (x.repeat(17, 1), weight),
     ):
         assert not triton_linear_rows.suits(*given)
+
+
+COMPILE_FOR_HOPPER = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from kv_strategies.kernels.triton_linear_rows import Tuning, rows_kernel
+
+tuned, layout = Tuning(), gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+for gated, early in ((True, True), (False, False)):
+    rows, width = 32, tuned.tile_n // 2 if gated else tuned.tile_n
+    sizes = {"N": 4096, "PIECES": 16, "SHARE": 20, "BIAS": gated, "GATED": gated, "ADD": not gated,
+             "STAGES": tuned.stages, "EARLY": early}
+    types = {"weight": f"tensordesc<bf16[{width}, {tuned.tile_k}],{layout!r}>",
+             "x": f"tensordesc<bf16[{rows}, {tuned.tile_k}],{layout!r}>", "bias": "*bf16", "out": "*bf16",
+             "parts": "*fp32", "arrived": "*i32", "num_rows": "i32", "out_stride": "i32"}
+    names = rows_kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    source = GluonASTSource(rows_kernel, signature, {(names.index(name),): size for name, size in sizes.items()}, {})
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "launch_pdl": True})
+    assert "wgmma" in built.asm["ptx"] and built.metadata.shared < 227 * 1024
+"""
+
+
+def test_few_rows_compile_for_hopper():
+    """Gluon is experimental: whether the Triton that is installed has it as the kernel needs it takes no GPU to see."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE_FOR_HOPPER], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.gpu

@@ -13,10 +13,16 @@
 
 With more than one row, norms are kernels of their own (triton_fused.py), and rotary embedding is left to what stores K
 and V (triton_store.py), by which keys pass anyhow.
+
+The ways add in different orders: a row computed alone, among 64 or among 65, in a graph or out of it, may differ in its
+last bits.
 """
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -68,13 +74,28 @@ def linear(
     if rotates_later(x):
         if options.pop("rotary") is not None:
             raise ValueError(f"with {len(x)} rows on a GPU, `kernels.store_kv` rotates: give it the rotary embedding")
-        from . import triton_linear_rows
-
-        way = few_rows if is_replayed and triton_linear_rows.suits(x, weight) else many_rows
+        way = few_rows if is_replayed and suits_few_rows(x, weight) else many_rows
         return way(x, weight, bias, **options)
     from . import triton_linear  # Triton is there only where a GPU is
 
     return triton_linear.linear(x, weight, bias, **options)
+
+
+def suits_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether `few_rows` can do this, on this GPU and with this Triton."""
+    module = _rows_module()
+    return module is not None and module.suits(x, weight)
+
+
+@cache
+def _rows_module() -> ModuleType | None:
+    """None, told once, where Triton's Gluon, which is experimental, is not as the kernel needs it."""
+    try:
+        from . import triton_linear_rows
+    except (ImportError, AttributeError) as error:
+        warnings.warn(f"products of 2 to 64 rows go by cuBLAS: this Triton has another Gluon ({error})", stacklevel=2)
+        return None
+    return triton_linear_rows
 
 
 def rotates_later(x: Tensor) -> bool:
@@ -134,7 +155,7 @@ def few_rows(
     gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """See `linear`: the product by a kernel of our own, where `triton_linear_rows.suits`."""
+    """See `linear`: the product by a kernel of our own, where `suits_few_rows`."""
     from . import triton_fused, triton_linear_rows
 
     if norm is not None:

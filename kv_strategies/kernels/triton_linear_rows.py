@@ -15,8 +15,8 @@ into equal shares, one for each multiprocessor (stream-K, Osama et al. 2023, arX
 
 The end of a tile belongs to the program that has its last piece. It adds what the programs before it have left of the
 tile, which they did first of all. (Nor can programs wait for each other: one waits only for such as were started before
-it, and all of them run at once.) How pieces are cut depends on N and K alone, and parts are added in their order, so a
-row's result does not depend on its neighbours.
+it, and all of them run at once.) How pieces are cut depends on N, K and the card, and parts are added in their order,
+so a row's result does not depend on its neighbours here.
 
 The first pieces of W depend on nobody, so they are asked for before the kernel ahead has ended (`triton_overlap.py`).
 
@@ -50,7 +50,8 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 class Tuning(NamedTuple):
     """Sizes to tune; results agree to rounding whatever they are. `bench/linear_bandwidth.py` sweeps them.
 
-    Rows of a tile are what tensor cores take at once, so that a program has the ends of as few tiles as can be.
+    Tiles are as small as tensor cores take them, so that most have two programs at most (see EARLY). With what a ring
+    takes of the shared memory, one program fits a multiprocessor: with two, the next kernel's may gather on some.
     """
 
     tile_n: int = 64  # rows of W at once: 64 or a multiple
@@ -86,6 +87,7 @@ def linear(
     """See `linear.linear`. x is [T, K], T at most MAX_ROWS, and as `suits` says."""
     num_rows, k = x.shape
     n = len(weight)
+    assert residual is None or residual.stride(1) == 1
     out = residual if residual is not None else x.new_empty(num_rows, n // 2 if gated else n)
     rows = max(triton.next_power_of_2(num_rows), 16)
     pieces = triton.cdiv(k, tuned.tile_k)
@@ -116,9 +118,12 @@ _WORKSPACES: dict[tuple, tuple[Tensor, Tensor]] = {}
 def _workspace(device: torch.device, size: int, num_tiles: int) -> tuple[Tensor, Tensor]:
     """Memory for parts, and arrival counters, which every launch leaves at zero.
 
-    Products of a stream follow each other, so they share it; as with the workspaces of cuBLAS, graphs captured in one
-    stream must not run at the same time. What is first asked for within a capture serves that launch alone: its memory
-    is the graph's, and others that share the graph's pool may have written to it when it is replayed.
+    Products of a stream follow each other, so they share it, 2 MB for each number of tiles, to the end of the process.
+    Graphs captured in one stream must therefore not run at the same time: counters would go astray and programs wait
+    for ever. (torch hands out 32 streams, then the first again: more runners than that are for one thread.)
+
+    What is first asked for within a capture serves that launch alone: its memory is the graph's, and others that share
+    the graph's pool may have written to it when it is replayed.
     """
     key = device, torch.cuda.current_stream(device).cuda_stream, size, num_tiles
     if key in _WORKSPACES:
