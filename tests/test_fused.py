@@ -403,11 +403,25 @@ def test_gpu_products_of_a_7b_layer(num_rows, device):
             assert error < 1.05 * error_plainly + 1e-4, (num_rows, n, k, float(error), float(error_plainly))
 
 
-def test_few_rows_suit_only_their_kernel(device):
-    """What the copy engine and the tensor cores of Hopper do not take goes to cuBLAS."""
-    x, weight, *_ = arguments(4, 24, 40, device, torch.bfloat16)
+def test_few_rows_suit_only_their_kernel(device, monkeypatch):
+    """What the copy engine and the tensor cores of Hopper do not take goes to cuBLAS, as does what no graph holds."""
+    x, weight, *_, norm, draw = arguments(4, 24, 40, device, torch.bfloat16)
     is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     assert triton_linear_rows.suits(x, weight) == is_hopper
+    monkeypatch.setattr(triton_linear_rows, "can_overlap", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert triton_linear_rows.suits(x, weight)
+
+    seen = []
+    monkeypatch.setattr(triton_linear_rows, "linear", lambda *args, **options: seen.append((args, options)))
+    residual = draw(4, 24)
+    plain.many_rows(x, weight, None, norm=norm, residual=residual)
+    assert not seen
+    plain.many_rows(x, weight, None, norm=norm, residual=residual, is_replayed=True)
+    ((args, options),) = seen
+    assert torch.equal(args[0], triton_fused.rms_norm(x, norm)) and args[1] is weight
+    assert options["residual"] is residual and not options["gated"]
+
     for given in (
         (x.float(), weight.float()),
         (x, weight.half()),

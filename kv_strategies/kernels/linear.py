@@ -74,28 +74,10 @@ def linear(
     if rotates_later(x):
         if options.pop("rotary") is not None:
             raise ValueError(f"with {len(x)} rows on a GPU, `kernels.store_kv` rotates: give it the rotary embedding")
-        way = few_rows if is_replayed and suits_few_rows(x, weight) else many_rows
-        return way(x, weight, bias, **options)
+        return many_rows(x, weight, bias, **options, is_replayed=is_replayed)
     from . import triton_linear  # Triton is there only where a GPU is
 
     return triton_linear.linear(x, weight, bias, **options)
-
-
-def suits_few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether `few_rows` can do this, on this GPU and with this Triton."""
-    module = _rows_module()
-    return module is not None and module.suits(x, weight)
-
-
-@cache
-def _rows_module() -> ModuleType | None:
-    """None, told once, where Triton's Gluon, which is experimental, is not as the kernel needs it."""
-    try:
-        from . import triton_linear_rows
-    except (ImportError, AttributeError) as error:
-        warnings.warn(f"products of 2 to 64 rows go by cuBLAS: this Triton has another Gluon ({error})", stacklevel=2)
-        return None
-    return triton_linear_rows
 
 
 def rotates_later(x: Tensor) -> bool:
@@ -146,23 +128,6 @@ def rotate_heads(heads: Tensor, rotary: Rotary) -> None:
     heads.copy_((wide * cos).addcmul_(turned, sin))
 
 
-def few_rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: Norm | None = None,
-    gated: bool = False,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """See `linear`: the product by a kernel of our own, where `suits_few_rows`."""
-    from . import triton_fused, triton_linear_rows
-
-    if norm is not None:
-        x = triton_fused.rms_norm(x, norm)
-    return triton_linear_rows.linear(x, weight, bias, gated=gated, residual=residual)
-
-
 def many_rows(
     x: Tensor,
     weight: Tensor,
@@ -171,15 +136,35 @@ def many_rows(
     norm: Norm | None = None,
     gated: bool = False,
     residual: Tensor | None = None,
+    is_replayed: bool = False,
 ) -> Tensor:
-    """See `linear`: the product by cuBLAS."""
+    """See `linear`: the norm by itself, then the product by cuBLAS, or by our own kernel where that pays."""
     from . import triton_fused
 
     if norm is not None:
         x = triton_fused.rms_norm(x, norm)
+    if is_replayed and suits_few_rows(x, weight):
+        return _rows_module().linear(x, weight, bias, gated=gated, residual=residual)
     if residual is not None and bias is None:
         return residual.addmm_(x, weight.mT)
     y = F.linear(x, weight, bias)
     if gated:
         y = triton_fused.silu_mul(y)
     return y if residual is None else residual.add_(y)
+
+
+def suits_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether `triton_linear_rows.py` can do this, on this GPU and with this Triton."""
+    module = _rows_module()
+    return module is not None and module.suits(x, weight)
+
+
+@cache
+def _rows_module() -> ModuleType | None:
+    """None, told once, where Triton's Gluon, which is experimental, is not as the kernel needs it."""
+    try:
+        from . import triton_linear_rows
+    except (ImportError, AttributeError) as error:
+        warnings.warn(f"products of 2 to 64 rows go by cuBLAS: this Triton has another Gluon ({error})", stacklevel=2)
+        return None
+    return triton_linear_rows

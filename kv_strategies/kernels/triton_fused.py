@@ -1,4 +1,4 @@
-"""What stands before and after a product by cuBLAS, each in one pass over memory: norm and gating.
+"""What stands before and after a product of several rows, each in one pass over memory: norm and gating.
 
 One program a token, or a stretch of it. All arithmetic is float32. See `linear.py` for what each one means, and
 `triton_overlap.py` for how they follow each other.
