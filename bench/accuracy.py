@@ -23,11 +23,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from kv_strategies import Request, Runner
 from kv_strategies.baseline import Baseline
-from kv_strategies.cache import AttendingCache
-from kv_strategies.plan import PlanBuffer
+from kv_strategies.generate import AttendingCache
+from kv_strategies.models.text import needle
 from kv_strategies.runner import forward
+from kv_strategies.step.plan import PlanBuffer
 from kv_strategies.strategy import Strategy
-from kv_strategies.text import needle
 
 
 @dataclass

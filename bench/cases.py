@@ -87,7 +87,7 @@ class Bench:
 
     def prompts(self, lengths: Sequence[int], seed: int) -> list[list[int]]:
         """Natural text where the model has a tokenizer, else random token ids. Another seed, other prompts."""
-        from kv_strategies.text import prompts
+        from kv_strategies.models.text import prompts
 
         model, tokenizer = self.loaded
         return prompts(tokenizer, lengths, seed=seed, vocab_size=model.config.vocab_size)

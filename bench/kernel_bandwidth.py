@@ -22,7 +22,7 @@ from bench.machine import conditions, limits
 from bench.measure import seconds
 from kv_strategies.kernels.triton_decode import Tuning, decode, tuning
 from kv_strategies.kernels.triton_decode_groups import suits
-from kv_strategies.plan import LayerStore, Plan
+from kv_strategies.step.plan import LayerStore, Plan
 
 #: name -> (rows, context, query heads, KV heads)
 SHAPES = {

@@ -34,10 +34,10 @@ from bench.machine import conditions, limits
 from bench.measure import seconds
 from kv_strategies import Request, Runner, build
 from kv_strategies.kernels import attention, topn, triton_topn
-from kv_strategies.models import RANDOM_MODELS
-from kv_strategies.plan import LayerStore, Plan
-from kv_strategies.stream import LayerStream
-from kv_strategies.transfer import host_memory
+from kv_strategies.models.load import RANDOM_MODELS
+from kv_strategies.step.plan import LayerStore, Plan
+from kv_strategies.tiers.stream import LayerStream
+from kv_strategies.tiers.transfer import host_memory
 
 DEVICE = torch.device("cuda")
 BLOCK_SIZE = 16

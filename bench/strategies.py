@@ -118,7 +118,7 @@ def run_fan_out(bench: Bench) -> dict:
 @contextmanager
 def without_cascade() -> Iterator[None]:
     """No start that rows share is long enough to be read once for all of them."""
-    from kv_strategies import plan
+    from kv_strategies.step import plan
 
     before, plan.MIN_TOKENS_SPARED = plan.MIN_TOKENS_SPARED, sys.maxsize
     try:
@@ -160,7 +160,7 @@ def run_stream(bench: Bench) -> dict:
     """The whole text, and again from its start where it is shorter than asked for, through one row of the runner."""
     from bench.accuracy import stream_nll
     from kv_strategies import build
-    from kv_strategies.text import corpus
+    from kv_strategies.models.text import corpus
 
     count, chunk, window, sinks = (bench.params[name] for name in ("tokens", "chunk", "window", "sinks"))
     model, tokenizer = bench.loaded

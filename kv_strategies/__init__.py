@@ -6,17 +6,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .requests import Request, Result
+    from .registry import STRATEGIES, build
     from .runner import Runner
-    from .strategies import STRATEGIES, build
+    from .step.requests import Request, Result
 
 __all__ = ["STRATEGIES", "Request", "Result", "Runner", "build"]
 
 _HOME = {
-    "STRATEGIES": "strategies",
-    "build": "strategies",
-    "Request": "requests",
-    "Result": "requests",
+    "STRATEGIES": "registry",
+    "build": "registry",
+    "Request": "step.requests",
+    "Result": "step.requests",
     "Runner": "runner",
 }
 

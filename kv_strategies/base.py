@@ -24,12 +24,12 @@ from torch import Tensor
 from .kernels import attention, store_kv
 from .kernels.linear import Rotary
 from .paged import BlockPool, BlockTable
-from .plan import LayerStore, Plan
-from .store import BlockStore, block_bytes
+from .step.plan import LayerStore, Plan
+from .step.store import BlockStore, block_bytes
 
 if TYPE_CHECKING:
-    from .saved import Loaded
     from .strategy import Strategy
+    from .tiers.saved import Loaded
 
 
 class Sharing:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .requests import Event, Output, Request
-from .sampling import sample
+from .step.requests import Event, Output, Request
+from .step.sampling import sample
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, LlamaForCausalLM

@@ -38,10 +38,10 @@ from torch import Tensor
 from .base import Placement
 from .kernels import attention
 from .kernels.topn import TALLY, new_tally, topn_attention
-from .plan import LayerStore, Plan
-from .store import block_bytes, views_of
-from .stream import LayerStream
-from .tiers import Disk, PrefillClock, Rates, Tiers
+from .step.plan import LayerStore, Plan
+from .step.store import block_bytes, views_of
+from .tiers.host import Disk, PrefillClock, Rates, Tiers
+from .tiers.stream import LayerStream
 
 
 class Offload(Placement):

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .plan import NULL_BLOCK
+from .step.plan import NULL_BLOCK
 
 
 class OutOfBlocks(RuntimeError):

@@ -34,11 +34,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from . import saved
 from .base import LowerTiers, Placement, Sharing
-from .identity import fingerprint
 from .paged import BlockPool, BlockTable
-from .plan import NULL_BLOCK, PlanBuffer
+from .step.plan import NULL_BLOCK, PlanBuffer
+from .tiers import saved
+from .tiers.identity import fingerprint
 
 if TYPE_CHECKING:
     from .strategy import Strategy
@@ -138,7 +138,7 @@ class PrefixCache(Sharing):
 
     @torch.inference_mode()
     def preload(self, strategy: Strategy, token_ids: Sequence[int], salt: str) -> int:
-        from .cache import AttendingCache
+        from .generate import AttendingCache
         from .runner import forward
 
         size, config = self.pool.block_size, strategy.model.config

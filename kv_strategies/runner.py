@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import fused
 from .baseline import Baseline
-from .cache import AttendingCache
-from .graphs import StepGraphs
+from .generate import AttendingCache
 from .kernels.linear import linear
 from .paged import BlockTable, OutOfBlocks
-from .plan import Plan, PlanBuffer
-from .requests import Event, Output, Request, Result
-from .sampling import sample, to_device
+from .step import fused
+from .step.graphs import StepGraphs
+from .step.plan import Plan, PlanBuffer
+from .step.requests import Event, Output, Request, Result
+from .step.sampling import sample, to_device
 from .strategy import Strategy, Suspended
 
 

@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from .base import Codec, LowerTiers, Spec
-from .identity import identity
 from .kernels.linear import Rotary
 from .paged import BlockPool, BlockTable, OutOfBlocks
-from .plan import NULL_BLOCK, Plan
-from .store import block_bytes
+from .step.plan import NULL_BLOCK, Plan
+from .step.store import block_bytes
+from .tiers.identity import identity
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-    from .cache import StrategyCache
-    from .fused import FusedStack
-    from .graphs import StackGraphs
-    from .saved import Loaded
+    from .generate import StrategyCache
+    from .step.fused import FusedStack
+    from .step.graphs import StackGraphs
+    from .tiers.saved import Loaded
 
 
 class Strategy:
@@ -58,7 +58,7 @@ class Strategy:
     @property
     def stack(self) -> FusedStack | None:
         """What runs the decoder layers; None for the layers themselves."""
-        from .fused import stack_of
+        from .step.fused import stack_of
 
         return stack_of(self.model) if self.fused else None
 
@@ -68,7 +68,7 @@ class Strategy:
         stack = self.stack
         if stack is None or stack.device.type != "cuda" or not self.placement.capturable:
             return None
-        from .graphs import StackGraphs
+        from .step.graphs import StackGraphs
 
         if self._stack_graphs is None or self._stack_graphs.stack is not stack:
             self._stack_graphs = StackGraphs(stack)
@@ -97,7 +97,7 @@ class Strategy:
             attention_mask: [B, n] 1 for a token, 0 for padding; as given to `generate()`.
             salt: only calls with the same salt share.
         """
-        from .cache import PromptCache, StrategyCache
+        from .generate import PromptCache, StrategyCache
 
         return StrategyCache(self) if input_ids is None else PromptCache(self, input_ids, attention_mask, salt)
 

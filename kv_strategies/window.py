@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from .base import Retention
 from .kernels.reference import quantise
-from .plan import NULL_BLOCK, LayerStore, Plan
+from .step.plan import NULL_BLOCK, LayerStore, Plan
 
 #: Rotary embeddings whose frequencies are the same at every length, so that turning by a difference is exact.
 _CONSTANT_ROPE = ("default", "linear", "llama3", "yarn")

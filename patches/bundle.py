@@ -33,7 +33,7 @@ PART_SIZE = 56 << 20  # bytes; what may be carried to such a host in one go is o
 
 def collect(root: Path, scratch: Path) -> dict[str, Path]:
     """Name in the rebuilt checkout -> file here, for all that git does not hold."""
-    from kv_strategies.fetch import GGUF_NAME, TEXT_NAME
+    from kv_strategies.models.fetch import GGUF_NAME, TEXT_NAME
 
     fork = Fork(root)
     pin = fork.pin()

@@ -296,7 +296,7 @@ def test_what_a_strategy_is_for(tiny, workload):
 
 
 def test_a_stream_through_a_window(tiny, monkeypatch):
-    from kv_strategies import text
+    from kv_strategies.models import text
 
     ids = torch.randint(0, 128, (100,), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(text, "corpus", lambda tokenizer: ids)
@@ -309,7 +309,7 @@ def test_a_stream_through_a_window(tiny, monkeypatch):
 
 
 def test_cascade_can_be_switched_off():
-    from kv_strategies import plan
+    from kv_strategies.step import plan
 
     before = plan.MIN_TOKENS_SPARED
     with pytest.raises(KeyError), without_cascade():

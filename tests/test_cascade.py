@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from test_kernels import Shape, assert_close
 from test_kernels import build as build_case
 
-from kv_strategies import Request, Runner, build, kernels, plan
+from kv_strategies import Request, Runner, build, kernels
 from kv_strategies.kernels import cpu, gpu, reference, triton_cascade, triton_decode, triton_prefill
-from kv_strategies.plan import Group, LayerStore, Plan
+from kv_strategies.step import plan
+from kv_strategies.step.plan import Group, LayerStore, Plan
 
 TINY = triton_cascade.Tuning(rows=16, tile=16, num_warps=4, num_stages=2, programs=12, split=16)
 SHAPES = {

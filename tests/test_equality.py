@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from kv_strategies import Request, Runner, build
 from kv_strategies.models import load_model
-from kv_strategies.text import prompts
+from kv_strategies.models.text import prompts
 
 LENGTHS = [1, 2, 15, 16, 17, 31, 63, 100, 257, 480]
 NEW_TOKENS = 24

@@ -13,13 +13,14 @@ from common import VOCAB, tiny_llama
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from kv_strategies import Request, Runner, build, fused, graphs
-from kv_strategies.fused import FusedStack
-from kv_strategies.graphs import StackGraphs, StackStep
+from kv_strategies import Request, Runner, build
 from kv_strategies.kernels import cpu_linear, triton_fused, triton_linear, triton_linear_rows
 from kv_strategies.kernels import linear as plain
 from kv_strategies.kernels.linear import Norm, Rotary
 from kv_strategies.kernels.triton_linear import Tuning
+from kv_strategies.step import fused, graphs
+from kv_strategies.step.fused import FusedStack
+from kv_strategies.step.graphs import StackGraphs, StackStep
 from kv_strategies.strategy import Strategy
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}

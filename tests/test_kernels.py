@@ -26,7 +26,7 @@ from kv_strategies.kernels import (
     triton_store,
 )
 from kv_strategies.kernels.linear import Rotary, rotate_heads
-from kv_strategies.plan import NULL_BLOCK, NULL_SLOT, Group, LayerStore, Plan
+from kv_strategies.step.plan import NULL_BLOCK, NULL_SLOT, Group, LayerStore, Plan
 
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 

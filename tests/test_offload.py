@@ -10,9 +10,10 @@ from common import VOCAB, baseline_tokens, random_requests, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kv_strategies import Request, Runner, build, plan
+from kv_strategies import Request, Runner, build
 from kv_strategies.kernels import triton_rows
 from kv_strategies.offload import Offload
+from kv_strategies.step import plan
 
 MODEL = tiny_llama(num_layers=3)
 RESIDENT = ["k", "none"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kv_strategies.paged import BlockPool, BlockTable, OutOfBlocks
-from kv_strategies.plan import NULL_BLOCK
+from kv_strategies.step.plan import NULL_BLOCK
 
 
 class PoolMachine(RuleBasedStateMachine):

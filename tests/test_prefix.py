@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers import DynamicCache
 
-from kv_strategies import Request, Runner, build, plan, prefix, saved
+from kv_strategies import Request, Runner, build, prefix
 from kv_strategies.paged import BlockPool, BlockTable, OutOfBlocks
 from kv_strategies.prefix import PrefixCache
-from kv_strategies.store import BlockStore, block_bytes, views_of
+from kv_strategies.step import plan
+from kv_strategies.step.store import BlockStore, block_bytes, views_of
+from kv_strategies.tiers import saved
 
 MODEL = tiny_llama(num_layers=1)
 DEEP = tiny_llama()  # where K and V of a layer depend on all tokens before

@@ -16,7 +16,7 @@ from kv_strategies import Request, Runner, build
 from kv_strategies.base import Codec
 from kv_strategies.kernels.reference import gather
 from kv_strategies.quantized import Fp8, Int8, bytes_per_token
-from kv_strategies.store import BlockStore
+from kv_strategies.step.store import BlockStore
 from kv_strategies.strategy import KVShape
 
 MODEL = tiny_llama()

@@ -10,9 +10,10 @@ from common import VOCAB, baseline_tokens, random_requests, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kv_strategies import STRATEGIES, Request, Runner, base, build, graphs, offload
-from kv_strategies.plan import Plan
-from kv_strategies.sampling import SamplingParams, sample
+from kv_strategies import STRATEGIES, Request, Runner, base, build, offload
+from kv_strategies.step import graphs
+from kv_strategies.step.plan import Plan
+from kv_strategies.step.sampling import SamplingParams, sample
 
 MODEL = tiny_llama(num_layers=1)
 

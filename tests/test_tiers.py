@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kv_strategies import Request, Runner, build
-from kv_strategies import tiers as tiers_module
-from kv_strategies.tiers import Disk, Rates, Tiers
+from kv_strategies.tiers import host as tiers_module
+from kv_strategies.tiers.host import Disk, Rates, Tiers
 
 MODEL = tiny_llama(num_layers=2)
 ROW = 64  # bytes

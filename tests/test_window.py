@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from bench.accuracy import cost, recomputed_nll, stream_logits, stream_nll
 from kv_strategies import Request, Runner, build
 from kv_strategies.paged import OutOfBlocks
-from kv_strategies.plan import NULL_BLOCK
+from kv_strategies.step.plan import NULL_BLOCK
 from kv_strategies.window import SlidingWindow
 
 MODEL = tiny_llama()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..plan import LayerStore, Plan
+from ..step.plan import LayerStore, Plan
 from . import cpu
 from .linear import Rotary, rotate_heads
 

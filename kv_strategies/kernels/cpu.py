@@ -18,7 +18,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ..plan import LayerStore, Plan
+from ..step.plan import LayerStore, Plan
 from . import reference
 
 #: Runs shorter than this many tokens are gathered: below it, one more call costs more than the copy (measured with

@@ -75,7 +75,7 @@ def linear(
         if options.pop("rotary") is not None:
             raise ValueError(f"with {len(x)} rows on a GPU, `kernels.store_kv` rotates: give it the rotary embedding")
         return many_rows(x, weight, bias, **options, is_replayed=is_replayed)
-    from . import triton_linear  # Triton is there only where a GPU is
+    from . import triton_linear
 
     return triton_linear.linear(x, weight, bias, **options)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plan import LayerStore, Plan
+from ..step.plan import LayerStore, Plan
 
 #: Largest magnitude of an 8-bit code: a scale is absmax / CODE_MAX, so that the largest number maps to the last code.
 CODE_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}

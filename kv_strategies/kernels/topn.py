@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plan import LayerStore, Plan
+from ..step.plan import LayerStore, Plan
 from .reference import gather
 
 #: What a tally counts: (row, head) pairs served, tokens kept, mass dropped in all, and the largest mass dropped.

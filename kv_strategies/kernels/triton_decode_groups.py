@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan import LayerStore
+from ..step.plan import LayerStore
 from .triton_common import LOWEST, VARYING
 from .triton_decode import finish_part, own_part
 from .triton_overlap import followed, waited

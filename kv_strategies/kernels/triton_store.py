@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan import LayerStore
+from ..step.plan import LayerStore
 from .linear import Rotary
 from .reference import CODE_MAX
 from .triton_common import VARYING

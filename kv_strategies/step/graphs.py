@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cache import AttendingCache
-from .paged import BlockTable
+from ..generate import AttendingCache
+from ..paged import BlockTable
 from .plan import Group, Plan, PlanBuffer
 from .sampling import greedy
 
 if TYPE_CHECKING:
+    from ..strategy import Strategy
     from .fused import FusedStack
-    from .strategy import Strategy
 
 #: New tokens of the prefills that are for graphs, at most each. More of them take a GPU longer than launching them.
 PREFILL_SIZES = (16, 32, 64, 128, 256)
@@ -106,7 +106,7 @@ class StepGraphs:
         return graph.logits, graph.tokens
 
     def _capture(self, buffer: PlanBuffer, plan: Plan) -> _Graph:
-        from .runner import forward
+        from ..runner import forward
 
         cache = AttendingCache(self._strategy)  # of its own: the graph reads this plan
         cache.plan = plan

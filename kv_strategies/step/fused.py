@@ -25,7 +25,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 from transformers.utils import output_capturing
 
-from .kernels.linear import Norm, Rotary, linear, rotates_later
+from ..kernels.linear import Norm, Rotary, linear, rotates_later
 
 #: What has been decided about a model, for all its strategies; None where the plain layers run.
 _STACKS: WeakKeyDictionary[LlamaForCausalLM, FusedStack | None] = WeakKeyDictionary()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .paged import BlockTable
+    from ..paged import BlockTable
 
 #: Stands in a block table where a block was freed (out of the window). Never read: the kernels mask by token index.
 NULL_BLOCK = -1

@@ -15,7 +15,7 @@ device, so that a block is free at once, and the model need not wait for the lin
 Lossless: what comes back is what went down, to the bit. A block on disk has a checksum; one that fails it is forgotten,
 and computed again. So is what a full or broken disk could not take, after one warning.
 
-    python -m kv_strategies.tiers      sends blocks down and brings them back
+    python -m kv_strategies.tiers.host      sends blocks down and brings them back
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from .base import LowerTiers
-from .plan import Plan
+from ..base import LowerTiers
+from ..step.plan import Plan
 from .transfer import Lane, Mark, copy_row, host_memory
 
 _BOUNCE_BYTES = 256 << 20  # on the device, at most; and never more than so many blocks:

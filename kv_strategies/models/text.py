@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .models import TEXT
+from .load import TEXT
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ import torch
 from .identity import differences
 
 if TYPE_CHECKING:
-    from .base import Placement
-    from .prefix import Node, PrefixCache
+    from ..base import Placement
+    from ..prefix import Node, PrefixCache
 
 _MAGIC = b"kv_strategies prefix cache 1\n"
 _CHECKSUM_BYTES = 16

@@ -18,15 +18,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import output_capturing
 
-from . import fused
 from .kernels.linear import Rotary
 from .paged import BlockTable, OutOfBlocks
-from .plan import Plan, PlanBuffer
+from .step import fused
+from .step.plan import Plan, PlanBuffer
 from .strategy import Strategy
 
 if TYPE_CHECKING:
-    from .fused import FusedStack
-    from .graphs import StackStep
+    from .step.fused import FusedStack
+    from .step.graphs import StackStep
 
 
 class AttendingCache(Cache):

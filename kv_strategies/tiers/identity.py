@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-    from .base import Placement, Retention
+    from ..base import Placement, Retention
 
 #: What of a Llama configuration changes K and V. The rest (paths, versions, special tokens) may differ.
 _CONFIG_KEYS = (

@@ -1,0 +1,1 @@
+"""What is not on the device: host memory, disk, files, and the ways there."""
