@@ -23,9 +23,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from kv_strategies import Request, Runner
 from kv_strategies.baseline import Baseline
-from kv_strategies.generate import AttendingCache
 from kv_strategies.models.text import needle
-from kv_strategies.runner import forward
+from kv_strategies.step.forward import AttendingCache, forward
 from kv_strategies.step.plan import PlanBuffer
 from kv_strategies.strategy import Strategy
 
@@ -148,8 +147,9 @@ def stream_logits(
             piece = token_ids[begin : begin + chunk].to(model.device)
             strategy.rebase([table])
             strategy.reserve([(table, len(piece))])
-            cache.plan = PlanBuffer(model.device, 1, len(piece), len(table.blocks)).fill([(table, len(piece))])
-            yield begin, forward(model, cache, cache.plan, piece, torch.arange(len(piece), device=model.device))
+            buffer = PlanBuffer(model.device, 1, len(piece), len(table.blocks), strategy.block_size)
+            plan = buffer.fill([table.row(len(piece))])
+            yield begin, forward(cache, plan, piece, torch.arange(len(piece), device=model.device))
     finally:
         table.release()
 

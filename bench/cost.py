@@ -105,7 +105,7 @@ def gpu_share(strategy, num_tokens: int) -> float:
     From the shapes alone, whatever dtype and device the accuracy was measured in. A buffer that prompts pass through
     counts.
     """
-    from kv_strategies.base import Codec, Placement
+    from kv_strategies.base import Codec, OnDevice, Placement, Plain
 
     shape, gpu = strategy.shape, torch.device("cuda")
     layers = [gpu] * len(shape.layer_devices)
@@ -115,4 +115,4 @@ def gpu_share(strategy, num_tokens: int) -> float:
         return placement.bytes_per_block(planes, layers)[gpu]
 
     own = strategy.retention.num_blocks(num_tokens, 1, BLOCK_SIZE) * bytes_per_block(strategy.codec, strategy.placement)
-    return own / (math.ceil(num_tokens / BLOCK_SIZE) * bytes_per_block(Codec(), Placement()))
+    return own / (math.ceil(num_tokens / BLOCK_SIZE) * bytes_per_block(Plain(), OnDevice()))

@@ -6,15 +6,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .registry import STRATEGIES, build
+    from .registry import STRATEGIES, Preset, build, register
     from .runner import Runner
     from .step.requests import Request, Result
 
-__all__ = ["STRATEGIES", "Request", "Result", "Runner", "build"]
+__all__ = ["STRATEGIES", "Preset", "Request", "Result", "Runner", "build", "register"]
 
 _HOME = {
     "STRATEGIES": "registry",
+    "Preset": "registry",
     "build": "registry",
+    "register": "registry",
     "Request": "step.requests",
     "Result": "step.requests",
     "Runner": "runner",

@@ -1,14 +1,35 @@
-"""The questions that a strategy answers, and the answers of a plain block pool.
+"""The contract of a policy, and the answers of a plain block pool.
 
-| policy      | question                          | null object here | answered in    |
-|-------------|-----------------------------------|------------------|----------------|
-| `Sharing`   | who already holds these tokens?   | nobody           | `prefix.py`    |
-| `Retention` | which blocks may still be seen?   | all of them      | `window.py`    |
-| `Placement` | which tier holds these bytes?     | the model's own  | `offload.py`   |
-| `Codec`     | what bytes encode K and V?        | as they come     | `quantized.py` |
+A strategy is a block pool and four policies. Each answers one question; none asks what another one is:
 
-The fifth question, where is token t, is the pool's own (`paged.py`). No policy asks what another one is. `strategy.py`
-runs them together, `strategies.py` puts them together by name.
+| policy      | question                          | here: the null object     | answered in    |
+|-------------|-----------------------------------|---------------------------|----------------|
+| `Sharing`   | who already holds these tokens?   | `NoSharing`: nobody       | `prefix.py`    |
+| `Retention` | which blocks may still be seen?   | `KeepAll`: all of them    | `window.py`    |
+| `Placement` | which tier holds these bytes?     | `OnDevice`: the model's   | `offload.py`   |
+| `Codec`     | what bytes encode K and V?        | `Plain`: as they come     | `quantized.py` |
+
+The fifth question, where is token t, is the pool's own (`paged.py`); a `Layout` says no more than how large a block is.
+`strategy.py` runs the policies together, `registry.py` puts them together by name.
+
+**To write one**, subclass one of the four and override what differs: every method here works as it stands, but for the
+three of `Codec`. Options are the keywords of its constructor, with annotations, which `build` checks what it is given
+against. What the model is like comes at `bind`.
+
+**Who calls when.** Once, at `build`: the constructor, `bind`, `Codec.planes`, `Placement.allocate`, `identity`,
+`Sharing.open`. Once a forward, on integers: `Sharing.match` for a new row; `Retention.dead`, `Sharing.evict` and
+`Placement.copy_blocks` to make room; the plan; after the forward `Sharing.publish`. Once a layer, on tensors:
+`Placement.open`, the codec's `encode`, `Retention.sink_query`, `Placement.read` (which decodes and masks), then
+`Placement.close`.
+
+**What it may not do.** Per layer: no `.item()`, no wait for the device, no allocation whose size depends on values;
+this is what a CUDA graph could not hold. It never runs a forward (a door's work), never keeps a `Plan` (its memory is
+filled again), never writes to a block that it does not own alone.
+
+**What is checked** at `build` (`contract.py`), by name: misspelt overrides, arguments that differ, a codec that does
+not give back the shapes it was given or loses what it calls lossless, a mask that shows what has been given back.
+
+Shapes: T packed query tokens of B rows, Hq query heads in groups over Hkv heads of K and V, D numbers a head.
 """
 
 from __future__ import annotations
@@ -16,31 +37,75 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .kernels import attention, store_kv
-from .kernels.linear import Rotary
-from .paged import BlockPool, BlockTable
+from .kernels import Kernels
+from .paged import BlockPool, BlockTable, Ranges
 from .step.plan import LayerStore, Plan
-from .step.store import BlockStore, block_bytes
-
-if TYPE_CHECKING:
-    from .strategy import Strategy
-    from .tiers.saved import Loaded
+from .step.store import BlockStore, KVShape, Planes, block_bytes
+from .tiers.lower import LowerTiers
+from .tiers.saved import Loaded
 
 
-class Sharing:
+@dataclass(frozen=True)
+class Site:
+    """What a policy may know of the model and the pool that it works for."""
+
+    shape: KVShape  # heads, head dim, dtype and the device of each layer
+    block_size: int  # tokens a block
+    rotary_emb: nn.Module  # the model's own: `inv_freq` [D / 2], `rope_type`
+
+
+class Policy:
+    """What all policies have in common."""
+
+    question: str  # as a preset names it: "layout", "sharing", "retention", "placement" or "codec"
+    options: dict[str, object] = {}  # noqa: RUF012  what it was built with, defaults included; set by `build`
+
+    def bind(self, site: Site) -> None:
+        """Called once, before anything else is. Raises ValueError where the policy cannot serve such a model."""
+
+    def identity(self) -> dict[str, object]:
+        """What K and V in the blocks depend on through this policy, as JSON values: two strategies exchange blocks (in
+        a file, say) only where all their policies say the same. By default the class and its options; {} is for those
+        that change no number, whatever their options.
+        """
+        return {"policy": f"{type(self).__module__}.{type(self).__qualname__}", **self.options}
+
+
+class Layout(Policy):
+    """Where is token t? Here: in blocks of 16 tokens, or of as many as `build` is told."""
+
+    question = "layout"
+
+    def block_size(self, asked: int | None, longest: int) -> int:
+        """Tokens a block, for a model of contexts of at most `longest` tokens."""
+        return 16 if asked is None else asked
+
+
+class Sharing(Policy):
     """Who already holds these tokens? Here: nobody, every request computes its own."""
 
+    question = "sharing"
+    num_pinned = 0  # blocks that are kept whatever happens
+
+    def open(self, pool: BlockPool, identity: dict[str, object], tiers: LowerTiers) -> None:
+        """The pool to share from, what K and V depend on beside the tokens (`tiers/identity.py`), and where evicted
+        blocks may go.
+        """
+
     def match(self, token_ids: Sequence[int], salt: str) -> tuple[list[int], int]:
-        """The blocks that hold the start of `token_ids`, one reference each to the caller, and how many tokens."""
+        """The blocks that hold the start of `token_ids`, one reference each to the caller, and how many tokens: all of
+        full blocks. Only what was published with this salt. Where it raises, no reference has been given.
+        """
         return [], 0
 
     def publish(self, token_ids: Sequence[int], table: BlockTable, salt: str) -> None:
-        """Offer the full blocks of `table`, which hold the first `table.num_tokens` of `token_ids`, to others."""
+        """Offer the full blocks of `table`, which hold the first `table.num_tokens` of `token_ids`, to others. Called
+        when their K and V have been computed.
+        """
 
     def evict(self, num_blocks: int) -> int:
         """Give back up to `num_blocks` blocks that no request uses. Returns how many."""
@@ -57,26 +122,19 @@ class Sharing:
     def clear(self) -> None:
         """Forget everything, and give all held blocks back."""
 
-    def open(self, pool: BlockPool, identity: dict[str, object], tiers: LowerTiers) -> None:
-        """Called once: the pool to share from, what K and V depend on beside the tokens (see `identity.py`), and where
-        evicted blocks may go.
-        """
-
     def count_hit(self, blocks: Iterable[int]) -> None:
         """A request that begins with these shared blocks was admitted."""
-
-    num_pinned = 0  # blocks that are kept whatever happens
 
     def num_pinned_of(self, token_ids: Sequence[int], salt: str) -> int:
         """How many pinned blocks a request with this prompt shares."""
         return 0
 
-    def preload(self, strategy: Strategy, token_ids: Sequence[int], salt: str) -> int:
-        """See `Strategy.preload`."""
+    def pin(self, token_ids: Sequence[int], salt: str) -> int:
+        """Keep what is published of these tokens until `forget`. Returns how many tokens that are."""
         raise self._refusal("preload")
 
     def forget(self, token_ids: Sequence[int], salt: str) -> None:
-        """See `Strategy.forget`."""
+        """Undo `pin`."""
         raise self._refusal("forget")
 
     def save(self, path: str | Path, placement: Placement) -> int:
@@ -91,15 +149,39 @@ class Sharing:
         return ValueError(f"{what} needs a strategy that keeps blocks for later requests: build it with 'prefix'")
 
 
-class Retention:
-    """Which blocks may still be seen? Here: all of them."""
+class NoSharing(Sharing):
+    """The null object."""
 
+
+class Retention(Policy):
+    """Which blocks may still be seen? Here: all of them.
+
+    A mask is what `visible` says. The fast kernels know `window` and `sinks`; where `visible` is overridden, the
+    reference kernels serve.
+    """
+
+    question = "retention"
     window = 0  # tokens that a query sees, itself included; 0 for all
     sinks = 0  # first tokens of the row that stay visible
 
-    def dead(self, num_tokens: int, block_size: int) -> tuple[int, int]:
-        """First and last + 1 table position of the blocks that no query from token `num_tokens` on can see."""
-        return 0, 0
+    def visible(self, position: Tensor, index: Tensor) -> Tensor:
+        """Which tokens of its row a query sees, beside those after it, which nobody does.
+
+        Args:
+            position: [n, 1] int64, index of the query in its row; index: [m] int64, of the tokens.
+
+        Returns:
+            [n, m] bool
+        """
+        seen = torch.ones(len(position), len(index), dtype=torch.bool, device=index.device)
+        return (index > position - self.window) | (index < self.sinks) if self.window else seen
+
+    def dead(self, num_tokens: int, block_size: int) -> Ranges:
+        """First and last + 1 table index of the stretches of blocks that no query from token `num_tokens` on can see.
+
+        Of full blocks before that token; once dead, dead for ever.
+        """
+        return ()
 
     def num_visible(self, num_tokens: int) -> int:
         """The most tokens that a query of a row of `num_tokens` sees: how far apart it has to tell positions."""
@@ -114,79 +196,86 @@ class Retention:
         return None
 
     def stale(self, num_tokens: int, block_size: int) -> tuple[int, int]:
-        """First and last + 1 table position of the dead blocks to cut out, so that indices stay small; mostly none."""
+        """First and last + 1 table index of the dead blocks to cut out, so that indices stay small; mostly none."""
         return 0, 0
 
-    def move_keys(self, layer: LayerStore, blocks: Tensor, num_places: int) -> None:
-        """Turn the keys of `blocks` as if their tokens stood `num_places` further on."""
+    def turn_keys(self, keys: Tensor, num_tokens: int) -> Tensor:
+        """Keys [.., D] float32 as if their tokens stood `num_tokens` further on. Needed where `stale` cuts."""
+        raise NotImplementedError
 
 
-class Codec:
-    """What bytes encode K and V? Here: the model's own dtype."""
+class KeepAll(Retention):
+    """The null object."""
 
-    lossless = True  # what is read is what was written
+    def identity(self) -> dict[str, object]:
+        return {}
 
-    def planes(self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> dict:
-        """Name -> (shape of one layer of one block, dtype), see `BlockStore`."""
+
+class Codec(Policy):
+    """What bytes encode K and V? A codec says how to make them of numbers, and numbers of them, a token at a time.
+
+    Where they go, and that keys are rotated before, is the kernels' business.
+    """
+
+    question = "codec"
+    lossless = False  # what is decoded is what was encoded, to the bit
+    #: Whether the fast kernels encode and decode these planes by themselves: numbers of the model's dtype, or codes of
+    #: int8 or float8_e4m3fn with a scale a token and head. Elsewhere the reference kernels serve, and call the methods.
+    in_kernels = False
+
+    def planes(self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> Planes:
+        """What a layer stores of one block, name -> (shape, dtype): "k" and "v" [Hkv, block_size, ..] and, if there are
+        any, "k_scale" and "v_scale" [Hkv, block_size, ..].
+        """
+        raise NotImplementedError
+
+    def encode(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """K or V [.., D] of any float dtype -> codes [.., as the planes say] and scales, None where there are none."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor, scale: Tensor | None) -> Tensor:
+        """The reverse -> [.., D] float32."""
+        raise NotImplementedError
+
+
+class Plain(Codec):
+    """The null object: numbers of the model's own dtype."""
+
+    lossless = in_kernels = True
+
+    def bind(self, site: Site) -> None:
+        self._dtype = site.shape.dtype
+
+    def planes(self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> Planes:
         shape = (num_kv_heads, block_size, head_dim)
         return {"k": (shape, dtype), "v": (shape, dtype)}
 
-    def write(
-        self,
-        layer: LayerStore,
-        slot_mapping: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query: Tensor | None = None,
-        rotary: Rotary | None = None,
-    ) -> None:
-        """Store K and V [T, Hkv, D] of the tokens at their slots; with `rotary`, queries and keys are rotated first."""
-        store_kv(key, value, layer, slot_mapping, query, rotary)
+    def encode(self, states: Tensor) -> tuple[Tensor, None]:
+        return states.to(self._dtype), None
+
+    def decode(self, codes: Tensor, scale: None) -> Tensor:
+        return codes.float()
+
+    def identity(self) -> dict[str, object]:
+        return {}  # the planes say the dtype
 
 
-class LowerTiers:
-    """Where the contents of idle blocks go when a block is given to others. Here: nowhere, they are computed again.
-
-    A key names the contents of one block, all layers, K and V.
-    """
-
-    num_places = 0  # blocks that can be kept at once
-
-    def demote(self, key: bytes, block: int, tokens: bytes = b"") -> None:
-        """Keep a copy of `block`, which holds `tokens`, under `key`. It may be overwritten as soon as this returns."""
-
-    def num_promotable(self, wanted: Iterable[tuple[bytes, bytes]]) -> int:
-        """How many of the first (key, tokens) of `wanted` are kept, and faster fetched than computed again."""
-        return 0
-
-    def promote(self, key: bytes, block: int) -> bool:
-        """Fill `block` with what is kept under `key`, which is then forgotten. False where it has been lost."""
-        return False
-
-    def discard(self, key: bytes) -> None:
-        """Forget `key`, if it is kept."""
-
-    def stats(self) -> dict[str, object]:
-        return {}
-
-    def clear(self) -> None:
-        """Forget everything."""
-
-
-class Placement:
+class Placement(Policy):
     """Which tier holds these bytes? Here: the device of each layer, K and V alike."""
 
-    reads = "all"  # else what a lossy read leaves out, since K and V of later layers depend on it
-
+    question = "placement"
     tiers = LowerTiers()
     capturable = True  # whether a decode step may be recorded as a CUDA graph
     prefill_capturable = True  # whether a step with new tokens of a prompt may be, too
 
-    def bytes_per_block(self, planes: dict, layer_devices: list[torch.device]) -> dict[torch.device, int]:
+    # Memory
+
+    def bytes_per_block(self, planes: Planes, layer_devices: list[torch.device]) -> dict[torch.device, int]:
         """What one block of the pool takes of the memory of each device."""
         return {device: block_bytes(layer_devices.count(device), planes) for device in dict.fromkeys(layer_devices)}
 
-    def allocate(self, num_blocks: int, planes: dict, layer_devices: list[torch.device]) -> None:
+    def allocate(self, num_blocks: int, planes: Planes, layer_devices: list[torch.device]) -> None:
+        """Set the memory of `num_blocks` blocks aside."""
         self.stores: dict[torch.device, BlockStore] = {}
         self._layers: list[LayerStore] = []
         for device in dict.fromkeys(layer_devices):
@@ -196,16 +285,22 @@ class Placement:
             self._layers.append(self.stores[device].layer(seen[device]))
             seen[device] += 1
 
+    # Once a layer
+
     def open(self, layer_idx: int, plan: Plan) -> LayerStore:
         """The K and V of a layer, ready to be written and read."""
         return self._layers[layer_idx]
 
-    def read(self, layer_idx: int, query: Tensor, layer: LayerStore, plan: Plan, **options) -> Tensor:
-        """Attention [T, Hq, D] of the queries over an open layer. Options as in `kernels.attention`."""
-        return attention(query, layer, plan, **options)
+    def read(self, layer_idx: int, query: Tensor, layer: LayerStore, plan: Plan, kernels: Kernels, **options) -> Tensor:
+        """Attention [T, Hq, D] of the queries over an open layer. All options go to the kernels, see
+        `kernels.attention`; what one of them does not know, it refuses.
+        """
+        return kernels.attention(query, layer, plan, **options)
 
     def close(self, layer_idx: int, plan: Plan) -> None:
         """The attention of this layer has been launched."""
+
+    # Between forwards
 
     def key_layers(self) -> Iterable[LayerStore]:
         """The K of every layer where it lies, to be changed between two steps. V need not be there."""
@@ -230,6 +325,8 @@ class Placement:
                 store.write(name, blocks, data[:, :size])
                 data = data[:, size:]
 
+    # Figures
+
     def bytes_per_tier(self) -> dict[str, int]:
         """Bytes that the blocks take, for every tier in use."""
         tiers: dict[str, int] = {}
@@ -242,12 +339,19 @@ class Placement:
         return {"bytes_to_device": 0, "bytes_to_host": 0, **self.tiers.stats()}
 
 
-@dataclass
-class Spec:
-    """What a strategy is built from. It starts as a plain block pool, and each part of the name changes its answer."""
+class OnDevice(Placement):
+    """The null object."""
 
-    block_size: int = 16
-    sharing: Sharing = field(default_factory=Sharing)
-    retention: Retention = field(default_factory=Retention)
-    placement: Placement = field(default_factory=Placement)
-    codec: Codec = field(default_factory=Codec)
+    def identity(self) -> dict[str, object]:
+        return {}
+
+
+@dataclass
+class Policies:
+    """The answers that make a strategy. They start as those of a plain block pool; each part of a name changes one."""
+
+    layout: Layout = field(default_factory=Layout)
+    sharing: Sharing = field(default_factory=NoSharing)
+    retention: Retention = field(default_factory=KeepAll)
+    placement: Placement = field(default_factory=OnDevice)
+    codec: Codec = field(default_factory=Plain)

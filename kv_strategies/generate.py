@@ -1,8 +1,4 @@
-"""The door for `model.generate()`: a Transformers `Cache` that hands attention to a strategy.
-
-Upstream asks a cache for K and V as two dense tensors (`update`), which a paged store cannot give without copying all
-of it. The patched model asks differently, twice: `plan_forward` once a forward, in place of building a mask, and
-`attend` once a layer, in place of `update` and attention.
+"""The door for `model.generate()`: a cache that a strategy makes for one call.
 
 `generate()` thinks in columns: all rows of a batch are equally long, shorter prompts padded on the left. The store
 keeps tokens only, so a row of the batch is a block table without its padding.
@@ -11,88 +7,91 @@ keeps tokens only, so a row of the batch is a block table without its padding.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 from transformers.utils import output_capturing
 
 from .kernels.linear import Rotary
 from .paged import BlockTable, OutOfBlocks
-from .step import fused
-from .step.plan import Plan, PlanBuffer
+from .step.forward import AttendingCache, forward
+from .step.graphs import StackGraphs, StackStep
+from .step.plan import PlanBuffer
 from .strategy import Strategy
 
-if TYPE_CHECKING:
-    from .step.fused import FusedStack
-    from .step.graphs import StackStep
+_PRELOAD_CHUNK = 2048  # tokens in a forward
 
 
-class AttendingCache(Cache):
-    """What the patched model sees: a cache that attends. The plan says to what."""
+class Generation:
+    """What a strategy leaves to this door, and what it keeps between calls: the decode steps that it has captured."""
 
-    def __init__(self, strategy: Strategy):
-        super().__init__(layers=[])
-        self.strategy = strategy
-        self.plan: Plan | None = None
+    def __init__(self) -> None:
+        self._graphs: StackGraphs | None = None
 
-    @property
-    def decoder_layers(self):
-        """The stack that `LlamaModel` runs: the strategy's own, in one piece, or the plain layers."""
-        stack = self._stack()
-        if stack is None or fused.is_observed():
-            return self.strategy.model.model.layers
-        return [stack]
+    def cache(
+        self, strategy: Strategy, input_ids: Any = None, attention_mask: Tensor | None = None, salt: str = ""
+    ) -> StrategyCache:
+        """See `Strategy.cache`."""
+        if input_ids is None:
+            return StrategyCache(strategy, self)
+        if not torch.is_tensor(input_ids):  # what a tokenizer gives
+            try:
+                given = input_ids["input_ids"]
+                mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
+            except (TypeError, KeyError, IndexError, AttributeError):
+                given, mask = input_ids, attention_mask
+            if not torch.is_tensor(given):
+                raise TypeError(
+                    "cache() takes the prompt as generate() does, a tensor input_ids [B, n] and attention_mask [B, n], "
+                    f"or what a tokenizer gives with return_tensors='pt'; got {type(given).__name__}"
+                )
+            input_ids, attention_mask = given, mask
+        return PromptCache(strategy, self, input_ids, attention_mask, salt)
 
-    def _stack(self) -> FusedStack | StackStep | None:
-        return self.strategy.stack
+    def graphs(self, strategy: Strategy) -> StackGraphs | None:
+        """Decode steps of the stack to replay, where they can be captured."""
+        stack = strategy.stack
+        if stack is None or stack.device.type != "cuda" or not strategy.capturable:
+            return None
+        if self._graphs is None or self._graphs.stack is not stack:
+            self._graphs = StackGraphs(stack, strategy.block_size)
+        return self._graphs
 
-    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
-        """Called in place of `create_causal_mask`: nothing to do where the plan is there already."""
-
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        rotary: Rotary | None = None,
-    ) -> Tensor:
-        """Store K and V of the new tokens and attend to all tokens of the row.
-
-        Args:
-            query: [B, Hq, n, D]; key, value: [B, Hkv, n, D], keys rotated, unless `rotary` [B * n, D] comes with them.
-
-        Returns:
-            [B, n, Hq * D]
-        """
-        num_rows, _, num_columns, _ = query.shape
-        packed = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # [B * n, H, D], views
-        out = self.strategy.attend(layer_idx, *packed, self.plan.on(query.device), scaling, rotary)
-        return out.reshape(num_rows, num_columns, -1)
-
-    def update(self, *args, **kwargs):
-        raise RuntimeError(
-            f"a {self.strategy.name!r} cache has no dense K and V to return: this model's attention is not patched. "
-            "It serves the LlamaForCausalLM that the strategy was built for"
-        )
-
-    @property
-    def is_compileable(self) -> bool:
-        return False  # else generate() would compile the forward by itself
-
-    @property
-    def is_croppable(self) -> bool:
-        return True
+    @torch.inference_mode()
+    def preload(self, strategy: Strategy, token_ids: Sequence[int], salt: str) -> int:
+        """See `Strategy.preload`."""
+        size, config, sharing = strategy.block_size, strategy.model.config, strategy.sharing
+        sharing.pin((), salt)  # refuses where nothing is kept for later
+        token_ids = [int(token) for token in token_ids]
+        token_ids = token_ids[: len(token_ids) // size * size]
+        if not token_ids:
+            raise ValueError(f"only full blocks are shared: a prompt to preload needs at least {size} tokens")
+        if min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
+            raise ValueError(f"token ids must be from 0 to {config.vocab_size - 1}")
+        table = BlockTable(strategy.pool, *sharing.match(token_ids, salt))
+        cache, device = AttendingCache(strategy), strategy.model.device
+        try:
+            while table.num_tokens < len(token_ids):
+                chunk = token_ids[table.num_tokens : table.num_tokens + _PRELOAD_CHUNK]
+                strategy.reserve([(table, len(chunk))])
+                buffer = PlanBuffer(device, 1, len(chunk), len(table.blocks), size, {"input_ids": len(chunk)})
+                plan = buffer.fill([table.row(len(chunk))], {"input_ids": chunk})
+                last = torch.tensor([len(chunk) - 1], device=device)
+                forward(cache, plan, buffer.tensors["input_ids"], last)
+                sharing.publish(token_ids, table, salt)
+            return sharing.pin(token_ids, salt)
+        finally:
+            table.release()
 
 
 class StrategyCache(AttendingCache):
     """The cache of one `generate()` call: a block table a row. Made by `Strategy.cache`."""
 
-    def __init__(self, strategy: Strategy):
+    def __init__(self, strategy: Strategy, door: Generation):
         super().__init__(strategy)
+        self._door = door
         self.tables: list[BlockTable] = []
         self.num_columns = 0  # tokens and padding that generate() believes to be cached
         self._packing: Tensor | None = None  # [T] where the tokens stand among B * n columns, if there is padding
@@ -128,13 +127,16 @@ class StrategyCache(AttendingCache):
         self._packing = None
         if is_token is not None and not is_token.all():
             self._packing = is_token.flatten().nonzero().squeeze(1).to(inputs_embeds.device)
-        graphs = self.strategy.stack_graphs if num_columns == 1 and self._packing is None and self._replays else None
-        self._step = None if graphs is None else graphs.step(rows)
+        is_step = num_columns == 1 and self._packing is None and self._replays
+        graphs = self._door.graphs(self.strategy) if is_step else None
+        planned = [table.row(num_new) for table, num_new in rows]
+        self._step = None if graphs is None else graphs.step(planned)
         if self._step is not None:
             self.plan = self._step.plan
         else:
             max_blocks = max(1, *(len(table.blocks) for table in self.tables))
-            self.plan = PlanBuffer(inputs_embeds.device, num_rows, sum(query_lens), max_blocks).fill(rows)
+            buffer = PlanBuffer(inputs_embeds.device, num_rows, sum(query_lens), max_blocks, self.strategy.block_size)
+            self.plan = buffer.fill(planned)
         self.num_columns += num_columns
 
     @property
@@ -142,7 +144,7 @@ class StrategyCache(AttendingCache):
         """Whether a decode step may be a graph, in which `attend` is not called."""
         return True
 
-    def _stack(self) -> FusedStack | StackStep | None:
+    def _stack(self) -> Callable[..., Tensor] | None:
         return self._step or self.strategy.stack
 
     def attend(
@@ -235,8 +237,10 @@ class PromptCache(StrategyCache):
         row 1   [ pad hit hit | hit new new ]           them is given back
     """
 
-    def __init__(self, strategy: Strategy, input_ids: Tensor, attention_mask: Tensor | None, salt: str):
-        super().__init__(strategy)
+    def __init__(
+        self, strategy: Strategy, door: Generation, input_ids: Tensor, attention_mask: Tensor | None, salt: str
+    ):
+        super().__init__(strategy, door)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if input_ids.dim() != 2 or input_ids.shape != mask.shape:
             raise ValueError(

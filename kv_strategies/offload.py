@@ -36,11 +36,13 @@ import torch
 from torch import Tensor
 
 from .base import Placement
-from .kernels import attention
-from .kernels.topn import TALLY, new_tally, topn_attention
+from .kernels import Kernels
+from .kernels.topn import TALLY, new_tally
 from .step.plan import LayerStore, Plan
 from .step.store import block_bytes, views_of
-from .tiers.host import Disk, PrefillClock, Rates, Tiers
+from .tiers.disk import Disk
+from .tiers.host import Tiers
+from .tiers.rates import PrefillClock, Rates
 from .tiers.stream import LayerStream
 
 
@@ -98,9 +100,9 @@ class Offload(Placement):
         self._lossy = {"top_n": top_n or 0, "mass": mass or 0.0, "renormalise": renormalise}
         # An exact step streams by copies that change with the block tables; a graph would repeat those of its capture.
         self.capturable = self.is_lossy or resident == "kv"
-        if self.is_lossy:
-            self.reads = f"top_n={top_n}" if top_n is not None else f"mass={mass}"
-            self.reads += ", renormalised" if renormalise else ""
+
+    def identity(self) -> dict[str, object]:
+        return {"reads": self._lossy} if self.is_lossy else {}
 
     # --- memory
 
@@ -121,13 +123,15 @@ class Offload(Placement):
     def allocate(self, num_blocks: int, planes: dict, layer_devices: list[torch.device]) -> None:
         resident, streamed = self._split(planes)
         self._names = list(planes)
-        self._parts = [
-            _Part(device, layer_devices.count(device), num_blocks, resident, streamed, self._num_buffers, self.is_lossy)
+        self._devices = [
+            _DeviceLayers(
+                device, layer_devices.count(device), num_blocks, resident, streamed, self._num_buffers, self.is_lossy
+            )
             for device in dict.fromkeys(layer_devices)
         ]
-        by_device = {part.device: part for part in self._parts}
+        by_device = {home.device: home for home in self._devices}
         seen = dict.fromkeys(by_device, 0)
-        self._layers: list[tuple[_Part, int]] = []
+        self._layers: list[tuple[_DeviceLayers, int]] = []
         for device in layer_devices:
             self._layers.append((by_device[device], seen[device]))
             seen[device] += 1
@@ -150,12 +154,12 @@ class Offload(Placement):
         return resident, {name: plane for name, plane in planes.items() if name not in resident}
 
     def _add_tiers(self, num_blocks: int, block_size: int, rates: Rates) -> None:
-        if len(self._parts) > 1:
+        if len(self._devices) > 1:
             raise ValueError("host_bytes keeps idle blocks of a model on one device; this one is spread over several")
-        part = self._parts[0]
-        memories = part.memories()
+        home = self._devices[0]
+        memories = home.memories()
         one = sum(memory.shape[0] * memory.shape[2] for memory in memories)
-        streamed = part.host_bytes
+        streamed = home.host_bytes
         spare = self._host_bytes - streamed
         wanted = self._resident == "kv" or self._disk_path is not None
         if spare < 0 or (wanted and spare < one):
@@ -167,47 +171,42 @@ class Offload(Placement):
             )
         if spare >= one:
             disk = None if self._disk_path is None else Disk(self._disk_path, self._disk_bytes, one)
-            self.tiers = Tiers(memories, block_size, part.device, spare // one, rates, disk, part.settle, part.touched)
+            self.tiers = Tiers(memories, block_size, home.device, spare // one, rates, disk, home.settle, home.touched)
 
     # --- the data plane
 
     def open(self, layer_idx: int, plan: Plan) -> LayerStore:
-        part, layer = self._layers[layer_idx]
+        home, layer = self._layers[layer_idx]
         self._clock.open(layer_idx, plan)
-        if part.stream is None or self._reads_on_host(plan):
-            return part.layers[layer]
-        return LayerStore(**part.resident[layer], **part.stream.open(layer, plan))
+        if home.stream is None or self._reads_on_host(plan):
+            return home.layers[layer]
+        return LayerStore(**home.resident[layer], **home.stream.open(layer, plan))
 
-    def read(self, layer_idx: int, query: Tensor, layer: LayerStore, plan: Plan, **options) -> Tensor:
+    def read(self, layer_idx: int, query: Tensor, layer: LayerStore, plan: Plan, kernels: Kernels, **options) -> Tensor:
         num_decodes = plan.num_decodes
         if not self.is_lossy or not num_decodes:
-            return attention(query, layer, plan, **options)
-        part, index = self._layers[layer_idx]
+            return kernels.attention(query, layer, plan, **options)
+        home, index = self._layers[layer_idx]
         is_mixed = not self._reads_on_host(plan)
         if is_mixed:  # the decoding rows read their newest V on the host as well
-            part.stream.append(plan)
-            part.stream.settle()
-        both = {name: options[name] for name in ("scaling", "window", "sinks")}
-        sink_query = options["sink_query"]
-        own = None if sink_query is None else sink_query[:num_decodes]
-        part.num_heads = query.shape[1]
-        out = topn_attention(
-            query[:num_decodes], part.layers[index], plan, part.tally, sink_query=own, **both, **self._lossy
+            home.stream.append(plan)
+            home.stream.settle()
+        home.num_heads = query.shape[1]
+        own = {name: options[name] for name in options if name not in ("key", "value")}  # of prompts, which come later
+        decoding = {name: _rows(option, slice(0, num_decodes)) for name, option in own.items()}
+        out = kernels.topn_attention(
+            query[:num_decodes], home.layers[index], plan, home.tally, **decoding, **self._lossy
         )
         if not is_mixed:
             return out
         rest = plan.once("without the decoding rows", lambda: _without_decodes(plan))
-        behind = {
-            name: options[name][num_decodes:]
-            for name in ("sink_query", "key", "value")
-            if options.get(name) is not None
-        }
-        return torch.cat((out, attention(query[num_decodes:], layer, rest, **both, **behind)))
+        behind = {name: _rows(option, slice(num_decodes, None)) for name, option in options.items()}
+        return torch.cat((out, kernels.attention(query[num_decodes:], layer, rest, **behind)))
 
     def close(self, layer_idx: int, plan: Plan) -> None:
-        part, _ = self._layers[layer_idx]
-        if part.stream is not None and not self._reads_on_host(plan):
-            part.stream.close(plan)
+        home, _ = self._layers[layer_idx]
+        if home.stream is not None and not self._reads_on_host(plan):
+            home.stream.close(plan)
         self._clock.close(layer_idx, plan)
 
     def _reads_on_host(self, plan: Plan) -> bool:
@@ -217,61 +216,61 @@ class Offload(Placement):
     # --- whole blocks
 
     def key_layers(self) -> list[LayerStore]:
-        for part in self._parts:
-            part.synchronize()
-        return [part.layers[layer] for part, layer in self._layers]
+        for home in self._devices:
+            home.synchronize()
+        return [home.layers[layer] for home, layer in self._layers]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        for part in self._parts:
-            part.copy_blocks(list(copies))
+        for home in self._devices:
+            home.copy_blocks(list(copies))
 
     def read_blocks(self, blocks: list[int]) -> Tensor:
-        for part in self._parts:
-            part.synchronize()
+        for home in self._devices:
+            home.synchronize()
         pieces = []
         for name in self._names:
-            for part in self._parts:
-                plane = part.planes[name].view(torch.uint8)
+            for home in self._devices:
+                plane = home.planes[name].view(torch.uint8)
                 pieces.append(plane[torch.tensor(blocks, device=plane.device)].flatten(1).cpu())
         return torch.cat(pieces, dim=1)
 
     def write_blocks(self, blocks: list[int], data: Tensor) -> None:
-        for part in self._parts:
-            part.synchronize()
+        for home in self._devices:
+            home.synchronize()
         for name in self._names:
-            for part in self._parts:
-                plane = part.planes[name].view(torch.uint8)
+            for home in self._devices:
+                plane = home.planes[name].view(torch.uint8)
                 piece, data = data[:, : plane[0].numel()], data[:, plane[0].numel() :]
                 index = torch.tensor(blocks, device=plane.device)
                 plane[index] = piece.to(plane.device).view(-1, *plane.shape[1:])
-        for part in self._parts:
-            part.touched()
+        for home in self._devices:
+            home.touched()
 
     # --- figures
 
     def bytes_per_tier(self) -> dict[str, int]:
         tiers: dict[str, int] = {}
-        for part in self._parts:
-            tiers[part.device.type] = tiers.get(part.device.type, 0) + part.device_bytes
-            tiers["host"] = tiers.get("host", 0) + part.host_bytes
+        for home in self._devices:
+            tiers[home.device.type] = tiers.get(home.device.type, 0) + home.device_bytes
+            tiers["host"] = tiers.get("host", 0) + home.host_bytes
         if isinstance(self.tiers, Tiers):
-            tiers[self._parts[0].device.type] += self.tiers.device_bytes
+            tiers[self._devices[0].device.type] += self.tiers.device_bytes
             tiers["host"] += self.tiers.host_bytes
         return {name: size for name, size in tiers.items() if size}
 
     def stats(self) -> dict[str, object]:
-        streams = [part.stream for part in self._parts if part.stream is not None]
+        streams = [home.stream for home in self._devices if home.stream is not None]
         found = {
             "bytes_to_device": sum(stream.bytes_fetched for stream in streams),
             "bytes_to_host": sum(stream.bytes_appended for stream in streams),
             **self.tiers.stats(),
         }
         if self.is_lossy:
-            reads, kept, dropped, _ = sum(part.tally.cpu() for part in self._parts).tolist()
-            worst = max(float(part.tally[TALLY.index("worst")]) for part in self._parts)
-            part = self._parts[0]
-            found["bytes_to_device"] += int(kept) * part.vector_bytes
-            found["bytes_to_host"] += int(reads) // part.num_heads * part.layers[0].v.shape[1] * part.vector_bytes
+            reads, kept, dropped, _ = sum(home.tally.cpu() for home in self._devices).tolist()
+            worst = max(float(home.tally[TALLY.index("worst")]) for home in self._devices)
+            home = self._devices[0]
+            found["bytes_to_device"] += int(kept) * home.vector_bytes
+            found["bytes_to_host"] += int(reads) // home.num_heads * home.layers[0].v.shape[1] * home.vector_bytes
             found |= {
                 "kept_tokens_mean": kept / reads if reads else None,
                 "dropped_mass_mean": dropped / reads if reads else None,
@@ -280,7 +279,7 @@ class Offload(Placement):
         return found
 
 
-class _Part:
+class _DeviceLayers:
     """The layers of one device: what is resident, and what streams."""
 
     def __init__(
@@ -344,6 +343,11 @@ class _Part:
         """Wait, on the host, for all that is under way."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _rows(option: object, tokens: slice) -> object:
+    """An option of a read for some of the packed tokens: tensors [T, ..] are cut, all else holds for every token."""
+    return option[tokens] if torch.is_tensor(option) else option
 
 
 def _without_decodes(plan: Plan) -> Plan:

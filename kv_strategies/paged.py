@@ -25,7 +25,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .step.plan import NULL_BLOCK
+from .step.plan import NULL_BLOCK, Row
+
+#: First and last + 1 of stretches of a block table.
+Ranges = tuple[tuple[int, int], ...]
 
 
 class OutOfBlocks(RuntimeError):
@@ -135,8 +138,8 @@ class BlockTable:
         self.num_tokens = num_tokens
         self._ids = np.array(list(blocks), dtype=np.int32)
         self._size = len(self._ids)
-        self.num_dead = 0  # leading blocks known to be given back, sinks apart (see `drop`)
-        self.num_rebased = 0  # tokens that once stood in this table and were cut out (see `rebase`)
+        self.num_cut = 0  # tokens that the row has seen and that no longer stand in this table (see `cut`)
+        self._dropped: Ranges = ()  # the last that `drop` was given
         pool.tables.add(self)
 
     @property
@@ -184,39 +187,30 @@ class BlockTable:
             self._size = wanted
         return copies
 
-    def slots(self, start: int, stop: int) -> np.ndarray:
-        """[stop - start] int64: where tokens start..stop - 1 live, block * block_size + offset."""
-        tokens = np.arange(start, stop, dtype=np.int64)
-        return self._ids[tokens // self.pool.block_size].astype(np.int64) * self.pool.block_size + (
-            tokens % self.pool.block_size
-        )
-
-    def last_slot(self) -> int:
-        """Where the last token lives."""
-        index, offset = divmod(self.num_tokens - 1, self.pool.block_size)
-        return int(self._ids[index]) * self.pool.block_size + offset
+    def row(self, num_new: int) -> Row:
+        """What a forward over the last `num_new` tokens has to know. Valid until the table changes."""
+        return Row(self.blocks, self.num_tokens, num_new)
 
     def fork(self) -> BlockTable:
         """A second table over the same blocks (parallel sample, beam). The first to write copies."""
         for block in self.blocks:
             if block != NULL_BLOCK:
                 self.pool.share(int(block))
-        twin = BlockTable(self.pool, self.blocks, self.num_tokens)
-        twin.num_dead, twin.num_rebased = self.num_dead, self.num_rebased
-        return twin
+        return self._twin(self.blocks)
 
     def hollow(self) -> BlockTable:
         """A table like this one without any blocks, to be filled when their contents come back."""
-        twin = BlockTable(self.pool, np.full(self._size, NULL_BLOCK), self.num_tokens)
-        twin.num_dead, twin.num_rebased = self.num_dead, self.num_rebased
-        return twin
+        return self._twin(np.full(self._size, NULL_BLOCK))
 
-    def fill(self, places: Iterable[int]) -> None:
-        """Take a block from the pool for each of these table positions."""
-        last = NULL_BLOCK
-        for place in places:
-            assert self._ids[place] == NULL_BLOCK, "the place is taken"
-            self._ids[place] = last = self.pool.allocate(after=last)
+    def fill(self, indices: Iterable[int]) -> None:
+        """Take a block from the pool for each of these indices of the table.
+
+        Raises:
+            OutOfBlocks: there are fewer; nothing was changed.
+        """
+        indices = list(indices)
+        assert (self._ids[indices] == NULL_BLOCK).all(), "there is a block already"
+        self._ids[indices] = self.pool.allocate_run(len(indices))
 
     def truncate(self, num_tokens: int) -> None:
         """Forget all tokens after the first `num_tokens`."""
@@ -226,15 +220,18 @@ class BlockTable:
         self._release(wanted, self._size)
         self._size = wanted
         self.num_tokens = num_tokens
-        self.num_dead = min(self.num_dead, wanted)
+        self._dropped = ()
 
-    def drop(self, first: int, last: int) -> None:
-        """Give back the blocks at table positions first..last - 1; their tokens are never read again."""
-        self._release(max(first, self.num_dead), last)
-        self._ids[first:last] = NULL_BLOCK
-        self.num_dead = max(self.num_dead, last)
+    def drop(self, ranges: Ranges) -> None:
+        """Give back the blocks at indices first..last - 1 of each range; their tokens are never read again."""
+        if ranges == self._dropped:
+            return  # the usual case: most steps add no block
+        for first, last in ranges:
+            self._release(first, last)
+            self._ids[first:last] = NULL_BLOCK
+        self._dropped = ranges
 
-    def rebase(self, first: int, last: int) -> list[tuple[int, int]]:
+    def cut(self, first: int, last: int) -> list[tuple[int, int]]:
         """Close the gap of the dropped blocks first..last - 1: the tokens behind it move down by as many places.
 
         Their keys are about to be changed with their indices, so blocks that somebody else holds as well are replaced
@@ -251,18 +248,18 @@ class BlockTable:
         if self.num_shared(last) > pool.num_free:
             raise OutOfBlocks(f"{self.num_shared(last)} shared blocks must be copied and {pool.num_free} are free")
         copies = []
-        for place in range(last, self._size):
-            source = int(self._ids[place])
+        for index in range(last, self._size):
+            source = int(self._ids[index])
             if pool.ref_counts[source] == 1:
                 continue
-            self._ids[place] = pool.allocate(after=int(self._ids[place - 1]) if place else NULL_BLOCK)
+            self._ids[index] = pool.allocate(after=int(self._ids[index - 1]) if index else NULL_BLOCK)
             pool.release(source)
-            copies.append((source, int(self._ids[place])))
+            copies.append((source, int(self._ids[index])))
         self._ids = np.delete(self._ids, slice(first, last))
         self._size -= last - first
         self.num_tokens -= (last - first) * pool.block_size
-        self.num_rebased += (last - first) * pool.block_size
-        self.num_dead = first
+        self.num_cut += (last - first) * pool.block_size
+        self._dropped = ()
         return copies
 
     def num_shared(self, first: int) -> int:
@@ -272,7 +269,7 @@ class BlockTable:
     @property
     def num_seen(self) -> int:
         """Tokens of the request so far, those cut out included."""
-        return self.num_tokens + self.num_rebased
+        return self.num_tokens + self.num_cut
 
     @property
     def num_live(self) -> int:
@@ -282,7 +279,12 @@ class BlockTable:
     def release(self) -> None:
         """Give everything back. May be called twice."""
         self.truncate(0)
-        self.num_rebased = 0
+        self.num_cut = 0
+
+    def _twin(self, blocks: np.ndarray) -> BlockTable:
+        twin = BlockTable(self.pool, blocks, self.num_tokens)
+        twin.num_cut, twin._dropped = self.num_cut, self._dropped
+        return twin
 
     def _must_copy_last(self) -> bool:
         """Whether the next token falls into a block that somebody else holds as well."""

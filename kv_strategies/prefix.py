@@ -25,25 +25,24 @@ go before what they hang on. Requests with different salts (tenants) share nothi
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from .base import LowerTiers, Placement, Sharing
+from .base import Placement, Sharing
 from .paged import BlockPool, BlockTable
-from .step.plan import NULL_BLOCK, PlanBuffer
+from .step.plan import NULL_BLOCK
 from .tiers import saved
 from .tiers.identity import fingerprint
+from .tiers.lower import LowerTiers
 
-if TYPE_CHECKING:
-    from .strategy import Strategy
-
-_PRELOAD_CHUNK = 2048  # tokens in a forward
+_BLOCKS_AT_ONCE = 256  # read from the pool for a file
 
 
 @dataclass(slots=True, eq=False)
@@ -84,7 +83,7 @@ class PrefixCache(Sharing):
         return [node.block for node in path], len(path) * self.pool.block_size
 
     def publish(self, token_ids: Sequence[int], table: BlockTable, salt: str) -> None:
-        if table.num_rebased:
+        if table.num_cut:
             return  # its keys are turned to other positions
         num_tokens = min(len(token_ids), table.num_tokens)
         node = self.root(salt_digest(self._fingerprint, salt))
@@ -99,14 +98,19 @@ class PrefixCache(Sharing):
     def insert(self, parent: Node, tokens: bytes, block: int) -> Node | None:
         """Keep a block that holds `tokens` behind `parent`; None where its hash is taken by other tokens."""
         node = Node(block_digest(parent.digest, tokens), parent, tokens, block)
-        if self._nodes.setdefault(node.digest, node) is not node:
+        if node.digest in self._nodes:
             return None
-        assert block not in self._by_block, "a block has two contents"
-        if parent.parent is None:
-            self._roots[parent.digest] = parent
-        parent.children[tokens] = self._by_block[block] = node
-        self.pool.keep(block)
+        self._insert(node)
         return node
+
+    def _insert(self, node: Node) -> None:
+        """Put a node whose hash is free into the tree, behind a parent that is there."""
+        assert node.block not in self._by_block, "a block has two contents"
+        if node.parent.parent is None:
+            self._roots[node.parent.digest] = node.parent
+        self._nodes[node.digest] = node
+        node.parent.children[node.tokens] = self._by_block[node.block] = node
+        self.pool.keep(node.block)
 
     def evict(self, num_blocks: int) -> int:
         before = self.pool.num_free
@@ -136,35 +140,7 @@ class PrefixCache(Sharing):
 
     # --- preloaded prompts
 
-    @torch.inference_mode()
-    def preload(self, strategy: Strategy, token_ids: Sequence[int], salt: str) -> int:
-        from .generate import AttendingCache
-        from .runner import forward
-
-        size, config = self.pool.block_size, strategy.model.config
-        token_ids = [int(token) for token in token_ids]
-        token_ids = token_ids[: len(token_ids) // size * size]
-        if not token_ids:
-            raise ValueError(f"only full blocks are shared: a prompt to preload needs at least {size} tokens")
-        if min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
-            raise ValueError(f"token ids must be from 0 to {config.vocab_size - 1}")
-        table = BlockTable(self.pool, *self.match(token_ids, salt))
-        cache, device = AttendingCache(strategy), strategy.model.device
-        try:
-            while table.num_tokens < len(token_ids):
-                chunk = token_ids[table.num_tokens : table.num_tokens + _PRELOAD_CHUNK]
-                strategy.reserve([(table, len(chunk))])
-                buffer = PlanBuffer(device, 1, len(chunk), len(table.blocks), {"input_ids": len(chunk)})
-                cache.plan = buffer.fill([(table, len(chunk))], {"input_ids": chunk})
-                last = torch.tensor([len(chunk) - 1], device=device)
-                forward(strategy.model, cache, cache.plan, buffer.tensors["input_ids"], last)
-                self.publish(token_ids, table, salt)
-            return self.pin(token_ids, salt)
-        finally:
-            table.release()
-
     def pin(self, token_ids: Sequence[int], salt: str) -> int:
-        """Keep what is published of these tokens until `forget`. Returns how many tokens that are."""
         path = self._path(token_ids, salt)
         if path and path[-1] not in self._preloaded:
             self._preloaded.add(path[-1])
@@ -193,10 +169,48 @@ class PrefixCache(Sharing):
     # --- across restarts
 
     def save(self, path: str | Path, placement: Placement) -> int:
-        return saved.save(self, placement, Path(path))
+        nodes = list(self.ordered())
+        numbers = {node: number for number, node in enumerate(nodes)}
+        roots: dict[bytes, int] = {}
+        for node in nodes:
+            if node.parent not in numbers:
+                roots.setdefault(node.parent.digest, -1 - len(roots))
+
+        def records() -> Iterator[saved.Record]:
+            for begin in range(0, len(nodes), _BLOCKS_AT_ONCE):
+                some = nodes[begin : begin + _BLOCKS_AT_ONCE]
+                for node, data in zip(some, placement.read_blocks([node.block for node in some]), strict=True):
+                    parent = numbers[node.parent] if node.parent in numbers else roots[node.parent.digest]
+                    yield saved.Record(parent, node.tokens, data.numpy().tobytes())
+
+        saved.write(Path(path), self.identity, list(roots), len(nodes), records())
+        return len(nodes)
 
     def load(self, path: str | Path, placement: Placement) -> saved.Loaded:
-        return saved.load(self, placement, Path(path))
+        """A batch is written to its blocks first, and is in the tree afterwards, or not at all."""
+        fates: Counter[str] = Counter()
+        taken: list[int] = []  # one reference each of our own, so that no block is idle until all are there
+        block_bytes = placement.read_blocks([0]).shape[1]
+        try:
+            with saved.Reader(Path(path), self.identity, 4 * self.pool.block_size, block_bytes) as file:
+                roots = {digest: self.root(digest) for digest in file.roots}
+                admission = _Admission(self, [roots[digest] for digest in file.roots], taken, fates)
+                for batch in file.batches():
+                    new = [found for record in batch if (found := admission.take(record)) is not None]
+                    if new:
+                        contents = torch.frombuffer(bytearray(b"".join(data for _, data in new)), dtype=torch.uint8)
+                        placement.write_blocks([node.block for node, _ in new], contents.view(len(new), -1))
+                    for node, _ in new:
+                        self._insert(node)
+                    fates["num_blocks"] += len(new)
+                fates["num_damaged"] += file.num_missing
+        finally:
+            for block in reversed(taken):  # so that the first, most recently used, are idle for the shortest time
+                self.pool.release(block)
+        loaded = saved.Loaded(**fates)
+        if loaded.num_damaged or loaded.num_unreachable or loaded.num_left_out:
+            warnings.warn(f"{path}: {loaded}", stacklevel=3)
+        return loaded
 
     def ordered(self) -> Iterator[Node]:
         """All nodes, the most recently used first, but none before its parent."""
@@ -295,6 +309,51 @@ class PrefixCache(Sharing):
             keep(node.digest, node.block, node.tokens)
             del self._nodes[node.digest], self._by_block[node.block]
             self.pool.discard(node.block)
+
+
+class _Admission:
+    """Which blocks of a file find a place, one after the other; those that do have a block, and are in no tree yet."""
+
+    def __init__(self, prefix: PrefixCache, roots: list[Node], taken: list[int], fates: Counter[str]):
+        self._prefix, self._roots, self._taken, self._fates = prefix, roots, taken, fates
+        self._found: list[Node | str] = []  # by their number: where a block is, or the fate of one that is nowhere
+        self._pending: dict[bytes, Node] = {}  # by hash
+
+    def take(self, record: saved.Record | None) -> tuple[Node, bytes] | None:
+        """A new node, its block allocated, and what the block is to hold; None where there is nothing to write."""
+        before = len(self._pending)
+        self._found.append(self._place(record))
+        found = self._found[-1]
+        if isinstance(found, str):
+            self._fates[found] += 1
+            return None
+        return (found, record.data) if len(self._pending) > before else None
+
+    def _place(self, record: saved.Record | None) -> Node | str:
+        if record is None:
+            return "num_damaged"
+        parent = self._parent(record.parent)
+        if isinstance(parent, str):
+            return parent if parent == "num_left_out" else "num_unreachable"
+        prefix, digest = self._prefix, block_digest(parent.digest, record.tokens)
+        if known := parent.children.get(record.tokens) or self._pending.get(digest):
+            if known.parent is not parent or known.tokens != record.tokens:
+                return "num_unreachable"  # the hash is taken by other tokens
+            self._fates["num_known"] += 1
+            return known
+        if digest in prefix._nodes:
+            return "num_unreachable"
+        if not prefix.pool.num_free:
+            return "num_left_out"
+        self._taken.append(prefix.pool.allocate(after=parent.block))
+        self._pending[digest] = node = Node(digest, parent, record.tokens, self._taken[-1])
+        return node
+
+    def _parent(self, number: int) -> Node | str:
+        """What a block says it continues: a root, or a block before it. A file may say anything."""
+        if number < 0:
+            return self._roots[-1 - number] if -1 - number < len(self._roots) else "num_damaged"
+        return self._found[number] if number < len(self._found) else "num_damaged"
 
 
 def lineage(node: Node) -> Iterator[Node]:

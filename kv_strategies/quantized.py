@@ -28,11 +28,11 @@ converts it in software.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
-from .base import Codec
+from .base import Codec, Plain, Site
 from .kernels.reference import quantise
 
 SCALE_DTYPE = torch.bfloat16
@@ -41,8 +41,7 @@ SCALE_DTYPE = torch.bfloat16
 class EightBit(Codec):
     """Codes of `dtype`, one byte each, and a scale a token and head."""
 
-    lossless = False
-
+    in_kernels = True
     dtype: torch.dtype
 
     def planes(self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> dict:
@@ -50,18 +49,24 @@ class EightBit(Codec):
         scales = ((num_kv_heads, block_size), SCALE_DTYPE)
         return {"k": codes, "v": codes, "k_scale": scales, "v_scale": scales}
 
+    def encode(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        return quantise(states, self.dtype, SCALE_DTYPE)
+
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
+        return codes.float() * scale.float()[..., None]
+
 
 class Int8(EightBit):
     dtype = torch.int8
 
 
 class Fp8(EightBit):
-    """Raises ValueError where one of the devices, those of the model's layers, has no fp8."""
+    """Raises ValueError where one of the devices of the model's layers has no fp8."""
 
     dtype = torch.float8_e4m3fn
 
-    def __init__(self, devices: Iterable[torch.device]):
-        for device in dict.fromkeys(devices):
+    def bind(self, site: Site) -> None:
+        for device in dict.fromkeys(site.shape.layer_devices):
             if device.type != "cuda":
                 continue
             capability = torch.cuda.get_device_capability(device)
@@ -86,11 +91,10 @@ def main() -> None:
     for head_dim in (64, 128):
         states = torch.randn(num_tokens, num_heads, head_dim)
         states[torch.rand(states.shape) < 0.01] *= 20
-        plain = bytes_per_token(Codec(), num_heads, head_dim)
-        for codec in (Int8(), Fp8([])):
+        plain = bytes_per_token(Plain(), num_heads, head_dim)
+        for codec in (Int8(), Fp8()):
             size = bytes_per_token(codec, num_heads, head_dim)
-            codes, scale = quantise(states, codec.dtype, SCALE_DTYPE)
-            error = (codes.float() * scale.float()[..., None] - states).abs() / states.abs().amax(-1, keepdim=True)
+            error = (codec.decode(*codec.encode(states)) - states).abs() / states.abs().amax(-1, keepdim=True)
             print(
                 f"{head_dim:>3} {type(codec).__name__.lower():<5} {size:>5} {size / plain:>8.3f} "
                 f"{plain / size:>12.2f} x tokens   {error.mean():>20.5f} {error.max():.5f}"

@@ -1,111 +1,133 @@
 """Strategies by name: `build("paged", model)`, `build("prefix+offload+int8", model, ...)`.
 
-A name is a sum of parts. Each part changes one answer of a plain block pool (`base.Spec`); a new strategy is one
-function here and one entry in `STRATEGIES`.
+A name is a sum of parts. Each part answers one question (`base.py`) otherwise than a plain block pool does. A part from
+outside is one class and one registration:
+
+    register("every4", Preset("keeps every fourth old block", "retention", EveryFourth, lossy=True))
+
+or, in a package of its own, an entry point of the group `kv_strategies` that names the preset. Either way it is in
+`STRATEGIES`, and in whatever goes by it: `build`, both doors, the command line, the bench and the composition tests.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
+import numbers
 import os
+import types
+import typing
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from importlib import metadata
+from pathlib import Path
 
 import torch
+import transformers
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
-from .base import Codec, Spec
+from . import contract
+from .base import Layout, Policies, Policy, Retention, Site
 from .baseline import Baseline
+from .generate import Generation
+from .kernels import FAST, Kernels, reference_kernels
 from .offload import Offload
 from .prefix import PrefixCache
 from .quantized import Fp8, Int8
-from .strategy import KVShape, Strategy
+from .step.store import KVShape
+from .strategy import Strategy, planes_of
 from .window import SlidingWindow
 
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+QUESTIONS = {
+    "layout": "where is token t?",
+    "sharing": "who already holds these tokens?",
+    "retention": "which blocks may still be seen?",
+    "placement": "which tier holds these bytes?",
+    "codec": "what bytes encode K and V?",
+}
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One name: what it is, and what it changes. `apply(spec, model, **options)` takes its options as keywords."""
+    """One part of a name.
+
+    Args:
+        summary: a line for people.
+        answers: the question it answers, of `QUESTIONS`. Two parts that answer the same one clash.
+        make: the policy, or what makes it; its options are the keywords that this takes, checked by their annotations.
+        lossy: whether answers may change; or the options that make it so.
+        alone: cannot be part of a sum.
+    """
 
     summary: str
-    apply: Callable[..., None]
-    alone: bool = False  # cannot be part of a sum
+    answers: str
+    make: Callable[..., Policy]
+    lossy: bool | tuple[str, ...] = False
+    alone: bool = False
 
     @property
-    def options(self) -> list[str]:
-        return list(inspect.signature(self.apply).parameters)[2:]
+    def options(self) -> dict[str, inspect.Parameter]:
+        parameters = inspect.signature(self.make).parameters.values()
+        return {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+
+    def is_lossy(self, options: dict[str, object]) -> bool:
+        if isinstance(self.lossy, bool):
+            return self.lossy
+        return any(options.get(option) is not None for option in self.lossy)
 
 
-def _paged(spec: Spec, model: LlamaForCausalLM) -> None:
-    """Nothing to change: every strategy stands on the block pool."""
+class Contiguous(Layout):
+    """One block a request, as long as the longest may be: what a cache without blocks reserves."""
 
+    def __init__(self, *, max_length: int | None = None):
+        self._max_length = max_length
 
-def _contiguous(spec: Spec, model: LlamaForCausalLM, max_length: int | None = None) -> None:
-    spec.block_size = max_length or model.config.max_position_embeddings
-
-
-def _prefix(spec: Spec, model: LlamaForCausalLM) -> None:
-    spec.sharing = PrefixCache()
-
-
-def _window(
-    spec: Spec, model: LlamaForCausalLM, window: int = 2048, sinks: int = 4, rebase_at: int | None = None
-) -> None:
-    rotary_emb = model.model.rotary_emb
-    spec.retention = SlidingWindow(
-        rotary_emb, window=window, sinks=sinks, block_size=spec.block_size, rebase_at=rebase_at
-    )
-
-
-def _offload(
-    spec: Spec,
-    model: LlamaForCausalLM,
-    top_n: int | None = None,
-    mass: float | None = None,
-    renormalise: bool = False,
-    resident: str = "k",
-    host_bytes: int | None = None,
-    disk_path: str | os.PathLike | None = None,
-    disk_bytes: int | None = None,
-) -> None:
-    spec.placement = Offload(
-        top_n=top_n,
-        mass=mass,
-        renormalise=renormalise,
-        resident=resident,
-        host_bytes=host_bytes,
-        disk_path=disk_path,
-        disk_bytes=disk_bytes,
-    )
-
-
-def _int8(spec: Spec, model: LlamaForCausalLM) -> None:
-    _set_codec(spec, Int8())
-
-
-def _fp8(spec: Spec, model: LlamaForCausalLM) -> None:
-    _set_codec(spec, Fp8(KVShape.of(model).layer_devices))
-
-
-def _set_codec(spec: Spec, codec: Codec) -> None:
-    if not spec.codec.lossless:
-        raise ValueError("int8 and fp8 both say what bytes encode K and V: choose one")
-    spec.codec = codec
+    def block_size(self, asked: int | None, longest: int) -> int:
+        if asked is not None:
+            raise ValueError("contiguous has blocks of maximal length: give max_length instead of block_size")
+        return self._max_length or longest
 
 
 STRATEGIES: dict[str, Preset] = {
-    "baseline": Preset("native DynamicCache, untouched: the oracle", _paged, alone=True),
-    "contiguous": Preset("one block of maximal length a request", _contiguous, alone=True),
-    "paged": Preset("blocks of 16 tokens behind a block table (PagedAttention)", _paged),
-    "prefix": Preset("requests that start alike share the blocks of their common start (RadixAttention)", _prefix),
-    "window": Preset("the last 2048 tokens and 4 sinks, dead blocks given back (StreamingLLM); lossy", _window),
-    "offload": Preset("K on the GPU, V in host memory: streamed, or the heaviest tokens alone (KCache)", _offload),
-    "int8": Preset("one byte a number and a scale a token and head; lossy", _int8),
-    "fp8": Preset("the same bytes as float8 e4m3, where the GPU has it; lossy", _fp8),
-}
+    "baseline": Preset("native DynamicCache, untouched: the oracle", "layout", Layout, alone=True),
+    "contiguous": Preset("one block of maximal length a request", "layout", Contiguous, alone=True),
+    "paged": Preset("blocks of 16 tokens behind a block table (PagedAttention)", "layout", Layout),
+    "prefix": Preset(
+        "requests that start alike share the blocks of their common start (RadixAttention)", "sharing", PrefixCache
+    ),
+    "window": Preset(
+        "the last 2048 tokens and 4 sinks, dead blocks given back (StreamingLLM); lossy",
+        "retention", SlidingWindow, lossy=True,
+    ),
+    "offload": Preset(
+        "K on the GPU, V in host memory: streamed, or the heaviest tokens alone (KCache)",
+        "placement", Offload, lossy=("top_n", "mass"),
+    ),
+    "int8": Preset("one byte a number and a scale a token and head; lossy", "codec", Int8, lossy=True),
+    "fp8": Preset("the same bytes as float8 e4m3, where the GPU has it; lossy", "codec", Fp8, lossy=True),
+}  # fmt: skip
+
+
+def register(name: str, preset: Preset) -> None:
+    """Add a strategy from outside, for this process.
+
+    Raises:
+        ValueError: the name is taken or cannot be part of a sum, or the preset answers no question that there is.
+    """
+    if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
+        raise ValueError(f"a name is letters, digits, '-' and '_', since '+' joins names; got {name!r}")
+    if name in STRATEGIES:
+        raise ValueError(f"the name {name!r} is taken: {STRATEGIES[name].summary}")
+    if not isinstance(preset, Preset):
+        raise ValueError(f"{name!r} needs a kv_strategies.Preset, got {type(preset).__name__}")
+    if preset.answers not in QUESTIONS:
+        raise ValueError(f"{name!r} answers {preset.answers!r}; the questions are {', '.join(QUESTIONS)}")
+    for option in preset.options:
+        if option in _COMMON:
+            raise ValueError(f"{name!r} takes an option {option!r}, which every strategy has")
+    STRATEGIES[name] = preset
 
 
 def build(
@@ -115,6 +137,7 @@ def build(
     num_blocks: int | None = None,
     memory_fraction: float | None = None,
     block_size: int | None = None,
+    kernels: str | None = None,
     **options: object,
 ) -> Strategy | Baseline:
     """Build a strategy for `model` and set its memory aside.
@@ -125,56 +148,172 @@ def build(
         memory_fraction: instead of `num_blocks`, the share of the free memory of each device to fill with blocks.
             Without either: 0.8 of a GPU; on a CPU 0.25, and not more than 16 contexts of full length.
         block_size: tokens a block, 16 unless told.
+        kernels: "fast", or "reference", the specification in plain torch: slow, and able to read whatever a codec or a
+            mask from outside says. Unless told, fast where these can serve; `stats()` says which.
         options: those of the parts, see `STRATEGIES[...].options`.
 
     Raises:
-        ValueError: an unknown name or option, parts that cannot work together, a model this cannot serve, a pool
-            that cannot hold a single block.
+        ValueError: an unknown name or option, one of the wrong type, parts that cannot work together or break their
+            contract, a model this cannot serve, a pool that cannot hold a single block.
         RuntimeError: transformers is installed without the patches.
     """
-    parts = name.split("+")
-    unknown = [part for part in parts if part not in STRATEGIES]
-    if unknown:
-        raise ValueError(f"unknown strategy {unknown[0]!r}; known are {', '.join(STRATEGIES)}, joined by '+'")
-    if len(set(parts)) < len(parts):
-        raise ValueError(f"{name!r} names a strategy twice")
-    for part in parts:
-        if STRATEGIES[part].alone and len(parts) > 1:
-            raise ValueError(f"{part!r} stands alone and cannot be combined, as {name!r} asks")
-    known = {option for part in parts for option in STRATEGIES[part].options}
-    if stray := set(options) - known:
-        takes = f"takes {', '.join(sorted(known))}" if known else "takes no options of its own"
-        raise ValueError(f"unknown option {', '.join(sorted(stray))}: {name!r} {takes}")
-    _check_model(model)
+    parts = parts_of(name)
+    name = "+".join(parts)
+    common = {
+        "num_blocks": num_blocks,
+        "memory_fraction": memory_fraction,
+        "block_size": block_size,
+        "kernels": kernels,
+    }
+    common = {option: checked(option, value, _COMMON[option]) for option, value in common.items()}
+    num_blocks, memory_fraction, block_size, kernels = common.values()
+    given = _options_of(name, parts, options)
+    check_model(model)
     if name == "baseline":
         return Baseline(model)
 
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
-    if block_size is not None and name == "contiguous":
-        raise ValueError("contiguous has blocks of maximal length: give max_length instead of block_size")
-    spec = Spec() if block_size is None else Spec(block_size=block_size)
+    policies = Policies()
     for part in parts:
-        preset = STRATEGIES[part]
-        preset.apply(spec, model, **{option: options[option] for option in preset.options if option in options})
+        _answer(policies, part, given[part])
+    block_size = policies.layout.block_size(block_size, model.config.max_position_embeddings)
+    site = Site(KVShape.of(model), block_size, model.model.rotary_emb)
+    for policy in vars(policies).values():
+        policy.bind(site)
+    for part in parts:
+        if STRATEGIES[part].answers == "codec":
+            contract.check_codec(part, policies.codec, site)
+        if STRATEGIES[part].answers == "retention":
+            contract.check_retention(part, policies.retention, site)
+    chosen = _kernels_for(policies, kernels)
     if num_blocks is None:
-        num_blocks = _blocks_that_fit(model, spec, memory_fraction)
+        num_blocks = _blocks_that_fit(model, policies, site, memory_fraction)
     elif memory_fraction is not None:
         raise ValueError("give num_blocks or memory_fraction, not both")
     elif num_blocks < 1:
         raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
-    return Strategy(name, model, spec, num_blocks)
+    return Strategy(name, model, policies, chosen, Generation(), num_blocks=num_blocks, block_size=block_size)
 
 
-def _check_model(model: LlamaForCausalLM) -> None:
-    """Raises where the model is not one whose attention the patches hand over."""
-    import transformers
-    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM
+def parts_of(name: str) -> list[str]:
+    """The names in a sum.
 
-    if not isinstance(model, LlamaForCausalLM):
-        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    Raises:
+        ValueError: one is unknown or there twice, or two of them cannot work together.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"a strategy is built by name, got {type(name).__name__}; known are {', '.join(STRATEGIES)}")
+    parts = [part.strip() for part in name.split("+")]
+    for part in parts:
+        if part not in STRATEGIES:
+            raise ValueError(f"unknown strategy {part!r}; known are {', '.join(STRATEGIES)}, joined by '+'")
+        if STRATEGIES[part].alone and len(parts) > 1:
+            raise ValueError(f"{part!r} stands alone and cannot be combined, as {name!r} asks")
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"{name!r} names a strategy twice")
+    answered: dict[str, str] = {}
+    for part in sorted(parts, key=list(STRATEGIES).index):
+        question = STRATEGIES[part].answers
+        if question in answered:
+            raise ValueError(f"{answered[question]} and {part} both say {QUESTIONS[question][:-1]}: choose one")
+        answered[question] = part
+    return parts
+
+
+def _options_of(name: str, parts: list[str], options: dict[str, object]) -> dict[str, dict[str, object]]:
+    """Part -> its options of those given, checked."""
+    known = {option for part in parts for option in STRATEGIES[part].options}
+    if stray := set(options) - known:
+        takes = f"takes {', '.join(sorted(known))}" if known else "takes no options of its own"
+        raise ValueError(f"unknown option {', '.join(sorted(stray))}: {name!r} {takes}")
+    given = {}
+    for part in parts:
+        make = STRATEGIES[part].make
+        hints = typing.get_type_hints(make.__init__ if inspect.isclass(make) else make)
+        own = [option for option in STRATEGIES[part].options if option in options]
+        given[part] = {option: checked(option, options[option], hints.get(option, object)) for option in own}
+    return given
+
+
+#: The options that every strategy has, and their types.
+_COMMON = {"num_blocks": int | None, "memory_fraction": float | None, "block_size": int | None, "kernels": str | None}
+
+
+def checked(option: str, value: object, hint: object) -> object:
+    """The value of an option as its annotation says: whole floats and numpy's numbers are numbers.
+
+    Raises:
+        ValueError: says what the option takes.
+    """
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) else (hint,)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    for kind in kinds:
+        if kind is type(None) and value is None:
+            return None
+        if kind is int and is_number and float(value).is_integer():
+            return int(value)
+        if kind is float and is_number and not math.isnan(value):
+            return float(value)
+        if kind in (Path, os.PathLike) and isinstance(value, str | os.PathLike):
+            return value
+        if kind not in (int, float, type(None)) and (not isinstance(kind, type) or isinstance(value, kind)):
+            return value
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    takes = " or ".join(names.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
+    raise ValueError(f"{option} takes {takes}, got {value!r}")
+
+
+def _answer(policies: Policies, part: str, given: dict[str, object]) -> None:
+    """Let a part answer its question."""
+    preset = STRATEGIES[part]
+    policy = preset.make(**given)
+    contract.check_form(part, preset.answers, policy)
+    defaults = {name: p.default for name, p in preset.options.items() if p.default is not p.empty}
+    policy.options = defaults | given
+    if preset.answers == "codec" and policy.lossless == preset.is_lossy(given):
         raise ValueError(
-            f"the model is of type {kind!r}, and only LlamaForCausalLM is patched; "
+            f"{part!r}: the preset and {type(policy).__name__}.lossless disagree whether it loses anything"
+        )
+    setattr(policies, preset.answers, policy)
+
+
+def _kernels_for(policies: Policies, asked: str | None) -> Kernels:
+    codec, retention = policies.codec, policies.retention
+    strange = [] if codec.in_kernels else [f"the bytes of {type(codec).__name__}"]
+    if type(retention).visible is not Retention.visible:
+        strange.append(f"the mask of {type(retention).__name__}")
+    if asked not in (None, "fast", "reference"):
+        raise ValueError(f"kernels must be 'fast' or 'reference', got {asked!r}")
+    if asked == "fast" and strange:
+        raise ValueError(f"the fast kernels do not know {' and '.join(strange)}: build with kernels='reference'")
+    if asked == "reference" or strange:
+        return reference_kernels(codec.encode, codec.decode, retention.visible)
+    return FAST
+
+
+def check_model(model: LlamaForCausalLM) -> None:
+    """Raises where the model is not one whose attention the patches hand over."""
+    if (inner := getattr(model, "_orig_mod", None)) is not None:
+        raise ValueError(
+            f"this is a compiled model ({type(inner).__name__} under torch.compile), whose compiled forward would not "
+            "ask the strategy: pass model._orig_mod; the strategy brings fused kernels and CUDA graphs of its own"
+        )
+    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+        active = getattr(model, "active_peft_config", None)
+        if active is not None and active.is_prompt_learning:
+            raise ValueError(
+                f"this is a {type(model).__name__} with {active.peft_type}: prompt learning puts K and V "
+                "of its own in place of the cache, so no strategy can serve it"
+            )
+        raise ValueError(
+            f"this is a {type(model).__name__}: pass model.get_base_model(), which holds the adapters and is what "
+            "a strategy and generate() then both take"
+        )
+    if not isinstance(model, LlamaForCausalLM):
+        kind = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+        raise ValueError(
+            f"the model is of type {kind!r} ({type(model).__name__}), and only LlamaForCausalLM is patched; "
             "kv_strategies.models.load_model converts Qwen and Qwen2 weights"
         )
     if "attend" not in LlamaAttention.forward.__code__.co_names:
@@ -191,13 +330,28 @@ def _check_model(model: LlamaForCausalLM) -> None:
             f"unsupported layer type {', '.join(sorted(kinds - {'full_attention'}))}: Llama layers attend to all "
             "tokens, and how many a query sees is the strategy's to say"
         )
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "k_proj", "v_proj")):
+            weight = getattr(module, "weight", None)
+            if not torch.is_tensor(weight) or not weight.is_floating_point():
+                raise ValueError(
+                    f"{name} is a {type(module).__module__}.{type(module).__name__}, a quantised layer: strategies "
+                    "read the number of heads and their dtype from plain weights. Load the model in bfloat16, float16 "
+                    "or float32; 'int8' and 'fp8' here quantise K and V, not weights"
+                )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device (weights that accelerate keeps elsewhere, or a model that was never "
+                "filled): load the model onto real devices, e.g. with device_map='auto' and enough memory for it"
+            )
 
 
-def _blocks_that_fit(model: LlamaForCausalLM, spec: Spec, memory_fraction: float | None) -> int:
+def _blocks_that_fit(model: LlamaForCausalLM, policies: Policies, site: Site, memory_fraction: float | None) -> int:
     if memory_fraction is not None and not 0 < memory_fraction <= 1:
         raise ValueError(f"memory_fraction must be in (0, 1], got {memory_fraction}")
-    shape = KVShape.of(model)
-    needed = spec.placement.bytes_per_block(shape.planes(spec.codec, spec.block_size), shape.layer_devices)
+    shape, block_size = site.shape, site.block_size
+    needed = policies.placement.bytes_per_block(planes_of(shape, policies, block_size), shape.layer_devices)
     on_gpu = shape.layer_devices[0].type == "cuda"
     share = memory_fraction or (0.8 if on_gpu else 0.25)
     # Host memory beside a GPU: half of what is free, whatever share of the GPU is asked for.
@@ -208,10 +362,10 @@ def _blocks_that_fit(model: LlamaForCausalLM, spec: Spec, memory_fraction: float
     scarce = min(fits, key=fits.__getitem__)
     num_blocks, bytes_per_block, free = fits[scarce], needed[scarce], _free_bytes(scarce)
     if not on_gpu and memory_fraction is None:
-        num_blocks = min(num_blocks, -(-16 * model.config.max_position_embeddings // spec.block_size))
+        num_blocks = min(num_blocks, -(-16 * model.config.max_position_embeddings // block_size))
     if num_blocks < 1:
         raise ValueError(
-            f"one block of {spec.block_size} tokens takes {bytes_per_block / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+            f"one block of {block_size} tokens takes {bytes_per_block / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
         )
     return num_blocks
 
@@ -221,3 +375,16 @@ def _free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _register_installed() -> None:
+    """What other installed packages offer. One that fails is told, and keeps nobody from the rest."""
+    for entry in metadata.entry_points(group="kv_strategies"):
+        try:
+            register(entry.name, entry.load())
+        except Exception as error:
+            where = entry.dist.name if entry.dist else entry.value
+            warnings.warn(f"the strategy {entry.name!r} of {where} cannot be used: {error}", stacklevel=2)
+
+
+_register_installed()

@@ -23,12 +23,10 @@ import torch
 from torch import Tensor
 
 from .baseline import Baseline
-from .generate import AttendingCache
-from .kernels.linear import linear
 from .paged import BlockTable, OutOfBlocks
-from .step import fused
+from .step.forward import AttendingCache, forward
 from .step.graphs import StepGraphs
-from .step.plan import Plan, PlanBuffer
+from .step.plan import PlanBuffer
 from .step.requests import Event, Output, Request, Result
 from .step.sampling import sample, to_device
 from .strategy import Strategy, Suspended
@@ -74,18 +72,24 @@ class Runner:
         on_gpu = self.device.type == "cuda"
         self._lookahead = on_gpu  # launch a step before reading the last one; on a CPU a launch is the work itself
         self._cache = AttendingCache(strategy)
-        self._free_slots = list(range(max_num_seqs))
-        # The newest token of each sequence, by slot; one more slot for the padding rows of a graph.
+        self._free_seats = list(range(max_num_seqs))
+        # The newest token of each sequence, by seat; one more seat for the padding rows of a graph.
         self._last_token = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self._graphs = None
-        can_capture = on_gpu and strategy.placement.capturable and len(set(strategy.shape.layer_devices)) == 1
+        can_capture = on_gpu and strategy.capturable and len(set(strategy.shape.layer_devices)) == 1
         if cuda_graphs and not can_capture:
             raise ValueError(
                 f"cuda_graphs needs all layers on one GPU and reads that a graph can hold; {strategy.name!r} on "
                 f"{self.device.type} cannot be captured"
             )
         if can_capture if cuda_graphs is None else cuda_graphs:
-            self._graphs = StepGraphs(model, strategy, self._last_token, max_num_seqs)
+            self._graphs = StepGraphs(
+                strategy,
+                strategy.block_size,
+                self._last_token,
+                max_num_seqs,
+                prefills=strategy.placement.prefill_capturable,
+            )
 
     # --- whole runs
 
@@ -216,7 +220,7 @@ class Runner:
         """The sequence that is in the middle of its prompt, else the next waiting one that fits."""
         if self._running and not self._running[-1].is_decoding:
             return self._running[-1]
-        if not self._waiting or len(self._free_slots) < self._waiting[0].num_samples:
+        if not self._waiting or len(self._free_seats) < self._waiting[0].num_samples:
             return None
         seq = self._waiting[0]
         table = self.strategy.open_table(seq.tokens, seq.request.salt, seq.suspended)
@@ -226,7 +230,7 @@ class Runner:
         if seq.suspended is None or table is not seq.suspended.table:
             self.strategy.count_hit(seq.tokens, table)
         self._waiting.popleft()
-        seq.admit(table, [self._free_slots.pop() for _ in range(seq.num_samples)])
+        seq.admit(table, [self._free_seats.pop() for _ in range(seq.num_samples)])
         self._running.append(seq)
         return seq
 
@@ -244,7 +248,7 @@ class Runner:
         self._running.remove(seq)
         seq.table.release()
         seq.table = None
-        self._free_slots += seq.slots
+        self._free_seats += seq.seats
 
     # --- launching: everything the forward needs in one upload
 
@@ -270,7 +274,7 @@ class Runner:
             logits, drawn = logits[to_device(source, self.device)], None
         if drawn is None or any(seq.sampling.temperature for seq in sequences):
             drawn = sample(logits, [seq.sampling for seq in sequences], [seq.num_issued for seq in sequences])
-            self._last_token[to_device([seq.slot for seq in sequences], self.device)] = drawn
+            self._last_token[to_device([seq.seat for seq in sequences], self.device)] = drawn
         for seq in sequences:
             seq.num_issued += 1
         return _Step(sequences, not decoding, *_start_copy(drawn))
@@ -280,11 +284,11 @@ class Runner:
         if self._graphs is None:
             return None
         if not prefilling:
-            return self._graphs.decode(rows, [seq.slot for seq in decoding])
+            return self._graphs.decode([table.row(1) for table, _ in rows], [seq.seat for seq in decoding])
         seq, num_tokens = prefilling[0]
         if len(rows) > 1 or not seq.is_decoding:
             return None
-        return self._graphs.prefill(seq.table, seq.slot, _new_tokens(seq, num_tokens))
+        return self._graphs.prefill(seq.table.row(num_tokens), seq.seat, _new_tokens(seq, num_tokens))
 
     def _forward(self, rows, decoding, prefilling) -> Tensor:
         """Logits [R, V] of the rows that have computed all their tokens."""
@@ -297,30 +301,29 @@ class Runner:
         sequences = [*decoding, *(seq for seq, _ in prefilling)]
         sampling = [row for row, seq in enumerate(sequences) if seq.is_decoding]
         max_blocks = max(len(table.blocks) for table, _ in rows)
-        extra = {"input_ids": len(input_ids), "slots": max(1, num_decoding), "last": max(1, len(sampling))}
-        buffer = PlanBuffer(self.device, len(rows), len(input_ids), max_blocks, extra)
+        extra = {"input_ids": len(input_ids), "seats": max(1, num_decoding), "last": max(1, len(sampling))}
+        buffer = PlanBuffer(self.device, len(rows), len(input_ids), max_blocks, self.strategy.block_size, extra)
         values = {
             "input_ids": input_ids,
-            "slots": [seq.slot for seq in decoding] or [0],
+            "seats": [seq.seat for seq in decoding] or [0],
             "last": [ends[row] - 1 for row in sampling] or [0],
         }
-        plan = buffer.fill(rows, values)
+        plan = buffer.fill([table.row(num_new) for table, num_new in rows], values)
         device_ids = buffer.tensors["input_ids"]
         if num_decoding:
-            device_ids[:num_decoding] = self._last_token[buffer.tensors["slots"]]
-        self._cache.plan = plan
-        logits = forward(self.model, self._cache, plan, device_ids, buffer.tensors["last"])
+            device_ids[:num_decoding] = self._last_token[buffer.tensors["seats"]]
+        logits = forward(self._cache, plan, device_ids, buffer.tensors["last"])
         return logits.to(self.device)
 
     def _fork(self, seq: _Sequence) -> list[_Sequence]:
         """The other samples of a request whose prompt has just been computed: same blocks, own seeds."""
-        if len(seq.slots) == 1:
+        if len(seq.seats) == 1:
             return []
         siblings = []
-        while len(seq.slots) > 1:
-            index = len(seq.slots) - 1
+        while len(seq.seats) > 1:
+            index = len(seq.seats) - 1
             sibling = _Sequence(seq.request, index, seq.submitted)
-            sibling.admit(seq.table.fork(), [seq.slots.pop()])
+            sibling.admit(seq.table.fork(), [seq.seats.pop()])
             siblings.append(sibling)
         at = self._running.index(seq) + 1
         self._running[at:at] = siblings
@@ -398,25 +401,6 @@ class Runner:
                     )
 
 
-def forward(model, cache: AttendingCache, plan: Plan, input_ids: Tensor, last: Tensor | int) -> Tensor:
-    """Logits [R, V] of the packed tokens at `last`, from ordinary modules.
-
-    Args:
-        input_ids: [T]; last: [R] indices into T, or 0 for all of them.
-    """
-    inputs = {
-        "input_ids": input_ids[None],
-        "position_ids": plan.positions[None],
-        "past_key_values": cache,
-        "use_cache": True,
-    }
-    head = fused.head_of(model) if cache.strategy.fused else None
-    if head is None:
-        return model(**inputs, logits_to_keep=last).logits[0]
-    states = model.model(**inputs).last_hidden_state[0]
-    return linear(states if isinstance(last, int) else states[last], *head, is_replayed=plan.is_replayed)
-
-
 class _Sequence:
     """One sample of one request on its way."""
 
@@ -430,7 +414,7 @@ class _Sequence:
         self.num_issued = 0  # tokens drawn, those still on the device included
         self.table: BlockTable | None = None
         self.suspended: Suspended | None = None  # what it had computed when it was preempted
-        self.slots: list[int] = []  # its own, and until the prompt is computed those of its other samples
+        self.seats: list[int] = []  # its own, and until the prompt is computed those of its other samples
         self.num_to_prefill = 0
         self.finished = False
 
@@ -440,17 +424,17 @@ class _Sequence:
         return np.concatenate((self.prompt, np.array(self.output.token_ids, dtype=np.int32)))
 
     @property
-    def slot(self) -> int:
-        return self.slots[0]
+    def seat(self) -> int:
+        return self.seats[0]
 
     @property
     def num_samples(self) -> int:
         """Samples that this sequence stands for when it is admitted."""
         return self.request.n if self.sample_index == 0 and not self.num_issued else 1
 
-    def admit(self, table: BlockTable, slots: list[int]) -> None:
+    def admit(self, table: BlockTable, seats: list[int]) -> None:
         """Start, or start again, with all tokens known so far to compute but those that `table` holds."""
-        self.table, self.slots, self.suspended = table, slots, None
+        self.table, self.seats, self.suspended = table, seats, None
         self.num_to_prefill = len(self.tokens)
         if not self.num_issued:
             self.output.num_cached_tokens = table.num_tokens

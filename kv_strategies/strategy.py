@@ -9,27 +9,32 @@ from __future__ import annotations
 import uuid
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
+from transformers.cache_utils import Cache
 
-from .base import Codec, LowerTiers, Spec
+from .base import Policies
+from .kernels import Kernels
 from .kernels.linear import Rotary
 from .paged import BlockPool, BlockTable, OutOfBlocks
-from .step.plan import NULL_BLOCK, Plan
-from .step.store import block_bytes
+from .step.fused import FusedStack, stack_of
+from .step.plan import NULL_BLOCK, LayerStore, Plan
+from .step.store import KVShape, Planes
 from .tiers.identity import identity
+from .tiers.lower import LowerTiers
+from .tiers.saved import Loaded
 
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
 
-    from .generate import StrategyCache
-    from .step.fused import FusedStack
-    from .step.graphs import StackGraphs
-    from .tiers.saved import Loaded
+class Door(Protocol):
+    """What a strategy leaves to who runs forwards: see `generate.py`."""
+
+    def cache(self, strategy: Strategy, input_ids: Any, attention_mask: Tensor | None, salt: str) -> Cache: ...
+
+    def preload(self, strategy: Strategy, token_ids: Sequence[int], salt: str) -> int: ...
 
 
 class Strategy:
@@ -38,41 +43,40 @@ class Strategy:
     Use `build`. Two doors lead in: `cache()` for `model.generate()`, and `Runner` for batches of requests.
     """
 
-    def __init__(self, name: str, model: LlamaForCausalLM, spec: Spec, num_blocks: int):
-        self.name = name
-        self.model = model
-        self.sharing, self.retention = spec.sharing, spec.retention
-        self.placement, self.codec = spec.placement, spec.codec
+    def __init__(
+        self,
+        name: str,
+        model: LlamaForCausalLM,
+        policies: Policies,
+        kernels: Kernels,
+        door: Door,
+        *,
+        num_blocks: int,
+        block_size: int,
+    ):
+        self.name, self.model, self.kernels, self.door = name, model, kernels, door
+        self.sharing, self.retention = policies.sharing, policies.retention
+        self.placement, self.codec = policies.placement, policies.codec
         self.shape = KVShape.of(model)
-        self.pool = BlockPool(num_blocks, spec.block_size)
-        planes = self.shape.planes(self.codec, spec.block_size)
-        self.placement.allocate(num_blocks, planes, self.shape.layer_devices)
-        about = identity(model, planes, spec.block_size, self.retention, self.placement)
-        self.sharing.open(self.pool, about, self.placement.tiers)
+        self.pool = BlockPool(num_blocks, block_size)
+        self._planes = planes_of(self.shape, policies, block_size)
+        self.placement.allocate(num_blocks, self._planes, self.shape.layer_devices)
+        said = {policy.question: policy.identity() for policy in (self.retention, self.placement, self.codec)}
+        self.sharing.open(self.pool, identity(model, self._planes, block_size, said), self.placement.tiers)
         self.num_prompt_tokens = self.num_hit_tokens = 0
         self.num_evictions = 0
-        #: Whether the layers run in one piece with fused kernels (`fused.py`) where the model allows it.
+        #: Whether the layers run in one piece with fused kernels (`step/fused.py`) where the model allows it.
         self.fused = True
-        self._stack_graphs: StackGraphs | None = None
 
     @property
     def stack(self) -> FusedStack | None:
         """What runs the decoder layers; None for the layers themselves."""
-        from .step.fused import stack_of
-
         return stack_of(self.model) if self.fused else None
 
     @property
-    def stack_graphs(self) -> StackGraphs | None:
-        """Decode steps of the stack for `generate()` to replay, where they can be captured."""
-        stack = self.stack
-        if stack is None or stack.device.type != "cuda" or not self.placement.capturable:
-            return None
-        from .step.graphs import StackGraphs
-
-        if self._stack_graphs is None or self._stack_graphs.stack is not stack:
-            self._stack_graphs = StackGraphs(stack)
-        return self._stack_graphs
+    def capturable(self) -> bool:
+        """Whether a decode step may be recorded as a CUDA graph."""
+        return self.placement.capturable and self.kernels.capturable
 
     @property
     def block_size(self) -> int:
@@ -85,21 +89,18 @@ class Strategy:
 
     # --- the doors
 
-    def cache(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, salt: str = ""
-    ) -> StrategyCache:
+    def cache(self, input_ids: Any = None, attention_mask: Tensor | None = None, salt: str = "") -> Cache:
         """A cache for one call of `generate()`: `model.generate(ids, past_key_values=strategy.cache())`.
 
         It gives its blocks back when it is no longer referenced.
 
         Args:
-            input_ids: [B, n] the prompt, so that tokens another request has computed are skipped.
+            input_ids: [B, n] the prompt, so that tokens another request has computed are skipped; or what a tokenizer
+                gives, with the mask in it.
             attention_mask: [B, n] 1 for a token, 0 for padding; as given to `generate()`.
             salt: only calls with the same salt share.
         """
-        from .generate import PromptCache, StrategyCache
-
-        return StrategyCache(self) if input_ids is None else PromptCache(self, input_ids, attention_mask, salt)
+        return self.door.cache(self, input_ids, attention_mask, salt)
 
     def open_table(self, token_ids: Sequence[int], salt: str = "", suspended: Suspended | None = None) -> BlockTable:
         """A block table for a new request, with the blocks that already hold the start of `token_ids`.
@@ -116,13 +117,13 @@ class Strategy:
 
     def suspend(self, table: BlockTable) -> Suspended | None:
         """Copy the contents of a table to a lower tier, if there is room: its blocks may be given back then."""
-        places = [place for place, block in enumerate(table.blocks) if block != NULL_BLOCK]
+        held = [index for index, block in enumerate(table.blocks) if block != NULL_BLOCK]
         tiers = self.placement.tiers
-        if not places or len(places) > tiers.num_places:
+        if not held or len(held) > tiers.num_places:
             return None
-        suspended = Suspended(table.hollow(), {place: uuid.uuid4().bytes for place in places}, tiers)
-        for place, key in suspended.keys.items():
-            tiers.demote(key, int(table.blocks[place]))
+        suspended = Suspended(table.hollow(), {index: uuid.uuid4().bytes for index in held}, tiers)
+        for index, key in suspended.keys.items():
+            tiers.demote(key, int(table.blocks[index]))
         return suspended
 
     def _resume(self, suspended: Suspended, beside: BlockTable) -> BlockTable | None:
@@ -138,7 +139,7 @@ class Strategy:
             self.num_evictions += self.sharing.evict(needed - self.pool.num_free)
         table = suspended.table
         table.fill(keys)
-        if all(tiers.promote(key, int(table.blocks[place])) for place, key in keys.items()):
+        if all(tiers.promote(key, int(table.blocks[index])) for index, key in keys.items()):
             return table
         table.release()
         return None
@@ -185,9 +186,7 @@ class Strategy:
     def retire(self, tables: Sequence[BlockTable]) -> None:
         """Give back the blocks that no further query of these tables can see."""
         for table in tables:
-            first, last = self.retention.dead(table.num_tokens, self.block_size)
-            if last > max(first, table.num_dead):
-                table.drop(first, last)
+            table.drop(self.retention.dead(table.num_tokens, self.block_size))
 
     def rebase(self, tables: Sequence[BlockTable]) -> None:
         """Cut dead blocks out of long rows and turn the keys behind them, so that token indices stay small.
@@ -203,12 +202,20 @@ class Strategy:
             lacking = table.num_shared(last) - self.pool.num_free
             if lacking > 0 and self.sharing.evict(lacking) < lacking:
                 continue
-            copies = table.rebase(first, last)
+            copies = table.cut(first, last)
             if copies:
                 self.placement.copy_blocks(copies)
-            blocks = torch.from_numpy(table.blocks[first:].astype("int64"))
+            live = table.blocks[first:]
+            blocks = torch.from_numpy(live[live != NULL_BLOCK].astype("int64"))
             for layer in self.placement.key_layers():
-                self.retention.move_keys(layer, blocks.to(layer.k.device), (first - last) * self.block_size)
+                self._turn_keys(layer, blocks.to(layer.k.device), (first - last) * self.block_size)
+
+    def _turn_keys(self, layer: LayerStore, blocks: Tensor, num_tokens: int) -> None:
+        scale = None if layer.k_scale is None else layer.k_scale[blocks]
+        keys = self.retention.turn_keys(self.codec.decode(layer.k[blocks], scale), num_tokens)
+        layer.k[blocks], scale = self.codec.encode(keys)
+        if scale is not None:
+            layer.k_scale[blocks] = scale
 
     def truncate(self, table: BlockTable, num_tokens: int) -> None:
         """Forget all tokens of a table after the first `num_tokens`.
@@ -216,10 +223,13 @@ class Strategy:
         Raises:
             ValueError: what the next token sees has been given back already.
         """
-        if self.retention.dead(num_tokens, self.block_size)[1] < table.num_dead and num_tokens:
+        gone = {index for index, block in enumerate(table.blocks[: -(-num_tokens // self.block_size)]) if block < 0}
+        for first, last in self.retention.dead(num_tokens, self.block_size) if gone else ():
+            gone.difference_update(range(first, last))
+        if gone:
             raise ValueError(
-                f"cannot go back to {num_tokens} of {table.num_tokens} tokens: what the next token sees there has left "
-                f"the window of {self.retention.window} tokens, and its blocks are given back"
+                f"cannot go back to {num_tokens} of {table.num_tokens} tokens: what the next token sees there has been "
+                f"given back, as {self.name!r} keeps no more than it needs"
             )
         table.truncate(num_tokens)
 
@@ -246,13 +256,14 @@ class Strategy:
             [T, Hq, D]
         """
         layer = self.placement.open(layer_idx, plan)
-        self.codec.write(layer, plan.slot_mapping, key, value, query, rotary)
+        self.kernels.store_kv(key, value, layer, plan.slot_mapping, query, rotary)
         own = {"key": key, "value": value} if self.codec.lossless else {}  # else what comes later reads other bytes
         out = self.placement.read(
             layer_idx,
             query,
             layer,
             plan,
+            self.kernels,
             scaling=scaling,
             window=self.retention.window,
             sinks=self.retention.sinks,
@@ -274,7 +285,7 @@ class Strategy:
             ValueError: shorter than a block, or the strategy keeps nothing for later.
             OutOfBlocks: it does not fit; what was computed of it is cached as usual.
         """
-        return self.sharing.preload(self, token_ids, salt)
+        return self.door.preload(self, token_ids, salt)
 
     def forget(self, token_ids: Sequence[int], salt: str = "") -> None:
         """Undo `preload`: the blocks stay cached until their room is needed."""
@@ -296,7 +307,7 @@ class Strategy:
         num_cached = sum(self.pool.ref_counts[block] == 1 for block in set(held))
         live = [table for table in self.pool.tables if (table.blocks != NULL_BLOCK).any()]
         tokens = sum(table.num_live for table in live)
-        places = sum(int((table.blocks >= 0).sum()) for table in live) * self.block_size
+        room = sum(int((table.blocks >= 0).sum()) for table in live) * self.block_size
         kv_bytes = self.placement.bytes_per_tier()
         return {
             "strategy": self.name,
@@ -306,10 +317,11 @@ class Strategy:
             "blocks_free": self.pool.num_free,
             "blocks_cached": num_cached,
             "tokens_stored": tokens,
-            "token_places": places,
+            "token_places": room,
             "kv_bytes": sum(kv_bytes.values()),
             "kv_bytes_per_tier": kv_bytes,
-            "bytes_per_token": self.shape.bytes_per_token(self.codec, self.block_size),
+            "bytes_per_token": self.shape.block_bytes(self._planes) / self.block_size,
+            "kernels": self.kernels.name,
             "blocks_pinned": self.sharing.num_pinned,
             "prompt_tokens": self.num_prompt_tokens,
             "hit_tokens": self.num_hit_tokens,
@@ -335,44 +347,13 @@ class Strategy:
         self.num_prompt_tokens = self.num_hit_tokens = self.num_evictions = 0
 
 
-@dataclass(frozen=True)
-class KVShape:
-    """What a model's K and V look like, read from its weights: tensor parallelism leaves them fewer heads than the
-    config says.
-    """
-
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    layer_devices: list[torch.device]
-
-    @classmethod
-    def of(cls, model: LlamaForCausalLM) -> KVShape:
-        attentions = [layer.self_attn for layer in model.model.layers]
-        weight = attentions[0].k_proj.weight
-        local = weight.to_local() if hasattr(weight, "to_local") else weight
-        head_dim = attentions[0].head_dim
-        return cls(
-            num_kv_heads=local.shape[0] // head_dim,
-            head_dim=head_dim,
-            dtype=model.dtype,
-            layer_devices=[attn.k_proj.weight.device for attn in attentions],
-        )
-
-    def planes(self, codec: Codec, block_size: int) -> dict:
-        return codec.planes(self.num_kv_heads, block_size, self.head_dim, self.dtype)
-
-    def block_bytes(self, codec: Codec, block_size: int) -> int:
-        planes = self.planes(codec, block_size)
-        devices = self.layer_devices
-        return sum(block_bytes(devices.count(device), planes) for device in dict.fromkeys(devices))
-
-    def bytes_per_token(self, codec: Codec, block_size: int) -> float:
-        return self.block_bytes(codec, block_size) / block_size
+def planes_of(shape: KVShape, policies: Policies, block_size: int) -> Planes:
+    """What a layer stores of a block, see `BlockStore`."""
+    return policies.codec.planes(shape.num_kv_heads, block_size, shape.head_dim, shape.dtype)
 
 
 class Suspended:
-    """The table of a preempted request, without blocks, and where their contents are: table position -> key."""
+    """The table of a preempted request, without blocks, and where their contents are: index in the table -> key."""
 
     def __init__(self, table: BlockTable, keys: dict[int, bytes], tiers: LowerTiers):
         self.table, self.keys = table, keys

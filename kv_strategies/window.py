@@ -30,11 +30,11 @@ they were. An epoch is longer than a window, so no key is turned, and rounded, t
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Retention
-from .kernels.reference import quantise
-from .step.plan import NULL_BLOCK, LayerStore, Plan
+from .base import Retention, Site
+from .paged import Ranges
+from .step.plan import NULL_BLOCK, Plan
 
 #: Rotary embeddings whose frequencies are the same at every length, so that turning by a difference is exact.
 _CONSTANT_ROPE = ("default", "linear", "llama3", "yarn")
@@ -44,47 +44,43 @@ class SlidingWindow(Retention):
     """The last `window` tokens and the first `sinks`.
 
     Args:
-        rotary_emb: the model's rotary embedding, for turning queries and keys.
-        block_size: tokens a block.
         rebase_at: token index at which a row is renumbered; 4 times what is visible, and at least 8192, unless told.
 
     Raises:
         ValueError: sizes that make no sense together, or a rotary embedding whose frequencies depend on the length.
     """
 
-    def __init__(
-        self,
-        rotary_emb: nn.Module,
-        *,
-        window: int = 2048,
-        sinks: int = 4,
-        block_size: int = 16,
-        rebase_at: int | None = None,
-    ):
+    def __init__(self, *, window: int = 2048, sinks: int = 4, rebase_at: int | None = None):
         if sinks < 0:
             raise ValueError(f"sinks must be 0 or more, got {sinks}")
         if window < max(1, sinks):
             raise ValueError(f"the window must be at least 1 token and as many as the sinks, got {window} and {sinks}")
+        self.rebase_at = max(8192, 4 * (window + sinks)) if rebase_at is None else rebase_at
+        self.window, self.sinks = window, sinks
+
+    def bind(self, site: Site) -> None:
+        block_size, window = site.block_size, self.window
         if window < block_size:
             raise ValueError(
                 f"a window of {window} tokens is smaller than a block of {block_size}, so no block could ever be freed "
                 f"in time: give a window of at least {block_size} or a smaller block_size"
             )
-        shortest = 2 * (window + sinks + block_size)
-        rebase_at = max(8192, 4 * (window + sinks)) if rebase_at is None else rebase_at
-        if rebase_at < shortest:
-            raise ValueError(f"rebase_at must be at least {shortest}, twice what a row keeps, got {rebase_at}")
-        if rotary_emb.rope_type not in _CONSTANT_ROPE:
+        shortest = 2 * (window + self.sinks + block_size)
+        if self.rebase_at < shortest:
+            raise ValueError(f"rebase_at must be at least {shortest}, twice what a row keeps, got {self.rebase_at}")
+        if site.rotary_emb.rope_type not in _CONSTANT_ROPE:
             raise ValueError(
-                f"rotary embeddings of type {rotary_emb.rope_type!r} change their frequencies with the length, and a "
-                f"window turns queries by constant ones: supported are {', '.join(_CONSTANT_ROPE)}"
+                f"rotary embeddings of type {site.rotary_emb.rope_type!r} change their frequencies with the length, "
+                f"and a window turns queries by constant ones: supported are {', '.join(_CONSTANT_ROPE)}"
             )
-        self.window, self.sinks, self.rebase_at = window, sinks, rebase_at
-        self._rotary_emb = rotary_emb
+        self._rotary_emb = site.rotary_emb
 
-    def dead(self, num_tokens: int, block_size: int) -> tuple[int, int]:
-        first = -(-self.sinks // block_size)
-        return first, max(first, (num_tokens - self.window + 1) // block_size)
+    def identity(self) -> dict[str, object]:
+        return {"window": self.window, "sinks": self.sinks}  # when rows are rebased changes what no file holds
+
+    def dead(self, num_tokens: int, block_size: int) -> Ranges:
+        first, last = -(-self.sinks // block_size), (num_tokens - self.window + 1) // block_size
+        return ((first, last),) if first < last else ()
 
     def num_visible(self, num_tokens: int) -> int:
         return min(num_tokens, self.window + self.sinks)
@@ -106,21 +102,16 @@ class SlidingWindow(Retention):
         return turn(query, *plan.once(("behind the sinks", query.device), behind))
 
     def stale(self, num_tokens: int, block_size: int) -> tuple[int, int]:
-        return self.dead(num_tokens, block_size) if num_tokens >= self.rebase_at else (0, 0)
+        dead = self.dead(num_tokens, block_size) if num_tokens >= self.rebase_at else ()
+        return dead[0] if dead else (0, 0)
 
-    def move_keys(self, layer: LayerStore, blocks: Tensor, num_places: int) -> None:
-        cos, sin = self._angles(torch.tensor(num_places, device=layer.k.device))
-        key = layer.k[blocks]  # [n, Hkv, block_size, D]
-        if layer.k_scale is None:
-            layer.k[blocks] = turn(key, cos, sin)
-            return
-        key = key.float() * layer.k_scale[blocks].float()[..., None]
-        layer.k[blocks], layer.k_scale[blocks] = quantise(turn(key, cos, sin), layer.k.dtype, layer.k_scale.dtype)
+    def turn_keys(self, keys: Tensor, num_tokens: int) -> Tensor:
+        return turn(keys, *self._angles(torch.tensor(num_tokens, device=keys.device)))
 
-    def _angles(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [.., 1, D] float32 of turning by so many places [..]; see `turn` for the signs."""
-        inv_freq = self._rotary_emb.inv_freq.to(places.device, torch.float32)
-        angles = places[..., None, None] * inv_freq
+    def _angles(self, distance: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [.., 1, D] float32 of turning by so many tokens [..]; see `turn` for the signs."""
+        inv_freq = self._rotary_emb.inv_freq.to(distance.device, torch.float32)
+        angles = distance[..., None, None] * inv_freq
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -136,13 +127,10 @@ def turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def main() -> None:
-    from types import SimpleNamespace
-
     from .paged import BlockPool, BlockTable
 
-    rotary_emb = SimpleNamespace(rope_type="default", inv_freq=torch.ones(1))
     pool = BlockPool(num_blocks=8, block_size=4)
-    window = SlidingWindow(rotary_emb, window=8, sinks=3, block_size=4, rebase_at=30)
+    window = SlidingWindow(window=8, sinks=3, rebase_at=30)
     table = BlockTable(pool)
     print("Blocks of 4 tokens; a query sees 3 sinks and the last 8 tokens; rows are rebased at 30.\n")
     print(f"{'event':<22} {'tokens':>6}   {'free':>4}   block table   (. was given back)")
@@ -154,14 +142,13 @@ def main() -> None:
     table.append(10)
     show("a prompt of 10 tokens")
     for _ in range(34):
-        first, last = window.dead(table.num_tokens, 4)
-        freed = last > max(first, table.num_dead)
-        if freed:
-            table.drop(first, last)
+        num_free = pool.num_free
+        table.drop(window.dead(table.num_tokens, 4))
+        freed = pool.num_free > num_free
         stale = window.stale(table.num_tokens, 4)
         if stale[1] > stale[0]:
             show("before rebasing")
-            table.rebase(*stale)
+            table.cut(*stale)
             show("rebased")
         table.append(1)
         if freed:

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import random
+import sys
+from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kv_strategies import Request, Runner, build
+from kv_strategies import STRATEGIES, Request, Runner, build, register
+from kv_strategies.paged import BlockTable
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from codec_int4 import INT4
+from retention_every_fourth import EVERY_FOURTH
 
 VOCAB = 61
+
+#: Strategies from outside the package: whatever holds of all strategies is tested with them as well.
+OUTSIDE = {"int4": INT4, "every4": EVERY_FOURTH}
+for name, preset in OUTSIDE.items():
+    if name not in STRATEGIES:
+        register(name, preset)
+
+
+def slots(table: BlockTable, start: int, stop: int) -> np.ndarray:
+    """Where tokens start..stop - 1 of a table live, block * block_size + offset."""
+    size, tokens = table.pool.block_size, np.arange(start, stop)
+    return table.blocks[tokens // size].astype(np.int64) * size + tokens % size
 
 
 def tiny_llama(*, num_heads: int = 4, num_kv_heads: int = 2, num_layers: int = 2, seed: int = 0, **changes):

@@ -21,7 +21,6 @@ from kv_strategies.kernels.triton_linear import Tuning
 from kv_strategies.step import fused, graphs
 from kv_strategies.step.fused import FusedStack
 from kv_strategies.step.graphs import StackGraphs, StackStep
-from kv_strategies.strategy import Strategy
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 LOGITS = {"atol": 1e-4, "rtol": 1e-5}  # those of either side are 2e-5 off float64
@@ -148,13 +147,13 @@ def follow_in_place(step, plan):
 def test_generate_replays_the_stack(mode, monkeypatch):
     model = model_of("plain")
     strategy = fused_strategy(model, "prefix")
-    replayed = StackGraphs(strategy.stack)
+    replayed = StackGraphs(strategy.stack, strategy.block_size)
     monkeypatch.setattr(graphs, "_warm_up", lambda work, stream: work())
     monkeypatch.setattr(graphs, "_record", fake_record)
     monkeypatch.setattr(graphs, "_SMALLEST_BUCKET", 8)
     monkeypatch.setattr(graphs, "_bounded", lambda plan, *bounds: plan)  # kernels of a CPU read lengths on the host
     monkeypatch.setattr(StackStep, "follow", follow_in_place)
-    monkeypatch.setattr(Strategy, "stack_graphs", property(lambda self: replayed))
+    monkeypatch.setattr(strategy.door, "graphs", lambda strategy: replayed)
     prompts = torch.tensor([[0, 0, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
     for options in ({}, {"num_beams": 2}, {"max_new_tokens": 30}, {"output_hidden_states": True}):
@@ -516,7 +515,7 @@ def test_gpu_generate_replays_the_stack(name, device):
     for cache in (strategy.cache(), strategy.cache(prompts, mask), strategy.cache(prompts, mask)):
         got = model.generate(prompts, attention_mask=mask, max_new_tokens=40, do_sample=False, past_key_values=cache)
         assert torch.equal(got, expected)
-    assert strategy.stack_graphs._steps[2, 1024, 0]._replay is not None
+    assert strategy.door.graphs(strategy)._steps[2, 1024, 0]._replay is not None
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import VOCAB, baseline_tokens, random_requests, tiny_llama
+from common import VOCAB, baseline_tokens, random_requests, slots, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -25,6 +25,7 @@ from kv_strategies.prefix import PrefixCache
 from kv_strategies.step import plan
 from kv_strategies.step.store import BlockStore, block_bytes, views_of
 from kv_strategies.tiers import saved
+from kv_strategies.tiers.lower import LowerTiers
 
 MODEL = tiny_llama(num_layers=1)
 DEEP = tiny_llama()  # where K and V of a layer depend on all tokens before
@@ -58,7 +59,7 @@ class PrefixMachine(RuleBasedStateMachine):
     def start(self, num_blocks, block_size):
         self.block_size = block_size
         self.pool, self.prefix = BlockPool(num_blocks, block_size), PrefixCache()
-        self.prefix.open(self.pool, {"block_size": block_size})
+        self.prefix.open(self.pool, {"block_size": block_size}, LowerTiers())
         self.placement = FakePlacement(self.pool)
         self.tables: dict[BlockTable, tuple[list[int], str]] = {}
         self.published: set[tuple] = set()  # (salt, tokens of a block and all before it)
@@ -77,7 +78,7 @@ class PrefixMachine(RuleBasedStateMachine):
         return [(salt, tuple(tokens[:end])) for end in ends]
 
     def write(self, table, tokens, first):
-        for index, slot in enumerate(table.slots(first, table.num_tokens), first):
+        for index, slot in enumerate(slots(table, first, table.num_tokens), first):
             self.placement.slots()[slot] = hash(tuple(tokens[: index + 1]))
 
     def append(self, table, tokens, first):
@@ -230,7 +231,7 @@ class PrefixMachine(RuleBasedStateMachine):
         assert self.prefix.num_pinned == len(pinned)
         for tokens, _, table in self.users():
             expected = [hash(tuple(tokens[: index + 1])) for index in range(len(tokens))]
-            assert self.placement.slots()[table.slots(0, len(tokens))].tolist() == expected
+            assert self.placement.slots()[slots(table, 0, len(tokens))].tolist() == expected
 
 
 TestPrefix = PrefixMachine.TestCase
@@ -713,7 +714,7 @@ def test_a_file_of_another_model_or_policy_is_refused(tmp_path):
     refused("another model or policy: config is", model=tiny_llama(rope_theta=5e5))
     refused("dtype is float32 there and bfloat16 here", model=tiny_llama().to(torch.bfloat16))
     refused("block_size is 4 there and 8 here", block_size=8)
-    refused("window is 0 there and 30 here", "prefix+window", window=30)
+    refused(r"retention is \{\} there and \{'window': 30, 'sinks': 4\} here", "prefix+window", window=30)
     refused("planes is", "prefix+int8")
     refused("config is", model=MODEL)
     build("prefix", tiny_llama(), num_blocks=60, block_size=4).load(path)  # the same weights in another process

@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 
 from bench.accuracy import cost, stream_logits
 from kv_strategies import Request, Runner, build
-from kv_strategies.base import Codec
-from kv_strategies.kernels.reference import gather
+from kv_strategies.base import Plain, Site
+from kv_strategies.kernels.reference import gather, store_kv
 from kv_strategies.quantized import Fp8, Int8, bytes_per_token
-from kv_strategies.step.store import BlockStore
-from kv_strategies.strategy import KVShape
+from kv_strategies.step.store import BlockStore, KVShape
 
 MODEL = tiny_llama()
-CODECS = {"int8": Int8, "fp8": lambda: Fp8([torch.device("cpu")])}
+CODECS = {"int8": Int8, "fp8": Fp8}
 
 
 def text(length, seed=0):
@@ -35,7 +34,8 @@ def round_trip(codec, key, value, block_size=4):
     layer = BlockStore(num_blocks, 1, planes, torch.device("cpu")).layer(0)
     table = torch.randperm(num_blocks)
     tokens = torch.arange(num_tokens)
-    codec.write(layer, table[tokens // block_size] * block_size + tokens % block_size, key, value)
+    slot_mapping = table[tokens // block_size] * block_size + tokens % block_size
+    store_kv(key, value, layer, slot_mapping)
     return [
         gather(*plane, table, tokens).transpose(0, 1) for plane in ((layer.k, layer.k_scale), (layer.v, layer.v_scale))
     ]
@@ -77,9 +77,10 @@ def test_zeros_stay_zeros_and_signs_are_kept(name):
 @pytest.mark.parametrize(("head_dim", "ratio"), [(64, 1.93), (96, 1.95), (128, 1.96)])
 def test_at_least_nineteen_tokens_where_bf16_has_ten(name, head_dim, ratio):
     codec = CODECS[name]()
-    assert bytes_per_token(Codec(), 8, head_dim) / bytes_per_token(codec, 8, head_dim) > ratio
-    shape = KVShape(8, head_dim, torch.bfloat16, [torch.device("cpu")] * 3)
-    assert shape.bytes_per_token(Codec(), 16) / shape.bytes_per_token(codec, 16) > ratio, "with all alignment"
+    assert bytes_per_token(Plain(), 8, head_dim) / bytes_per_token(codec, 8, head_dim) > ratio
+    shape = KVShape(8, 8, head_dim, torch.bfloat16, [torch.device("cpu")] * 3)
+    plain, own = (shape.block_bytes(c.planes(8, 16, head_dim, torch.bfloat16)) for c in (Plain(), codec))
+    assert plain / own > ratio, "with all alignment"
     assert torch.tensor([], dtype=codec.dtype).element_size() == 1
 
 
@@ -147,13 +148,17 @@ def test_generate(name, mode):
     assert torch.equal(*outs)
 
 
+def site_on(*devices: torch.device) -> Site:
+    return Site(KVShape(8, 8, 64, torch.bfloat16, list(devices)), 16, MODEL.model.rotary_emb)
+
+
 def test_fp8_is_refused_where_the_gpu_lacks_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     with pytest.raises(ValueError, match=r"fp8 needs a GPU of compute capability 8\.9 .* A100 \(cuda:1\) has 8\.0"):
-        Fp8([torch.device("cpu"), torch.device("cuda", 1)])
+        Fp8().bind(site_on(torch.device("cpu"), torch.device("cuda", 1)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    Fp8([torch.device("cuda", 0)])
+    Fp8().bind(site_on(torch.device("cuda", 0)))
 
 
 @pytest.mark.parametrize("name", ["int8+fp8", "fp8+int8"])

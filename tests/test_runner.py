@@ -10,7 +10,7 @@ from common import VOCAB, baseline_tokens, random_requests, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kv_strategies import STRATEGIES, Request, Runner, base, build, offload
+from kv_strategies import STRATEGIES, Request, Runner, build
 from kv_strategies.step import graphs
 from kv_strategies.step.plan import Plan
 from kv_strategies.step.sampling import SamplingParams, sample
@@ -92,15 +92,19 @@ def replaying_runner(model, strategy, monkeypatch, **options) -> Runner:
         held = work()
         return lambda: [kept.copy_(new) for kept, new in zip(held, work(), strict=True)], held
 
-    for module in (base, offload):
-        monkeypatch.setattr(module, "attention", gpu.attention)
-    monkeypatch.setattr(base, "store_kv", triton_store.store_kv)
+    strategy.kernels = strategy.kernels._replace(store_kv=triton_store.store_kv, attention=gpu.attention)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(graphs, "_warm_up", lambda work, stream: work())
     monkeypatch.setattr(graphs, "_record", record)
     monkeypatch.setattr(Plan, "once", lambda plan, name, make: make())  # a graph computes it again
     runner = Runner(model, strategy, **options)
-    runner._graphs = graphs.StepGraphs(model, strategy, runner._last_token, runner.max_num_seqs)
+    runner._graphs = graphs.StepGraphs(
+        strategy,
+        strategy.block_size,
+        runner._last_token,
+        runner.max_num_seqs,
+        prefills=strategy.placement.prefill_capturable,
+    )
     runner._lookahead = True
     return runner
 

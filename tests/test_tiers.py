@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import tempfile
 import warnings
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kv_strategies import Request, Runner, build
-from kv_strategies.tiers import host as tiers_module
+from kv_strategies.tiers import disk as disk_module
 from kv_strategies.tiers.host import Disk, Rates, Tiers
 
 MODEL = tiny_llama(num_layers=2)
@@ -27,7 +28,7 @@ class TiersMachine(RuleBasedStateMachine):
 
     @initialize(host=st.integers(1, 5), disk=st.integers(0, 5))
     def start(self, host, disk):
-        self.folder = tiers_module.tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory()
         self.near, self.far = torch.zeros(1, 4, ROW, dtype=torch.uint8), torch.zeros(3, 4, ROW, dtype=torch.uint8)
         on_disk = Disk(self.folder.name, disk * 4 * ROW, 4 * ROW) if disk else None
         self.tiers = Tiers([self.near, self.far], 16, torch.device("cpu"), host, Rates(), on_disk)
@@ -215,7 +216,7 @@ def test_a_disk_that_fails_is_given_up_with_one_warning(tmp_path, monkeypatch, c
             raise OSError(code, os.strerror(code))
         return pwrite(*args)
 
-    monkeypatch.setattr(tiers_module.os, "pwrite", failing)
+    monkeypatch.setattr(disk_module.os, "pwrite", failing)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert in_turn(strategy, chat(6)) == baseline_tokens(MODEL, chat(6))
@@ -227,8 +228,8 @@ def test_a_disk_that_fails_is_given_up_with_one_warning(tmp_path, monkeypatch, c
 
 def test_short_writes_and_reads_are_continued(tmp_path, monkeypatch):
     pwrite, preadv = os.pwrite, os.preadv
-    monkeypatch.setattr(tiers_module.os, "pwrite", lambda handle, data, at: pwrite(handle, data[:7], at))
-    monkeypatch.setattr(tiers_module.os, "preadv", lambda handle, to, at: preadv(handle, [to[0][:5]], at))
+    monkeypatch.setattr(disk_module.os, "pwrite", lambda handle, data, at: pwrite(handle, data[:7], at))
+    monkeypatch.setattr(disk_module.os, "preadv", lambda handle, to, at: preadv(handle, [to[0][:5]], at))
     disk = Disk(tmp_path, 2 * ROW, ROW)
     data = torch.arange(ROW, dtype=torch.uint8)
     disk.write(b"a", b"", data).result()

@@ -183,7 +183,7 @@ def test_any_schedule_of_the_runner_is_exact_to_the_definition(seed, sizes, chun
     lengths = torch.randint(1, 40, (4,), generator=torch.Generator().manual_seed(seed)).tolist()
     requests = [Request(text(n, i).tolist(), max_new_tokens=1 + seed % 20, n=1 + i % 2) for i, n in enumerate(lengths)]
     rebase_at = 2 * (window + sinks + block_size) + epoch
-    needed = SlidingWindow(MODEL.model.rotary_emb, **sizes).num_blocks(60, chunk + 4, block_size)
+    needed = SlidingWindow(window=window, sinks=sinks).num_blocks(60, chunk + 4, block_size)
     strategy = build("window", MODEL, num_blocks=needed + spare, rebase_at=rebase_at, **sizes)
     runner = Runner(MODEL, strategy, max_num_seqs=4, max_batch_tokens=4 + chunk)
     runner.submit(requests)
@@ -284,7 +284,7 @@ def test_a_rebase_without_room_for_copies_waits():
     blocker = strategy.open_table(())
     blocker.append(2 * strategy.pool.num_free)
     strategy.rebase([table])
-    assert table.num_tokens == 13 and table.num_rebased == 0, "left as it was"
+    assert table.num_tokens == 13 and table.num_cut == 0, "left as it was"
     blocker.release()
     strategy.rebase([table, twin])
     assert table.num_seen == twin.num_seen == 13 and 0 < table.num_tokens < 12

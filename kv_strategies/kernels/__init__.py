@@ -11,11 +11,16 @@ attention is in `linear.py`, in the same manner.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 from torch import Tensor
 
 from ..step.plan import LayerStore, Plan
-from . import cpu
+from . import cpu, reference, topn
 from .linear import Rotary, rotate_heads
+from .topn import topn_attention
 
 
 def store_kv(
@@ -64,3 +69,28 @@ def attention(
 
         return attention_on_gpu(query, layer, plan, key=key, value=value, **options)
     return cpu.attention(query, layer, plan, **options)
+
+
+class Kernels(NamedTuple):
+    """What stores and attends for a strategy; all of it by the signatures of `reference.py` and `topn.py`."""
+
+    name: str
+    store_kv: Callable[..., None]
+    attention: Callable[..., Tensor]
+    topn_attention: Callable[..., Tensor]
+    capturable: bool  # whether a CUDA graph can hold their work
+
+
+#: Those for the device at hand: it encodes and decodes the codecs of this package, and masks by window and sinks.
+FAST = Kernels("fast", store_kv, attention, topn_attention, capturable=True)
+
+
+def reference_kernels(encode: Callable, decode: Callable, visible: Callable) -> Kernels:
+    """The specification at work, for bytes and masks that no fast kernel knows. See `Codec` and `Retention`."""
+    return Kernels(
+        "reference",
+        partial(reference.store_kv, encode=encode),
+        partial(reference.attention, decode=decode, visible=visible),
+        partial(topn.reference, decode=decode, visible=visible),
+        capturable=False,
+    )

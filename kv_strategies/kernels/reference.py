@@ -15,32 +15,61 @@ Shapes: T packed query tokens of B rows, Hq query heads in groups over Hkv heads
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..step.plan import LayerStore, Plan
+from .linear import Rotary, rotate_heads
 
 #: Largest magnitude of an 8-bit code: a scale is absmax / CODE_MAX, so that the largest number maps to the last code.
 CODE_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
-def store_kv(key: Tensor, value: Tensor, layer: LayerStore, slot_mapping: Tensor) -> None:
+#: codes [.., as stored] and scales or None -> float32 [.., D]; and the reverse, of any float dtype (`base.Codec`).
+Decode = Callable[[Tensor, Tensor | None], Tensor]
+Encode = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+def store_kv(
+    key: Tensor,
+    value: Tensor,
+    layer: LayerStore,
+    slot_mapping: Tensor,
+    query: Tensor | None = None,
+    rotary: Rotary | None = None,
+    encode: Encode | None = None,
+) -> None:
     """Write the K and V of this step's tokens into their slots.
 
     Args:
         key, value: [T, Hkv, D], any strides but the last.
-        layer: the store of one layer; 8-bit stores get a scale for each token and head as well.
+        layer: the store of one layer.
         slot_mapping: [T] int64, block * block_size + offset; -1 (NULL_SLOT) writes nothing.
+        query, rotary: queries [T, Hq, D] and how they and the keys are to be rotated first, in place.
+        encode: what is stored of a vector; unless told the store's dtype says it, see `quantise`.
     """
+    if rotary is not None:
+        rotate_heads(query, rotary)
+        rotate_heads(key, rotary)
     written = slot_mapping >= 0
     slots = slot_mapping[written]
     block, offset = slots // layer.block_size, slots % layer.block_size
     for tensor, store, scales in ((key, layer.k, layer.k_scale), (value, layer.v, layer.v_scale)):
-        data = tensor[written]
-        if scales is not None:
+        data, scale = tensor[written], None
+        if encode is not None:
+            data, scale = encode(data)
+        elif scales is not None:
             data, scale = quantise(data, store.dtype, scales.dtype)
+        if scale is not None:
             scales[block, :, offset] = scale
         store[block, :, offset] = data.to(store.dtype)
+
+
+def dequantise(codes: Tensor, scale: Tensor | None) -> Tensor:
+    """Numbers [.., D] as they are, or codes with a scale [..] each -> float32."""
+    return codes.float() if scale is None else codes.float() * scale.float()[..., None]
 
 
 def quantise(tensor: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -68,6 +97,10 @@ def attention(
     window: int = 0,
     sinks: int = 0,
     sink_query: Tensor | None = None,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    decode: Decode = dequantise,
+    visible: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Causal attention of each row's queries over the tokens its block table holds.
 
@@ -82,6 +115,9 @@ def attention(
         sinks: tokens at the start of a row that stay visible however far the window has moved (StreamingLLM).
         sink_query: [T, Hq, D], the query to use against the tokens j < sinks instead: rotated to where those keys
             would stand if they came right before the window. One softmax runs over both parts.
+        key, value: this step's own, for who can use them; here they are read where they were stored.
+        decode: what the stored bytes mean.
+        visible: a mask in place of the window's, see `Retention.visible`.
 
     Returns:
         [T, Hq, D] in the query's type; zeros for rows of context 0.
@@ -94,13 +130,15 @@ def attention(
             continue
         position = torch.arange(context_len - (end - begin), context_len, device=query.device)[:, None]  # [n, 1]
         index = torch.arange(context_len, device=query.device)  # [context]
-        visible = index <= position  # [n, context]
-        if window:
-            visible &= (index > position - window) | (index < sinks)
-        seen = visible.any(0)  # tokens out of every window may be gone: their blocks are never read
+        mask = index <= position  # [n, context]
+        if visible is not None:
+            mask &= visible(position, index)
+        elif window:
+            mask &= (index > position - window) | (index < sinks)
+        seen = mask.any(0)  # tokens out of every window may be gone: their blocks are never read
 
-        k = gather(layer.k, layer.k_scale, plan.block_tables[row], index[seen])  # [Hkv, seen, D]
-        v = gather(layer.v, layer.v_scale, plan.block_tables[row], index[seen])
+        k = gather(layer.k, layer.k_scale, plan.block_tables[row], index[seen], decode)  # [Hkv, seen, D]
+        v = gather(layer.v, layer.v_scale, plan.block_tables[row], index[seen], decode)
         group = query.shape[1] // k.shape[0]
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)  # [Hq, seen, D]
 
@@ -108,16 +146,14 @@ def attention(
         if sink_query is not None:
             sink_scores = sink_query[begin:end].transpose(0, 1).float() @ k.mT
             scores = torch.where(index[seen] < sinks, sink_scores, scores)
-        scores = (scores * scaling).masked_fill(~visible[:, seen], float("-inf"))
+        scores = (scores * scaling).masked_fill(~mask[:, seen], float("-inf"))
         out[begin:end] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)  # [n, Hq, D]
     return out
 
 
-def gather(store: Tensor, scales: Tensor | None, table: Tensor, index: Tensor) -> Tensor:
-    """Tokens `index` [n] of one row from [N, Hkv, block_size, D], as float32 [Hkv, n, D], dequantised."""
+def gather(store: Tensor, scales: Tensor | None, table: Tensor, index: Tensor, decode: Decode = dequantise) -> Tensor:
+    """Tokens `index` [n] of one row from [N, Hkv, block_size, ..], as float32 [Hkv, n, D], decoded."""
     block_size = store.shape[2]
     block, offset = table[index // block_size].long(), index % block_size
-    data = store[block, :, offset].float()  # [n, Hkv, D]
-    if scales is not None:
-        data = data * scales[block, :, offset].float()[..., None]
-    return data.transpose(0, 1)
+    scale = None if scales is None else scales[block, :, offset]
+    return decode(store[block, :, offset], scale).transpose(0, 1)

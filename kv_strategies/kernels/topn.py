@@ -18,11 +18,13 @@ From KCache (He and Wu, 2024, arXiv 2404.18057), which keeps K near and V far.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..step.plan import LayerStore, Plan
-from .reference import gather
+from .reference import Decode, dequantise, gather
 
 #: What a tally counts: (row, head) pairs served, tokens kept, mass dropped in all, and the largest mass dropped.
 TALLY = ("reads", "kept", "dropped", "worst")
@@ -83,16 +85,20 @@ def reference(
     window: int = 0,
     sinks: int = 0,
     sink_query: Tensor | None = None,
+    decode: Decode = dequantise,
+    visible: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The specification, in plain torch and float32."""
+    """The specification, in plain torch and float32. See `reference.attention` for `decode` and `visible`."""
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     for row, context_len in enumerate(plan.context_lens[: len(query)].tolist()):
         if context_len == 0:
             continue
         index = torch.arange(context_len, device=query.device)
-        if window:
+        if visible is not None:
+            index = index[visible(index[-1:, None], index)[0]]
+        elif window:
             index = index[(index >= context_len - window) | (index < sinks)]
-        k = gather(layer.k, layer.k_scale, plan.block_tables[row], index)  # [Hkv, n, D]
+        k = gather(layer.k, layer.k_scale, plan.block_tables[row], index, decode)  # [Hkv, n, D]
         group = query.shape[1] // k.shape[0]
         k = k.repeat_interleave(group, 0)  # [Hq, n, D]
         scores = (k @ query[row].float()[..., None])[..., 0]  # [Hq, n]
@@ -109,7 +115,7 @@ def reference(
         weights = weights * kept
         reached = weights.sum(-1, keepdim=True)  # [Hq, 1]
 
-        v = gather(layer.v, layer.v_scale, plan.block_tables[row], index)
+        v = gather(layer.v, layer.v_scale, plan.block_tables[row], index, decode)
         v = v.repeat_interleave(group, 0).gather(1, order[..., None].expand(-1, -1, v.shape[-1]))  # [Hq, n, D]
         total = (torch.where(kept, weights, 0)[:, None] @ v)[:, 0]
         out[row] = (total / reached if renormalise else total).to(out.dtype)

@@ -16,20 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..generate import AttendingCache
-from ..paged import BlockTable
-from .plan import Group, Plan, PlanBuffer
+from .forward import AttendingCache, Attends, forward
+from .fused import FusedStack
+from .plan import Group, Plan, PlanBuffer, Row
 from .sampling import greedy
-
-if TYPE_CHECKING:
-    from ..strategy import Strategy
-    from .fused import FusedStack
 
 #: New tokens of the prefills that are for graphs, at most each. More of them take a GPU longer than launching them.
 PREFILL_SIZES = (16, 32, 64, 128, 256)
@@ -47,12 +43,16 @@ class StepGraphs:
     """Captures and replays steps of the runner: those that decode, and those that prefill a few tokens of one prompt.
 
     Args:
-        last_token: [S + 1] the newest token of each slot, written by every step and read by those that decode; the last
-            slot belongs to padding rows.
+        block_size: tokens a block.
+        last_token: [S + 1] the newest token of each seat, written by every step and read by those that decode; the last
+            seat belongs to padding rows.
+        max_num_seqs: rows of a step at most.
+        prefills: whether prompts may be replayed as well.
     """
 
-    def __init__(self, model, strategy: Strategy, last_token: Tensor, max_num_seqs: int):
-        self._model, self._strategy, self._last_token = model, strategy, last_token
+    def __init__(self, strategy: Attends, block_size: int, last_token: Tensor, max_num_seqs: int, *, prefills: bool):
+        self._strategy, self._block_size, self._last_token = strategy, block_size, last_token
+        self._prefills = prefills
         self._sizes = sorted({size for size in _batch_sizes() if size < max_num_seqs} | {max_num_seqs})
         self._met: set[tuple[int, int, int]] = set()
         self._buffers: dict[tuple[int, int, int], PlanBuffer] = {}  # the graphs read their memory
@@ -60,45 +60,45 @@ class StepGraphs:
         self._memory = torch.cuda.graph_pool_handle()
         self._stream = _stream(last_token.device)
 
-    def decode(self, rows: Sequence[tuple[BlockTable, int]], slots: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """One step over rows of one query each. The likeliest tokens are the newest of their slots when it has run.
+    def decode(self, rows: Sequence[Row], seats: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """One step over rows of one query each. The likeliest tokens are the newest of their seats when it has run.
 
         Returns:
             logits [B, V] and the likeliest tokens [B], both valid until the next step.
         """
         num_rows = next(size for size in self._sizes if size >= len(rows))
-        shape = num_rows, num_rows, _bucket(max(table.num_tokens for table, _ in rows))
+        shape = num_rows, num_rows, _bucket(max(row.num_tokens for row in rows))
         padding = [len(self._last_token) - 1] * (num_rows - len(rows))
-        logits, tokens = self._run(shape, rows, {"slots": [*slots, *padding]})
+        logits, tokens = self._run(shape, rows, {"seats": [*seats, *padding]})
         return logits[: len(rows)], tokens[: len(rows)]
 
-    def prefill(self, table: BlockTable, slot: int, token_ids: np.ndarray) -> tuple[Tensor, Tensor] | None:
-        """One step over the last tokens of a prompt, those that `table` ends with. Returns as `decode` does.
+    def prefill(self, row: Row, seat: int, token_ids: np.ndarray) -> tuple[Tensor, Tensor] | None:
+        """One step over the last tokens of a prompt, the new ones of its row. Returns as `decode` does.
 
         None where no graph is for it: tokens are many, or it is the first step of its kind. That may also be the last,
         and who waits for it would wait for the capture.
         """
         num_tokens = next((size for size in PREFILL_SIZES if size >= len(token_ids)), None)
-        shape = 1, num_tokens, _bucket(table.num_tokens)
-        if num_tokens is None or not self._strategy.placement.prefill_capturable:
+        shape = 1, num_tokens, _bucket(row.num_tokens)
+        if num_tokens is None or not self._prefills:
             return None
         if shape not in self._met:
             self._met.add(shape)
             return None
-        inputs = {"slots": [slot], "input_ids": token_ids, "last": [len(token_ids) - 1]}
-        return self._run(shape, [(table, len(token_ids))], inputs)
+        inputs = {"seats": [seat], "input_ids": token_ids, "last": [len(token_ids) - 1]}
+        return self._run(shape, [row], inputs)
 
     def _run(self, shape: tuple[int, int, int], rows, inputs: dict[str, Sequence[int]]) -> tuple[Tensor, Tensor]:
         """A step of at most so many rows, tokens, and tokens of a row's context."""
         num_rows, num_tokens, bucket = shape
         if shape not in self._buffers:
             sizes = {name: num_tokens if name == "input_ids" else num_rows for name in inputs}
-            self._buffers[shape] = _buffer(self._last_token.device, *shape, rows, sizes)
+            self._buffers[shape] = _buffer(self._last_token.device, *shape, self._block_size, sizes)
         buffer = self._buffers[shape]
         bounds = _bounds(buffer.fill(rows, inputs), bucket)
         kind = num_rows, num_tokens, *bounds
         if kind not in self._graphs:
-            padding = {name: [0] for name in inputs} | {"slots": [len(self._last_token) - 1]}
+            padding = {name: [0] for name in inputs} | {"seats": [len(self._last_token) - 1]}
             self._graphs[kind] = self._capture(buffer, _bounded(buffer.fill([], padding), *bounds))
             buffer.fill(rows, inputs)
         graph = self._graphs[kind]
@@ -106,18 +106,15 @@ class StepGraphs:
         return graph.logits, graph.tokens
 
     def _capture(self, buffer: PlanBuffer, plan: Plan) -> _Graph:
-        from ..runner import forward
-
         cache = AttendingCache(self._strategy)  # of its own: the graph reads this plan
-        cache.plan = plan
         inputs = buffer.tensors
 
         def step() -> tuple[Tensor, Tensor]:
-            slots = inputs["slots"]
-            input_ids = inputs["input_ids"] if "input_ids" in inputs else self._last_token[slots]
-            logits = forward(self._model, cache, plan, input_ids, inputs.get("last", 0))
+            seats = inputs["seats"]
+            input_ids = inputs["input_ids"] if "input_ids" in inputs else self._last_token[seats]
+            logits = forward(cache, plan, input_ids, inputs.get("last", 0))
             tokens = greedy(logits)
-            self._last_token[slots] = tokens
+            self._last_token[seats] = tokens
             return logits, tokens
 
         _warm_up(step, self._stream)  # all is padding still, which reads and stores nothing
@@ -128,17 +125,17 @@ class StepGraphs:
 class StackGraphs:
     """The decode steps of `generate()` through one stack. The first of a kind runs as it is, the second is captured."""
 
-    def __init__(self, stack: FusedStack):
-        self.stack = stack
+    def __init__(self, stack: FusedStack, block_size: int):
+        self.stack, self._block_size = stack, block_size
         self._buffers: dict[tuple[int, int], PlanBuffer] = {}  # the graphs read their memory
         self._steps: dict[tuple[int, int, int], StackStep] = {}
         self._stream = _stream(stack.device)
 
-    def step(self, rows: Sequence[tuple[BlockTable, int]]) -> StackStep:
+    def step(self, rows: Sequence[Row]) -> StackStep:
         """What stands in for the stack in a step over rows of one query each, its plan filled in."""
-        shape = len(rows), _bucket(max(table.num_tokens for table, _ in rows))
+        shape = len(rows), _bucket(max(row.num_tokens for row in rows))
         if shape not in self._buffers:
-            self._buffers[shape] = _buffer(self.stack.device, len(rows), *shape, rows)
+            self._buffers[shape] = _buffer(self.stack.device, len(rows), *shape, self._block_size)
         plan = self._buffers[shape].fill(rows)
         bounds = _bounds(plan, shape[1])
         if (len(rows), *bounds) not in self._steps:
@@ -219,10 +216,15 @@ def _record(
 
 
 def _buffer(
-    device: torch.device, num_rows: int, num_tokens: int, bucket: int, rows, extra: dict[str, int] | None = None
+    device: torch.device,
+    num_rows: int,
+    num_tokens: int,
+    bucket: int,
+    block_size: int,
+    extra: dict[str, int] | None = None,
 ) -> PlanBuffer:
-    """The memory of all plans of so many rows, tokens and so long contexts at most, `rows` among them."""
-    return PlanBuffer(device, num_rows, num_tokens, -(-bucket // rows[0][0].pool.block_size), extra)
+    """The memory of all plans of so many rows, tokens and so long contexts at most."""
+    return PlanBuffer(device, num_rows, num_tokens, -(-bucket // block_size), block_size, extra)
 
 
 def _bucket(num_tokens: int) -> int:

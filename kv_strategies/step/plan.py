@@ -13,14 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from ..paged import BlockTable
 
 #: Stands in a block table where a block was freed (out of the window). Never read: the kernels mask by token index.
 NULL_BLOCK = -1
@@ -49,6 +46,14 @@ class LayerStore(NamedTuple):
     @property
     def block_size(self) -> int:
         return self.k.shape[2]
+
+
+class Row(NamedTuple):
+    """One row of a forward, as the control plane says it: where its tokens live, and how many of them are new."""
+
+    blocks: np.ndarray  # [n] int32 block ids in the order of the tokens, NULL_BLOCK where freed
+    num_tokens: int  # those that the blocks hold, the new ones included
+    num_new: int  # the last ones, queries of this forward
 
 
 class Group(NamedTuple):
@@ -135,13 +140,20 @@ class PlanBuffer:
 
     Args:
         num_rows, num_tokens, max_blocks: B, T and the width of the block tables.
+        block_size: tokens a block.
         extra: further integers that travel along, name -> number of int64 values (the runner's token ids, say).
     """
 
     def __init__(
-        self, device: torch.device, num_rows: int, num_tokens: int, max_blocks: int, extra: dict[str, int] | None = None
+        self,
+        device: torch.device,
+        num_rows: int,
+        num_tokens: int,
+        max_blocks: int,
+        block_size: int,
+        extra: dict[str, int] | None = None,
     ):
-        self.device = device
+        self.device, self.block_size = device, block_size
         self.fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "positions": ((num_tokens,), torch.int64),
             "slot_mapping": ((num_tokens,), torch.int64),
@@ -156,14 +168,13 @@ class PlanBuffer:
         self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
         self.tensors = self._views(self._bytes)
 
-    def fill(self, rows: Sequence[tuple[BlockTable, int]], extra: dict[str, object] | None = None) -> Plan:
-        """The plan of a forward over the last `query_len` tokens of each table, which already has room for them.
+    def fill(self, rows: Sequence[Row], extra: dict[str, object] | None = None) -> Plan:
+        """The plan of a forward over the new tokens of each row.
 
         Rows with one query come first. Rows and tokens that the buffer has beyond those given are padding: they read
         nothing and store nothing.
 
         Args:
-            rows: (table, query_len) a row.
             extra: values for the fields declared as extra, array-likes; shorter ones are padded with their last value.
         """
         on_host = self._bytes
@@ -171,8 +182,8 @@ class PlanBuffer:
             on_host = torch.empty(self._bytes.shape, dtype=torch.uint8, pin_memory=True)
         arrays = {name: view.numpy() for name, view in self._views(on_host).items()}
         num_rows, num_tokens = len(arrays["context_lens"]), len(arrays["positions"])
-        query_lens = [query_len for _, query_len in rows]
-        total = sum(query_lens)
+        query_lens = [row.num_new for row in rows]
+        total, size = sum(query_lens), self.block_size
         assert len(rows) <= num_rows and total <= num_tokens, "the plan does not fit its buffer"
 
         ends = np.cumsum(query_lens, dtype=np.int64)
@@ -184,19 +195,21 @@ class PlanBuffer:
         arrays["positions"][total:] = 0
         arrays["slot_mapping"][total:] = NULL_SLOT
         begin = 0
-        for index, (table, query_len) in enumerate(rows):
-            stop, end = table.num_tokens, begin + query_len
-            arrays["context_lens"][index] = stop
-            arrays["block_tables"][index, : len(table.blocks)] = table.blocks
-            if query_len == 1:  # a decode row: scalars, since a numpy call costs more than the arithmetic
+        for number, (blocks, stop, num_new) in enumerate(rows):
+            end = begin + num_new
+            arrays["context_lens"][number] = stop
+            arrays["block_tables"][number, : len(blocks)] = blocks
+            if num_new == 1:  # a decode row: scalars, since a numpy call costs more than the arithmetic
+                block, rest = divmod(stop - 1, size)
                 arrays["positions"][begin] = stop - 1
-                arrays["slot_mapping"][begin] = table.last_slot()
+                arrays["slot_mapping"][begin] = int(blocks[block]) * size + rest
             else:
-                arrays["positions"][begin:end] = np.arange(stop - query_len, stop)
-                arrays["slot_mapping"][begin:end] = table.slots(stop - query_len, stop)
+                index = np.arange(stop - num_new, stop)
+                arrays["positions"][begin:end] = index
+                arrays["slot_mapping"][begin:end] = blocks[index // size].astype(np.int64) * size + index % size
             begin = end
-        past_lens = [table.num_tokens - query_len for table, query_len in rows]
-        groups = find_groups(arrays["block_tables"], past_lens, rows[0][0].pool.block_size) if len(rows) > 1 else []
+        past_lens = [row.num_tokens - row.num_new for row in rows]
+        groups = find_groups(arrays["block_tables"], past_lens, size) if len(rows) > 1 else []
         arrays["groups"].fill(0)
         arrays["shared_lens"].fill(0)
         for index, group in enumerate(groups):
@@ -212,7 +225,7 @@ class PlanBuffer:
         return Plan(
             **{name: self.tensors[name] for name in PLAN_TENSORS},
             query_lens=query_lens,
-            row_lens=[table.num_tokens for table, _ in rows],
+            row_lens=[row.num_tokens for row in rows],
             row_groups=groups,
             host_tables=arrays["block_tables"],
             num_decodes=next((i for i, query_len in enumerate(query_lens) if query_len != 1), len(rows)),

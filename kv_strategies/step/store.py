@@ -8,13 +8,56 @@ CPU   [K, V][layer][head][num_blocks]                        consecutive blocks 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .plan import LayerStore
 
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+#: Name -> (shape of one layer of one block, dtype). See `BlockStore`.
+Planes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
 _ALIGNMENT = 128  # bytes; keeps the vector loads of the kernels aligned
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What a model's K and V look like, read from its weights: tensor parallelism leaves them fewer heads than the
+    config says.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    layer_devices: list[torch.device]
+
+    @classmethod
+    def of(cls, model: LlamaForCausalLM) -> KVShape:
+        attentions = [layer.self_attn for layer in model.model.layers]
+        head_dim = attentions[0].head_dim
+        rows = [_local_rows(module.weight) for module in (attentions[0].q_proj, attentions[0].k_proj)]
+        return cls(
+            num_heads=rows[0] // head_dim,
+            num_kv_heads=rows[1] // head_dim,
+            head_dim=head_dim,
+            dtype=model.dtype,
+            layer_devices=[attention.k_proj.weight.device for attention in attentions],
+        )
+
+    def block_bytes(self, planes: Planes) -> int:
+        """Bytes of one block: the planes of all layers, on whatever devices they are."""
+        devices = self.layer_devices
+        return sum(block_bytes(devices.count(device), planes) for device in dict.fromkeys(devices))
+
+
+def _local_rows(weight: Tensor) -> int:
+    return (weight.to_local() if hasattr(weight, "to_local") else weight).shape[0]
 
 
 class BlockStore:
@@ -29,7 +72,7 @@ class BlockStore:
         self,
         num_blocks: int,
         num_layers: int,
-        planes: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        planes: Planes,
         device: torch.device,
     ):
         self.device = device
@@ -72,9 +115,7 @@ class BlockStore:
             plane[destinations] = plane[sources]
 
 
-def views_of(
-    slab: Tensor, num_layers: int, planes: dict[str, tuple[tuple[int, ...], torch.dtype]]
-) -> dict[str, Tensor]:
+def views_of(slab: Tensor, num_layers: int, planes: Planes) -> dict[str, Tensor]:
     """The planes in a slab [num_blocks, bytes] uint8, one contiguous piece a block: name -> [num_blocks, L, *shape]."""
     views, offset = {}, 0
     for name, (shape, dtype) in planes.items():
@@ -84,7 +125,7 @@ def views_of(
     return views
 
 
-def block_bytes(num_layers: int, planes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+def block_bytes(num_layers: int, planes: Planes) -> int:
     """Bytes that one block of `num_layers` layers takes."""
     return sum(_aligned(num_layers * math.prod(shape) * dtype.itemsize) for shape, dtype in planes.values())
 

@@ -20,31 +20,23 @@ and computed again. So is what a full or broken disk could not take, after one w
 
 from __future__ import annotations
 
-import hashlib
-import os
 import tempfile
 import time
-import warnings
-import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import BinaryIO
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..base import LowerTiers
-from ..step.plan import Plan
+from .disk import Disk
+from .lower import LowerTiers
+from .rates import Rate, Rates
 from .transfer import Lane, Mark, copy_row, host_memory
 
 _BOUNCE_BYTES = 256 << 20  # on the device, at most; and never more than so many blocks:
 _MAX_BOUNCE = 32
-#: Fewer new tokens say little about how fast a prompt is computed.
-_MIN_TIMED_TOKENS = 32
 
 
 class Tiers(LowerTiers):
@@ -179,7 +171,8 @@ class Tiers(LowerTiers):
             return self._kept[key]
         if key in self._leaving:
             return self._leaving[key][0]
-        return self._disk.find(key) if self._disk else None
+        tokens = self._disk.find(key) if self._disk else None
+        return None if tokens is None else _Kept(tokens, -1, None)
 
     def discard(self, key: bytes) -> None:
         self._unwanted.append(key)  # a finalizer may call this in the middle of anything
@@ -306,196 +299,6 @@ class _Crossing:
         else:
             self._timed.append((rate, began, ended))
         return ended
-
-
-class Disk:
-    """Blocks in one file, in places of equal size. It has no name, and dies with its owner; so checksums are in memory.
-
-    Written by a thread beside the model's work, in the order asked for. What fails is forgotten, and after the first
-    failure to write nothing more is written.
-
-    Raises:
-        ValueError: the folder cannot be written, or the budget is smaller than a block.
-    """
-
-    def __init__(self, folder: str | Path, num_bytes: int, block_bytes: int):
-        if num_bytes < block_bytes:
-            raise ValueError(
-                f"disk_bytes must hold at least one block: {block_bytes} bytes are needed, got {num_bytes}"
-            )
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (lives as long as this)
-        except OSError as error:
-            raise ValueError(f"disk_path {str(folder)!r} cannot be written: {error.strerror}") from error
-        self.num_damaged, self.num_places = 0, num_bytes // block_bytes
-        self._file, self._handle, self._folder, self._block_bytes = file, file.fileno(), folder, block_bytes
-        self._free = list(range(self.num_places))
-        self._kept: OrderedDict[bytes, _OnDisk] = OrderedDict()
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv-disk")
-        self._is_broken = False
-        weakref.finalize(self, _close, self._writer, file)
-
-    def write(self, key: bytes, tokens: bytes, data: Tensor) -> Future:
-        """Start to write a block [bytes]; the future gives the seconds it took. The data must stay until then."""
-        if not self._free:
-            self._drop(next(iter(self._kept)))
-        entry = _OnDisk(tokens, self._free.pop())
-        self._kept[key] = entry
-        return self._writer.submit(self._write, entry, data)
-
-    def _write(self, entry: _OnDisk, data: Tensor) -> float:
-        if self._is_broken:
-            return 0.0
-        begin, view, offset = time.perf_counter(), memoryview(data.numpy()), entry.slot * self._block_bytes
-        checksum = _checksum(view)
-        try:
-            while view:
-                written = os.pwrite(self._handle, view, offset)
-                view, offset = view[written:], offset + written
-        except OSError as error:
-            self._is_broken = True
-            warnings.warn(
-                f"the disk tier in {self._folder} takes no more blocks ({error.strerror}); those it "
-                "cannot take are computed again when they are needed",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return 0.0
-        entry.checksum = checksum
-        return time.perf_counter() - begin
-
-    def read(self, key: bytes, target: Tensor) -> float | None:
-        """Take a block [bytes] off the disk. Returns the seconds it took, or None where it is damaged or was lost."""
-        entry = self._kept[key]
-        begin, view, count = time.perf_counter(), memoryview(target.numpy()), 0
-        with suppress(OSError):
-            while count < len(view):
-                got = os.preadv(self._handle, [view[count:]], entry.slot * self._block_bytes + count)
-                if not got:
-                    break
-                count += got
-        is_sound = count == len(view) and _checksum(view) == entry.checksum
-        if not is_sound and entry.checksum:
-            self.num_damaged += 1
-            warnings.warn(
-                f"a block in {self._folder} is truncated or altered; it is computed again",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-        self._drop(key)
-        return time.perf_counter() - begin if is_sound else None
-
-    def find(self, key: bytes) -> _Kept | None:
-        entry = self._kept.get(key)
-        if entry is None or not entry.checksum:
-            return None
-        self._kept.move_to_end(key)
-        return _Kept(entry.tokens, -1, None)
-
-    def discard(self, key: bytes) -> None:
-        if key in self._kept:
-            self._drop(key)
-
-    def clear(self) -> None:
-        for key in list(self._kept):
-            self._drop(key)
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._kept
-
-    @property
-    def num_blocks(self) -> int:
-        return sum(bool(entry.checksum) for entry in self._kept.values())
-
-    def _drop(self, key: bytes) -> None:
-        """Forget a block; a write to its place that is under way ends before the next one there begins."""
-        self._free.append(self._kept.pop(key).slot)
-
-
-@dataclass
-class _OnDisk:
-    tokens: bytes
-    slot: int
-    checksum: bytes = b""  # empty until written, and where writing failed
-
-
-def _checksum(data) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def _close(writer: ThreadPoolExecutor, file: BinaryIO) -> None:
-    writer.shutdown(wait=True, cancel_futures=True)
-    file.close()
-
-
-class Rate:
-    """Units a second, learnt: recent measurements count more."""
-
-    def __init__(self) -> None:
-        self._seconds_per_unit: float | None = None
-
-    def learn(self, units: float, seconds: float) -> None:
-        if units > 0 and seconds > 0:
-            new, old = seconds / units, self._seconds_per_unit
-            self._seconds_per_unit = new if old is None else 0.8 * old + 0.2 * new
-
-    def seconds(self, units: float) -> float:
-        """0 where nothing is known yet."""
-        return units * (self._seconds_per_unit or 0.0)
-
-    @property
-    def value(self) -> float | None:
-        return None if self._seconds_per_unit is None else 1 / self._seconds_per_unit
-
-
-@dataclass
-class Rates:
-    """What this machine does a second, as measured while it runs: bytes moved, tokens computed."""
-
-    down: Rate = field(default_factory=Rate)
-    up: Rate = field(default_factory=Rate)
-    disk_read: Rate = field(default_factory=Rate)
-    disk_write: Rate = field(default_factory=Rate)
-    prefill: Rate = field(default_factory=Rate)
-
-    def seconds_saved(self, num_bytes: int, num_tokens: int, *, on_disk: bool) -> float:
-        """By fetching a block and not computing it; below 0 where computing is faster. Unmeasured, fetching wins."""
-        if self.prefill.value is None:
-            return 1e-9
-        fetch = self.up.seconds(num_bytes) + (self.disk_read.seconds(num_bytes) if on_disk else 0.0)
-        return self.prefill.seconds(num_tokens) - fetch
-
-    def stats(self) -> dict[str, float | None]:
-        return {name: rate.value for name, rate in vars(self).items()}
-
-
-class PrefillClock:
-    """How fast prompts are computed: the time from the first layer's attention to the last's, over their tokens."""
-
-    def __init__(self, rate: Rate, device: torch.device, num_layers: int):
-        self._rate, self._last_layer, self._lane = rate, num_layers - 1, Lane(device, main=True)
-        self._began: tuple[Mark, float] | None = None
-        self._timed: deque[tuple[int, Mark, Mark]] = deque()
-
-    def open(self, layer_idx: int, plan: Plan) -> None:
-        if layer_idx == 0:
-            is_prompt = plan.num_tokens - plan.num_decodes >= _MIN_TIMED_TOKENS
-            self._began = (self._lane.mark(timed=True), time.perf_counter()) if is_prompt else None
-
-    def close(self, layer_idx: int, plan: Plan) -> None:
-        if layer_idx != self._last_layer or self._began is None:
-            return
-        (mark, began), self._began = self._began, None
-        if mark is None:
-            self._rate.learn(plan.num_tokens, time.perf_counter() - began)
-            return
-        self._timed.append((plan.num_tokens, mark, self._lane.mark(timed=True)))
-        while self._timed[0][2].query():
-            num_tokens, mark, end = self._timed.popleft()
-            self._rate.learn(num_tokens, mark.elapsed_time(end) / 1e3)
-            if not self._timed:
-                break
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..step.store import Planes
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-    from ..base import Placement, Retention
 
 #: What of a Llama configuration changes K and V. The rest (paths, versions, special tokens) may differ.
 _CONFIG_KEYS = (
@@ -38,9 +38,12 @@ _SAMPLES = 64  # numbers read of each weight
 
 
 def identity(
-    model: LlamaForCausalLM, planes: dict, block_size: int, retention: Retention, placement: Placement
+    model: LlamaForCausalLM, planes: Planes, block_size: int, policies: dict[str, dict[str, object]]
 ) -> dict[str, object]:
     """What the K and V of a strategy's blocks depend on: JSON values, comparable between processes.
+
+    Args:
+        policies: question -> what the policy that answers it says of itself (`Policy.identity`).
 
     The weights go in as a hash of numbers sampled from each of them, which tells models, fine-tunes and merged
     adapters apart and takes milliseconds.
@@ -53,9 +56,7 @@ def identity(
         "dtype": str(model.dtype).removeprefix("torch."),
         "planes": {name: [*shape, str(dtype).removeprefix("torch.")] for name, (shape, dtype) in planes.items()},
         "block_size": block_size,
-        "window": retention.window,
-        "sinks": retention.sinks,
-        "reads": placement.reads,
+        **json.loads(json.dumps(policies, default=str)),
     }
 
 

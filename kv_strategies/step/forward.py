@@ -1,0 +1,123 @@
+"""The forward: a Llama model over packed tokens, its attention handed to a strategy.
+
+Upstream asks a cache for K and V as two dense tensors (`update`), which a paged store cannot give without copying all
+of it. The patched model asks differently, twice: `plan_forward` once a forward, in place of building a mask, and
+`attend` once a layer, in place of `update` and attention. `AttendingCache` answers both; the doors tell it the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+from transformers import LlamaForCausalLM
+from transformers.cache_utils import Cache
+
+from ..kernels.linear import Rotary, linear
+from . import fused
+from .fused import FusedStack
+from .plan import Plan
+
+
+class Attends(Protocol):
+    """What stores K and V and computes the attention: a strategy."""
+
+    name: str
+    model: LlamaForCausalLM
+    fused: bool
+
+    @property
+    def stack(self) -> FusedStack | None: ...
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: Plan,
+        scaling: float,
+        rotary: Rotary | None = None,
+    ) -> Tensor: ...
+
+
+class AttendingCache(Cache):
+    """What the patched model sees: a cache that attends. The plan says to what."""
+
+    def __init__(self, strategy: Attends):
+        super().__init__(layers=[])
+        self.strategy = strategy
+        self.plan: Plan | None = None
+
+    @property
+    def decoder_layers(self):
+        """The stack that `LlamaModel` runs: the strategy's own, in one piece, or the plain layers."""
+        stack = self._stack()
+        if stack is None or fused.is_observed():
+            return self.strategy.model.model.layers
+        return [stack]
+
+    def _stack(self) -> Callable[..., Tensor] | None:
+        """What stands in for the layers: the fused stack, or a captured step of it."""
+        return self.strategy.stack
+
+    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
+        """Called in place of `create_causal_mask`: nothing to do where the plan is there already."""
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Store K and V of the new tokens and attend to all tokens of the row.
+
+        Args:
+            query: [B, Hq, n, D]; key, value: [B, Hkv, n, D], keys rotated, unless `rotary` [B * n, D] comes with them.
+
+        Returns:
+            [B, n, Hq * D]
+        """
+        num_rows, _, num_columns, _ = query.shape
+        packed = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # [B * n, H, D], views
+        out = self.strategy.attend(layer_idx, *packed, self.plan.on(query.device), scaling, rotary)
+        return out.reshape(num_rows, num_columns, -1)
+
+    def update(self, *args, **kwargs):
+        raise RuntimeError(
+            f"a {self.strategy.name!r} cache has no dense K and V to return: this model's attention is not patched. "
+            "It serves the LlamaForCausalLM that the strategy was built for"
+        )
+
+    @property
+    def is_compileable(self) -> bool:
+        return False  # else generate() would compile the forward by itself
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+
+def forward(cache: AttendingCache, plan: Plan, input_ids: Tensor, last: Tensor | int) -> Tensor:
+    """Logits [R, V] of the packed tokens at `last`, from ordinary modules.
+
+    Args:
+        input_ids: [T]; last: [R] indices into T, or 0 for all of them.
+    """
+    model = cache.strategy.model
+    cache.plan = plan
+    inputs = {
+        "input_ids": input_ids[None],
+        "position_ids": plan.positions[None],
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    head = fused.head_of(model) if cache.strategy.fused else None
+    if head is None:
+        return model(**inputs, logits_to_keep=last).logits[0]
+    states = model.model(**inputs).last_hidden_state[0]
+    return linear(states if isinstance(last, int) else states[last], *head, is_replayed=plan.is_replayed)
