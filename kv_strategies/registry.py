@@ -12,16 +12,12 @@ or, in a package of its own, an entry point of the group `kv_strategies` that na
 from __future__ import annotations
 
 import inspect
-import math
-import numbers
 import os
-import types
 import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import torch
 import transformers
@@ -36,6 +32,7 @@ from .kernels import FAST, Kernels, reference_kernels
 from .offload import Offload
 from .prefix import PrefixCache
 from .quantized import Fp8, Int8
+from .step.checked import checked
 from .step.store import KVShape
 from .strategy import Strategy, planes_of
 from .window import SlidingWindow
@@ -238,30 +235,6 @@ def _options_of(name: str, parts: list[str], options: dict[str, object]) -> dict
 
 #: The options that every strategy has, and their types.
 _COMMON = {"num_blocks": int | None, "memory_fraction": float | None, "block_size": int | None, "kernels": str | None}
-
-
-def checked(option: str, value: object, hint: object) -> object:
-    """The value of an option as its annotation says: whole floats and numpy's numbers are numbers.
-
-    Raises:
-        ValueError: says what the option takes.
-    """
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) else (hint,)
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    for kind in kinds:
-        if kind is type(None) and value is None:
-            return None
-        if kind is int and is_number and float(value).is_integer():
-            return int(value)
-        if kind is float and is_number and not math.isnan(value):
-            return float(value)
-        if kind in (Path, os.PathLike) and isinstance(value, str | os.PathLike):
-            return value
-        if kind not in (int, float, type(None)) and (not isinstance(kind, type) or isinstance(value, kind)):
-            return value
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
-    takes = " or ".join(names.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
-    raise ValueError(f"{option} takes {takes}, got {value!r}")
 
 
 def _answer(policies: Policies, part: str, given: dict[str, object]) -> None:
