@@ -37,7 +37,7 @@ from torch import Tensor
 
 from .base import Placement
 from .kernels import attention
-from .kernels.topn import TALLY, new_tally, topn_attention
+from .kernels.blocks.topn import TALLY, new_tally, topn_attention
 from .step.plan import LayerStore, Plan
 from .step.store import block_bytes, views_of
 from .tiers.host import Disk, PrefillClock, Rates, Tiers

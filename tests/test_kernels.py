@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_strategies import kernels
-from kv_strategies.kernels import (
+from kv_strategies.kernels import reference
+from kv_strategies.kernels.blocks import (
     cpu,
     gpu,
     library,
-    reference,
     triton_decode,
     triton_decode_codes,
     triton_decode_groups,

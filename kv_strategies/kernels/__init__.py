@@ -1,12 +1,12 @@
 """Store K and V into blocks, attend over a block table: one signature, three implementations.
 
-    reference.py   the specification, plain torch, any device
-    cpu.py         torch's flash attention over zero-copy views of the blocks
-    triton_*.py    the GPU: store, split-KV decode, prefill, cascade
-    library.py     the GPU: long prompts, by cuDNN
+    reference.py          the specification, plain torch, any device
+    blocks/cpu.py         torch's flash attention over zero-copy views of the blocks
+    blocks/triton_*.py    the GPU: store, split-KV decode, prefill, cascade
+    blocks/library.py     the GPU: long prompts, by cuDNN
+    linear/               what a decoder layer has beside attention, in the same manner
 
-Tensors choose by where they live. See `reference.py` for what the arguments mean. What a decoder layer has beside
-attention is in `linear.py`, in the same manner.
+Tensors choose by where they live. See `reference.py` for what the arguments mean.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..step.plan import LayerStore, Plan
-from . import cpu
+from .blocks import cpu
 from .linear import Rotary, rotate_heads
 
 
@@ -31,7 +31,7 @@ def store_kv(
     With `rotary`, queries [T, Hq, D] and keys come as the product left them, and are rotated in place first.
     """
     if key.is_cuda:
-        from .triton_store import store_kv as store_on_gpu  # Triton is there only where a GPU is
+        from .blocks.triton_store import store_kv as store_on_gpu  # Triton is there only where a GPU is
 
         store_on_gpu(key, value, layer, slot_mapping, query, rotary)
         return
@@ -60,7 +60,7 @@ def attention(
     """
     options = {"scaling": scaling, "window": window, "sinks": sinks, "sink_query": sink_query}
     if query.is_cuda:
-        from .gpu import attention as attention_on_gpu
+        from .blocks.gpu import attention as attention_on_gpu
 
         return attention_on_gpu(query, layer, plan, key=key, value=value, **options)
     return cpu.attention(query, layer, plan, **options)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step.plan import LayerStore, Plan
+from ...step.plan import LayerStore, Plan
 from .triton_common import LOG2_E, LOWEST, VARYING, attend, fold_parts
 
 #: Queries for which parts are kept (16 KiB each and split for 32 heads of 128 numbers). Beyond it, rows read what they

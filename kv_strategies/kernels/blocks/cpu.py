@@ -18,8 +18,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ..step.plan import LayerStore, Plan
-from . import reference
+from ...step.plan import LayerStore, Plan
+from .. import reference
 
 #: Runs shorter than this many tokens are gathered: below it, one more call costs more than the copy (measured with
 #: SmolLM2's heads on two cores: 15 to 20 us a call and its share of the merge, 0.06 us a token copied in float32).

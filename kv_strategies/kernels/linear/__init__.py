@@ -6,9 +6,9 @@
 
 `reference` says what is meant, in plain torch. Four ways to get there:
 
-    a CPU       the library's products in their fast forms (cpu_linear.py)
-    one row     one Triton kernel that streams W once and does the rest on the way (triton_linear.py)
-    up to 64    on Hopper, in CUDA graphs, one kernel that streams W through tensor cores (triton_linear_rows.py)
+    a CPU       the library's products in their fast forms (cpu.py)
+    one row     one Triton kernel that streams W once and does the rest on the way (triton_one_row.py)
+    up to 64    on Hopper, in CUDA graphs, one kernel that streams W through tensor cores (triton_few_rows.py)
     more rows   cuBLAS; the residual is its accumulator, and gating a kernel of its own
 
 With more than one row, norms are kernels of their own (triton_fused.py), and rotary embedding is left to what stores K
@@ -63,21 +63,21 @@ def linear(
         rotary: applied to the result, unless `rotates_later`.
         gated: the first half of the result is the gate, the second what it gates: silu(gate) * up.
         residual: [T, N], what the result is added to, in place; it is what is returned.
-        is_replayed: a CUDA graph holds the launch. That of `triton_linear_rows.py` takes a host 70 us, five times that
+        is_replayed: a CUDA graph holds the launch. That of `triton_few_rows.py` takes a host 70 us, five times that
             of cuBLAS, and so longer than what it saves.
     """
     options = {"norm": norm, "rotary": rotary, "gated": gated, "residual": residual}
     if not x.is_cuda:
-        from . import cpu_linear
+        from . import cpu
 
-        return cpu_linear.linear(x, weight, bias, **options)
+        return cpu.linear(x, weight, bias, **options)
     if rotates_later(x):
         if options.pop("rotary") is not None:
             raise ValueError(f"with {len(x)} rows on a GPU, `kernels.store_kv` rotates: give it the rotary embedding")
         return many_rows(x, weight, bias, **options, is_replayed=is_replayed)
-    from . import triton_linear
+    from . import triton_one_row
 
-    return triton_linear.linear(x, weight, bias, **options)
+    return triton_one_row.linear(x, weight, bias, **options)
 
 
 def rotates_later(x: Tensor) -> bool:
@@ -154,7 +154,7 @@ def many_rows(
 
 
 def suits_few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether `triton_linear_rows.py` can do this, on this GPU and with this Triton."""
+    """Whether `triton_few_rows.py` can do this, on this GPU and with this Triton."""
     module = _rows_module()
     return module is not None and module.suits(x, weight)
 
@@ -163,8 +163,8 @@ def suits_few_rows(x: Tensor, weight: Tensor) -> bool:
 def _rows_module() -> ModuleType | None:
     """None, told once, where Triton's Gluon, which is experimental, is not as the kernel needs it."""
     try:
-        from . import triton_linear_rows
+        from . import triton_few_rows
     except (ImportError, AttributeError) as error:
         warnings.warn(f"products of 2 to 64 rows go by cuBLAS: this Triton has another Gluon ({error})", stacklevel=2)
         return None
-    return triton_linear_rows
+    return triton_few_rows

@@ -21,8 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..step.plan import LayerStore, Plan
-from .reference import gather
+from ...step.plan import LayerStore, Plan
+from ..reference import gather
 
 #: What a tally counts: (row, head) pairs served, tokens kept, mass dropped in all, and the largest mass dropped.
 TALLY = ("reads", "kept", "dropped", "worst")

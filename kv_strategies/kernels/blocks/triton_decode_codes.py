@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step.plan import LayerStore, Plan
+from ...step.plan import LayerStore, Plan
+from ..triton_overlap import followed, waited
 from .triton_common import LOWEST, VARYING
 from .triton_decode import Tuning, finish_part, load_queries, own_part, token_of
-from .triton_overlap import followed, waited
 
 
 def decode_codes(

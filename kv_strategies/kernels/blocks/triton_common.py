@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step.plan import Plan
+from ...step.plan import Plan
 
 LOG2_E = 1.4426950408889634
 #: For `triton.jit`: numbers that differ from step to step, and where tables lie in the memory of a plan, are no reason

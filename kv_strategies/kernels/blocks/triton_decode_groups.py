@@ -24,10 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step.plan import LayerStore
+from ...step.plan import LayerStore
+from ..triton_overlap import followed, waited
 from .triton_common import LOWEST, VARYING
 from .triton_decode import finish_part, own_part
-from .triton_overlap import followed, waited
 
 #: All weights are 2^UNIT times as large, for the reason of V_UNIT.
 UNIT = tl.constexpr(8.0)

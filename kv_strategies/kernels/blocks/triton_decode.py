@@ -32,7 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step.plan import LayerStore, Plan
+from ...step.plan import LayerStore, Plan
+from ..triton_overlap import followed, overlapping, waited
 from .triton_cascade import SharedParts, fold_shared
 from .triton_common import (
     LOG2_E,
@@ -45,7 +46,6 @@ from .triton_common import (
     num_multiprocessors,
     workspace,
 )
-from .triton_overlap import followed, overlapping, waited
 
 #: Parts of one row and KV head at most, where its length alone decides.
 MAX_PARTS = 64

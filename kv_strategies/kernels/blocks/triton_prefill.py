@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step.plan import LayerStore, Plan
+from ...step.plan import LayerStore, Plan
 from .triton_cascade import SharedParts, fold_shared
 from .triton_common import LOG2_E, LOWEST, VARYING, attend, merge_parts, workspace
 

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step.plan import LayerStore
-from .linear import Rotary
-from .reference import CODE_MAX
+from ...step.plan import LayerStore
+from ..linear import Rotary
+from ..reference import CODE_MAX
+from ..triton_overlap import followed, overlapping, waited
 from .triton_common import VARYING
-from .triton_overlap import followed, overlapping, waited
 
 
 def store_kv(
