@@ -14,8 +14,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from kv_strategies import Request, Runner, build
-from kv_strategies.kernels import linear as plain
-from kv_strategies.kernels.linear import Norm, Rotary, cpu, triton_few_rows, triton_fused, triton_one_row
+from kv_strategies.kernels import linear
+from kv_strategies.kernels.linear import Norm, Rotary, cpu, plain, triton_few_rows, triton_fused, triton_one_row
 from kv_strategies.kernels.linear.triton_one_row import Tuning
 from kv_strategies.step import fused, graphs
 from kv_strategies.step.fused import FusedStack
@@ -311,7 +311,7 @@ def test_many_rows(device):
     for given in ({"gated": True}, {"residual": residual}, {}):
         for given_bias in (bias, None):
             copies = [{k: v.clone() if k == "residual" else v for k, v in given.items()} for _ in range(2)]
-            got = plain.many_rows(x, weight, given_bias, norm=norm, **copies[0])
+            got = linear.many_rows(x, weight, given_bias, norm=norm, **copies[0])
             torch.testing.assert_close(got, plain.reference(x, weight, given_bias, norm=norm, **copies[1]), **EXACT)
     assert torch.equal(triton_fused.rms_norm(x[:, ::1], norm), triton_fused.rms_norm(x.clone(), norm))
 
@@ -337,7 +337,7 @@ def test_products_of_a_cpu(num_rows, dtype, is_native, monkeypatch):
             wide_norm = Norm(norm.weight.double(), norm.eps)
             expected = plain.reference(x.double(), weight.double(), wide_bias, norm=wide_norm, **wide)
             copies = {name: value.clone() if torch.is_tensor(value) else value for name, value in options.items()}
-            got = plain.linear(x, weight, given_bias, norm=norm, **copies)
+            got = linear.linear(x, weight, given_bias, norm=norm, **copies)
             assert got.dtype == dtype
             torch.testing.assert_close(got.double(), expected.double(), atol=tolerance, rtol=tolerance)
 
@@ -398,7 +398,7 @@ def test_gpu_products_of_a_7b_layer(num_rows, device):
         error_plainly = (plainly.double() - exact).norm() / exact.norm()
         for is_replayed in (False, True):
             given = {name: cast(value, torch.bfloat16) for name, value in options.items()}
-            got = plain.linear(x, weight, **given, is_replayed=is_replayed)
+            got = linear.linear(x, weight, **given, is_replayed=is_replayed)
             error = (got.double() - exact).norm() / exact.norm()
             assert error < 1.05 * error_plainly + 1e-4, (num_rows, n, k, float(error), float(error_plainly))
 
@@ -415,9 +415,9 @@ def test_few_rows_suit_only_their_kernel(device, monkeypatch):
     seen = []
     monkeypatch.setattr(triton_few_rows, "linear", lambda *args, **options: seen.append((args, options)))
     residual = draw(4, 24)
-    plain.many_rows(x, weight, None, norm=norm, residual=residual)
+    linear.many_rows(x, weight, None, norm=norm, residual=residual)
     assert not seen
-    plain.many_rows(x, weight, None, norm=norm, residual=residual, is_replayed=True)
+    linear.many_rows(x, weight, None, norm=norm, residual=residual, is_replayed=True)
     ((args, options),) = seen
     assert torch.equal(args[0], triton_fused.rms_norm(x, norm)) and args[1] is weight
     assert options["residual"] is residual and not options["gated"]
@@ -532,7 +532,7 @@ def test_gpu_graphs_of_few_rows_share_memory(device):
         def work(x=x):
             noise = [torch.full((1 << 16,), -1, dtype=torch.int32, device=x.device) for _ in range(8)]
             del noise  # memory that the graphs use over and over
-            return [plain.linear(x, weight, is_replayed=True) for weight in weights]
+            return [linear.linear(x, weight, is_replayed=True) for weight in weights]
 
         if num_rows != 64:  # without a warm-up, a graph has what it needs to itself
             graphs._warm_up(work, stream)

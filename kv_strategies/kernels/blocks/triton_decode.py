@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...step.plan import LayerStore, Plan
+from ..triton_device import num_multiprocessors
 from ..triton_overlap import followed, overlapping, waited
 from .triton_cascade import SharedParts, fold_shared
 from .triton_common import (
@@ -43,7 +44,6 @@ from .triton_common import (
     load_blocks,
     load_tokens,
     merge_parts,
-    num_multiprocessors,
     workspace,
 )
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_overlap import followed, overlapping, waited
-from . import Norm
+from .plain import Norm
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
