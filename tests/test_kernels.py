@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, replace
 from itertools import product
-from unittest.mock import MagicMock, Mock
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,8 +20,6 @@ from kv_strategies.kernels.blocks import (
     gpu,
     library,
     triton_decode,
-    triton_decode_codes,
-    triton_decode_groups,
     triton_prefill,
     triton_store,
 )
@@ -373,9 +371,8 @@ LEFT += [{"dtype": torch.float32}, {"scales": torch.float32}, {"sinks": 4, "sink
 @pytest.mark.parametrize("change, is_taken", [*product(TAKEN, [True]), *product(LEFT, [False])])
 def test_which_groups_stay_in_registers(monkeypatch, change, is_taken):
     taken = Mock()
-    monkeypatch.setattr(triton_decode_groups, "decode_groups", taken)
-    monkeypatch.setattr(triton_decode_codes, "decode_codes", Mock())
-    monkeypatch.setattr(triton_decode, "decode_kernel", MagicMock())
+    for name, called in {"decode_groups": taken, "decode_codes": Mock(), "decode_any": Mock()}.items():
+        monkeypatch.setattr(triton_decode, name, called)
     for num_rows in (31, 32):  # times two KV heads
         shape = replace(GROUPS, query_lens=(1,) * num_rows, row_lens=(9,) * num_rows, **change)
         case = build(shape)
