@@ -37,13 +37,13 @@ MAX_QUERIES = 4096
 
 @dataclass(frozen=True)
 class Tuning:
-    """Sizes to tune; results agree to rounding whatever they are."""
+    """Sizes to tune, here and in `triton_prefill.py`; results agree to rounding whatever they are."""
 
     rows: int  # query tokens * GROUP of a tile
     tile: int  # tokens an iteration
     num_warps: int
     num_stages: int
-    programs: int = 264  # split tokens into no more than these: two for each multiprocessor of a large GPU
+    programs: int = 264  # tokens are split for no more than these: two for each multiprocessor of a large GPU
     split: int = 256  # fewest tokens worth a program
 
 
