@@ -94,15 +94,12 @@ def attention(
             continue
         position = torch.arange(context_len - (end - begin), context_len, device=query.device)[:, None]  # [n, 1]
         index = torch.arange(context_len, device=query.device)  # [context]
-        visible = index <= position  # [n, context]
-        if window:
-            visible &= (index > position - window) | (index < sinks)
+        visible = sees(position, index, window, sinks)  # [n, context]
         seen = visible.any(0)  # tokens out of every window may be gone: their blocks are never read
 
-        k = gather(layer.k, layer.k_scale, plan.block_tables[row], index[seen])  # [Hkv, seen, D]
-        v = gather(layer.v, layer.v_scale, plan.block_tables[row], index[seen])
-        group = query.shape[1] // k.shape[0]
-        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)  # [Hq, seen, D]
+        table, num_heads = plan.block_tables[row], query.shape[1]
+        k = gather_heads(layer.k, layer.k_scale, table, index[seen], num_heads)  # [Hq, seen, D]
+        v = gather_heads(layer.v, layer.v_scale, table, index[seen], num_heads)
 
         scores = query[begin:end].transpose(0, 1).float() @ k.mT  # [Hq, n, seen]
         if sink_query is not None:
@@ -111,6 +108,20 @@ def attention(
         scores = (scores * scaling).masked_fill(~visible[:, seen], float("-inf"))
         out[begin:end] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)  # [n, Hq, D]
     return out
+
+
+def sees(position: Tensor | int, index: Tensor, window: int, sinks: int) -> Tensor:
+    """Whether queries at `position` [n, 1], or at one for all, see the tokens at `index` [s] -> [n, s], or [s]."""
+    visible = index <= position
+    if window:
+        visible &= (index > position - window) | (index < sinks)
+    return visible
+
+
+def gather_heads(store: Tensor, scales: Tensor | None, table: Tensor, index: Tensor, num_heads: int) -> Tensor:
+    """As `gather`, for each of the query heads [Hq, n, D]: those of a group have the same K and V."""
+    data = gather(store, scales, table, index)
+    return data.repeat_interleave(num_heads // len(data), 0)
 
 
 def gather(store: Tensor, scales: Tensor | None, table: Tensor, index: Tensor) -> Tensor:

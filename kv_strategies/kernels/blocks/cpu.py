@@ -205,9 +205,7 @@ def windowed_prefill(
         num_sinks = min(sinks, last)
         sink_scores = sink_query[begin:end].permute(1, 2, 0, 3).float() @ k[:, :, :num_sinks].mT
         scores = query[begin:end].permute(1, 2, 0, 3).float() @ k[:, :, num_sinks:].mT
-        visible = index <= position[:, None]  # [m, s]
-        if window:
-            visible &= (index > position[:, None] - window) | (index < sinks)
+        visible = reference.sees(position[:, None], index, window, sinks)  # [m, s]
         scores = (torch.cat((sink_scores, scores), -1) * scaling).masked_fill(~visible, float("-inf"))
         out[begin:end] = (scores.softmax(-1) @ v).permute(2, 0, 1, 3).to(out.dtype)
     return out

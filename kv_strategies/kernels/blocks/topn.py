@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ...step.plan import LayerStore, Plan
-from ..reference import gather
+from ..reference import gather_heads, sees
 
 #: What a tally counts: (row, head) pairs served, tokens kept, mass dropped in all, and the largest mass dropped.
 TALLY = ("reads", "kept", "dropped", "worst")
@@ -33,36 +33,8 @@ def new_tally(device: torch.device) -> Tensor:
     return torch.zeros(len(TALLY), dtype=torch.float64, device=device)
 
 
-def topn_attention(
-    query: Tensor,
-    layer: LayerStore,
-    plan: Plan,
-    tally: Tensor,
-    *,
-    scaling: float,
-    top_n: int = 0,
-    mass: float = 0.0,
-    renormalise: bool = False,
-    window: int = 0,
-    sinks: int = 0,
-    sink_query: Tensor | None = None,
-) -> Tensor:
-    """Attention of the plan's first R = num_decodes rows, which have one query each.
-
-    Args:
-        query: [R, Hq, D].
-        layer: K on the query's device; V there or in pinned host memory, whence the chosen rows alone are read.
-        tally: [4] float64, added to.
-        top_n, mass: one of them is not 0; see above.
-        scaling, window, sinks, sink_query: as in `reference.attention`.
-
-    Returns:
-        [R, Hq, D]; zeros for rows of context 0.
-    """
-    options = {
-        "scaling": scaling, "top_n": top_n, "mass": mass, "renormalise": renormalise,
-        "window": window, "sinks": sinks, "sink_query": sink_query,
-    }  # fmt: skip
+def topn_attention(query: Tensor, layer: LayerStore, plan: Plan, tally: Tensor, **options) -> Tensor:
+    """Attention of the plan's first R = num_decodes rows, which have one query each. Arguments as in `reference`."""
     if query.is_cuda:
         from .triton_topn import topn_attention as on_gpu  # Triton is there only where a GPU is
 
@@ -84,17 +56,27 @@ def reference(
     sinks: int = 0,
     sink_query: Tensor | None = None,
 ) -> Tensor:
-    """The specification, in plain torch and float32."""
+    """The specification, in plain torch and float32.
+
+    Args:
+        query: [R, Hq, D].
+        layer: K on the query's device; V there or in pinned host memory, whence a GPU reads the chosen rows alone.
+        tally: [4] float64, added to.
+        top_n, mass: one of them is not 0; see above.
+        scaling, window, sinks, sink_query: as in `kernels.attention`.
+
+    Returns:
+        [R, Hq, D]; zeros for rows of context 0.
+    """
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     for row, context_len in enumerate(plan.context_lens[: len(query)].tolist()):
         if context_len == 0:
             continue
+        table, num_heads = plan.block_tables[row], query.shape[1]
         index = torch.arange(context_len, device=query.device)
         if window:
-            index = index[(index >= context_len - window) | (index < sinks)]
-        k = gather(layer.k, layer.k_scale, plan.block_tables[row], index)  # [Hkv, n, D]
-        group = query.shape[1] // k.shape[0]
-        k = k.repeat_interleave(group, 0)  # [Hq, n, D]
+            index = index[sees(context_len - 1, index, window, sinks)]
+        k = gather_heads(layer.k, layer.k_scale, table, index, num_heads)  # [Hq, n, D]
         scores = (k @ query[row].float()[..., None])[..., 0]  # [Hq, n]
         if sink_query is not None:
             scores = torch.where(index < sinks, (k @ sink_query[row].float()[..., None])[..., 0], scores)
@@ -109,8 +91,8 @@ def reference(
         weights = weights * kept
         reached = weights.sum(-1, keepdim=True)  # [Hq, 1]
 
-        v = gather(layer.v, layer.v_scale, plan.block_tables[row], index)
-        v = v.repeat_interleave(group, 0).gather(1, order[..., None].expand(-1, -1, v.shape[-1]))  # [Hq, n, D]
+        v = gather_heads(layer.v, layer.v_scale, table, index, num_heads)
+        v = v.gather(1, order[..., None].expand(-1, -1, v.shape[-1]))  # [Hq, n, D]
         total = (torch.where(kept, weights, 0)[:, None] @ v)[:, 0]
         out[row] = (total / reached if renormalise else total).to(out.dtype)
 
