@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -164,6 +165,27 @@ def test_codes_are_rounded_to_nearest(codes, worst):
     assert (coded[7, 1].float() == 0).all()
 
 
+@pytest.mark.parametrize(
+    "implementations",
+    [
+        [reference.store_kv, kernels.store_kv, cpu.store_kv, triton_store.store_kv],
+        [reference.attention, kernels.attention, cpu.attention, gpu.attention],
+    ],
+)
+def test_one_signature(implementations):
+    """A caller can be handed any of them."""
+    assert len({str(inspect.signature(implementation)) for implementation in implementations}) == 1
+
+
+def test_the_reference_reads_blocks_alone():
+    """Not the K and V of this step that a caller may give beside them."""
+    case = build(Shape((1, 9), (20, 30), group=2, window=8, sinks=2))
+    expected = reference.attention(case.query, case.layer, case.plan, **case.options)
+    nothing = torch.full_like(case.key, float("nan"))
+    out = reference.attention(case.query, case.layer, case.plan, key=nothing, value=nothing, **case.options)
+    assert torch.equal(out, expected)
+
+
 # the CPU path
 
 
@@ -253,7 +275,7 @@ def test_triton_store(device, codes, head_major):
 
 # A rotation rounds to the model's dtype before the codes are made.
 @pytest.mark.parametrize("codes", [None, "int8", pytest.param("fp8", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("store_kv", [kernels.store_kv, triton_store.store_kv])
+@pytest.mark.parametrize("store_kv", [reference.store_kv, kernels.store_kv, triton_store.store_kv])
 def test_store_rotates(device, codes, store_kv):
     shape = Shape((1, 6), (20, 30), num_kv_heads=3, group=2, dim=20, block_size=7, dtype=torch.float16)
     case = build(replace(shape, codes=codes, scales=torch.float32, head_major=False), device)

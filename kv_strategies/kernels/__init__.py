@@ -6,7 +6,8 @@
     blocks/library.py     the GPU: long prompts, by cuDNN
     linear/               what a decoder layer has beside attention, in the same manner
 
-Tensors choose by where they live. See `reference.py` for what the arguments mean.
+Tensors choose by where they live. The reference serves anywhere, and can be handed to a caller in place of the two
+functions here. See `reference.py` for what the arguments mean.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..step.plan import LayerStore, Plan
 from .blocks import cpu
-from .linear import Rotary, rotate_heads
+from .linear import Rotary
 
 
 def store_kv(
@@ -30,15 +31,10 @@ def store_kv(
 
     With `rotary`, queries [T, Hq, D] and keys come as the product left them, and are rotated in place first.
     """
+    store = cpu.store_kv
     if key.is_cuda:
-        from .blocks.triton_store import store_kv as store_on_gpu  # Triton is there only where a GPU is
-
-        store_on_gpu(key, value, layer, slot_mapping, query, rotary)
-        return
-    if rotary is not None:
-        rotate_heads(query, rotary)
-        rotate_heads(key, rotary)
-    cpu.store_kv(key, value, layer, slot_mapping)
+        from .blocks.triton_store import store_kv as store  # Triton is there only where a GPU is
+    store(key, value, layer, slot_mapping, query, rotary)
 
 
 def attention(
@@ -58,9 +54,8 @@ def attention(
     `key` and `value` [T, Hkv, D], optional, are this step's own (stored already): among many of them a GPU is spared
     the detour through the blocks.
     """
-    options = {"scaling": scaling, "window": window, "sinks": sinks, "sink_query": sink_query}
+    attend = cpu.attention
     if query.is_cuda:
-        from .blocks.gpu import attention as attention_on_gpu
-
-        return attention_on_gpu(query, layer, plan, key=key, value=value, **options)
-    return cpu.attention(query, layer, plan, **options)
+        from .blocks.gpu import attention as attend
+    options = {"scaling": scaling, "window": window, "sinks": sinks, "sink_query": sink_query}
+    return attend(query, layer, plan, key=key, value=value, **options)

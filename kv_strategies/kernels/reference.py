@@ -1,7 +1,7 @@
 """The specification: what storing K and V and attending over a block table mean, in plain torch.
 
 Slow on purpose, and short. Every other implementation in this folder has these two signatures and is tested against
-them. All arithmetic is float32, whatever the store holds.
+them; a caller can be handed any. All arithmetic is float32, whatever the store holds.
 
     store_kv:   token t of the step  ->  slot_mapping[t] = block * block_size + offset
     attention:  token j of row b     ->  block_tables[b, j // block_size], offset j % block_size
@@ -19,19 +19,32 @@ import torch
 from torch import Tensor
 
 from ..step.plan import LayerStore, Plan
+from .linear import Rotary, rotate_heads
 
 #: Largest magnitude of an 8-bit code: a scale is absmax / CODE_MAX, so that the largest number maps to the last code.
 CODE_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
-def store_kv(key: Tensor, value: Tensor, layer: LayerStore, slot_mapping: Tensor) -> None:
+def store_kv(
+    key: Tensor,
+    value: Tensor,
+    layer: LayerStore,
+    slot_mapping: Tensor,
+    query: Tensor | None = None,
+    rotary: Rotary | None = None,
+) -> None:
     """Write the K and V of this step's tokens into their slots.
 
     Args:
         key, value: [T, Hkv, D], any strides but the last.
         layer: the store of one layer; 8-bit stores get a scale for each token and head as well.
         slot_mapping: [T] int64, block * block_size + offset; -1 (NULL_SLOT) writes nothing.
+        query, rotary: given together where the product before has left rotary embedding to this: queries [T, Hq, D]
+            and keys are rotated first, in place, whether or not they have a slot.
     """
+    if rotary is not None:
+        rotate_heads(query, rotary)
+        rotate_heads(key, rotary)
     written = slot_mapping >= 0
     slots = slot_mapping[written]
     block, offset = slots // layer.block_size, slots % layer.block_size
@@ -68,6 +81,8 @@ def attention(
     window: int = 0,
     sinks: int = 0,
     sink_query: Tensor | None = None,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each row's queries over the tokens its block table holds.
 
@@ -82,6 +97,8 @@ def attention(
         sinks: tokens at the start of a row that stay visible however far the window has moved (StreamingLLM).
         sink_query: [T, Hq, D], the query to use against the tokens j < sinks instead: rotated to where those keys
             would stand if they came right before the window. One softmax runs over both parts.
+        key, value: [T, Hkv, D], this step's own, which are in the store already: a shortcut for who wants one, and
+            ignored here.
 
     Returns:
         [T, Hq, D] in the query's type; zeros for rows of context 0.
