@@ -20,8 +20,8 @@ import torch
 
 from bench.machine import conditions, limits
 from bench.measure import seconds
-from kv_strategies.kernels.triton_decode import Tuning, decode, tuning
-from kv_strategies.kernels.triton_decode_groups import suits
+from kv_strategies.kernels.blocks.triton_decode import Tuning, decode, tuning
+from kv_strategies.kernels.blocks.triton_decode_groups import suits
 from kv_strategies.step.plan import LayerStore, Plan
 
 #: name -> (rows, context, query heads, KV heads)

@@ -28,8 +28,15 @@ import torch.nn.functional as F
 
 from bench.machine import conditions, limits
 from bench.measure import seconds
-from kv_strategies.kernels import triton_fused, triton_linear, triton_linear_rows
-from kv_strategies.kernels.linear import Norm, Rotary, many_rows, reference
+from kv_strategies.kernels.linear import (
+    Norm,
+    Rotary,
+    many_rows,
+    reference,
+    triton_few_rows,
+    triton_fused,
+    triton_one_row,
+)
 
 DIM = 128
 #: name -> (N, K, what stands around it)
@@ -74,18 +81,18 @@ class Problem:
 
     @property
     def tuned(self) -> NamedTuple:
-        return triton_linear.tuning(self.k) if self.num_rows == 1 else triton_linear_rows.Tuning()
+        return triton_one_row.tuning(self.k) if self.num_rows == 1 else triton_few_rows.Tuning()
 
     def ours(self, tuned: NamedTuple) -> Callable:
         return lambda weight: self.product(weight, tuned, **self.options)
 
     def product(self, weight: torch.Tensor, tuned: NamedTuple, **options) -> torch.Tensor:
         if self.num_rows == 1:
-            return triton_linear.linear(self.x, weight, **options, tuned=tuned)
+            return triton_one_row.linear(self.x, weight, **options, tuned=tuned)
         options.pop("rotary", None)  # left to the store of K and V
         norm = options.pop("norm", None)
         x = self.x if norm is None else triton_fused.rms_norm(self.x, norm)
-        return triton_linear_rows.linear(x, weight, **options, tuned=tuned)
+        return triton_few_rows.linear(x, weight, **options, tuned=tuned)
 
     def cublas(self, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(self.x, weight)
@@ -157,7 +164,7 @@ def main() -> None:
         around = record("cublas and kernels around it", problem.time(problem.around_cublas, args.repeats))
         base = problem.tuned
         tried = []
-        for tuned in sweep(problem, args) if num_rows <= triton_linear_rows.MAX_ROWS else []:
+        for tuned in sweep(problem, args) if num_rows <= triton_few_rows.MAX_ROWS else []:
             try:
                 error = check(problem, tuned)
                 taken = problem.time(problem.ours(tuned), args.repeats)

@@ -33,7 +33,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.machine import conditions, limits
 from bench.measure import seconds
 from kv_strategies import Request, Runner, build
-from kv_strategies.kernels import attention, topn, triton_topn
+from kv_strategies.kernels import attention
+from kv_strategies.kernels.blocks import topn, triton_topn
 from kv_strategies.models.load import RANDOM_MODELS
 from kv_strategies.step.plan import LayerStore, Plan
 from kv_strategies.tiers.stream import LayerStream

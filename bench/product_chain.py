@@ -21,8 +21,8 @@ import torch
 from bench.linear_bandwidth import PRODUCTS, Problem, check
 from bench.machine import limits
 from bench.measure import seconds
-from kv_strategies.kernels import triton_linear
-from kv_strategies.kernels.triton_linear import Tuning, tuning
+from kv_strategies.kernels.linear import triton_one_row
+from kv_strategies.kernels.linear.triton_one_row import Tuning, tuning
 
 NAMES = ("qkv", "o", "gate_up", "down")
 MAX_ERROR = 2e-2  # relative, of a result in bfloat16 against cuBLAS and kernels around it
@@ -46,7 +46,7 @@ class Chain:
             for name, tuned in tunings.items():
                 problem = self.problems[name]
                 options = {**problem.options, "residual": self.x} if name in ("o", "down") else problem.options
-                out = triton_linear.linear(given[name], problem.weights[layer], **options, tuned=tuned)
+                out = triton_one_row.linear(given[name], problem.weights[layer], **options, tuned=tuned)
                 if name == "qkv":
                     given["o"] = out[:, : given["o"].shape[1]]
                 elif name == "gate_up":

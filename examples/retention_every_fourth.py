@@ -28,9 +28,7 @@ class EveryFourth(Retention):
         return tuple((first, min(first + 3, num_old)) for first in range(1, num_old, 4))
 
 
-EVERY_FOURTH = Preset(
-    "every fourth of the old blocks, all recent ones; lossy", "retention", EveryFourth, lossy=True
-)
+EVERY_FOURTH = Preset("every fourth of the old blocks, all recent ones; lossy", "retention", EveryFourth, lossy=True)
 
 if __name__ == "__main__":
     register("every4", EVERY_FOURTH)

@@ -10,8 +10,8 @@ A prompt's V goes out as it is computed, a step's V token by token. Three ways t
 
     exact    all V of a layer streams to the GPU while the layer before works (`stream.py`): lossless, at the rate of
              the link
-    top_n    every head fetches the V of its N heaviest tokens, from inside the attention kernel (`kernels/topn.py`):
-             N rows in place of a context
+    top_n    every head fetches the V of its N heaviest tokens, from inside the attention kernel
+             (`kernels/blocks/topn.py`): N rows in place of a context
     mass     likewise, with N chosen per head and step so that the kept softmax mass reaches the bound, which bounds the
              error; what was dropped is counted
 
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from .base import Placement
 from .kernels import Kernels
-from .kernels.topn import TALLY, new_tally
+from .kernels.blocks.topn import TALLY, new_tally
 from .step.plan import LayerStore, Plan
 from .step.store import block_bytes, views_of
 from .tiers.disk import Disk
@@ -52,7 +52,7 @@ class Offload(Placement):
     Args:
         top_n: tokens whose V a head reads in a decode step; None for all.
         mass: instead of `top_n`, the softmax mass that they must reach, in (0, 1].
-        renormalise: divide by the mass that was kept (see `kernels/topn.py`).
+        renormalise: divide by the mass that was kept (see `kernels/blocks/topn.py`).
         resident: what stays on the GPU: "k", "none" or "kv".
         host_bytes: host memory that this may take, for what is not resident first and idle blocks with the rest.
         disk_path, disk_bytes: a folder, and how much of it idle blocks may take that host memory has no room for.

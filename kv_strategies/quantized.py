@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from .base import Codec, Plain, Site
-from .kernels.reference import quantise
+from .kernels.reference import dequantise, quantise
 
 SCALE_DTYPE = torch.bfloat16
 
@@ -53,7 +53,7 @@ class EightBit(Codec):
         return quantise(states, self.dtype, SCALE_DTYPE)
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
-        return codes.float() * scale.float()[..., None]
+        return dequantise(codes, scale)
 
 
 class Int8(EightBit):

@@ -14,7 +14,8 @@ from test_kernels import Shape, assert_close
 from test_kernels import build as build_case
 
 from kv_strategies import Request, Runner, build, kernels
-from kv_strategies.kernels import cpu, gpu, reference, triton_cascade, triton_decode, triton_prefill
+from kv_strategies.kernels import reference
+from kv_strategies.kernels.blocks import cpu, gpu, triton_cascade, triton_decode, triton_prefill
 from kv_strategies.step import plan
 from kv_strategies.step.plan import Group, LayerStore, Plan
 

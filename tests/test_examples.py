@@ -35,4 +35,4 @@ def test_example(name):
 
 @pytest.mark.parametrize("name", ["codec_int4.py", "retention_every_fourth.py"])
 def test_a_strategy_from_outside_is_short(name):
-    assert len((EXAMPLES / name).read_text().splitlines()) <= 40
+    assert len([line for line in (EXAMPLES / name).read_text().splitlines() if line.strip()]) <= 40

@@ -14,10 +14,9 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from kv_strategies import Request, Runner, build
-from kv_strategies.kernels import cpu_linear, triton_fused, triton_linear, triton_linear_rows
-from kv_strategies.kernels import linear as plain
-from kv_strategies.kernels.linear import Norm, Rotary
-from kv_strategies.kernels.triton_linear import Tuning
+from kv_strategies.kernels import linear
+from kv_strategies.kernels.linear import Norm, Rotary, cpu, plain, triton_few_rows, triton_fused, triton_one_row
+from kv_strategies.kernels.linear.triton_one_row import Tuning
 from kv_strategies.step import fused, graphs
 from kv_strategies.step.fused import FusedStack
 from kv_strategies.step.graphs import StackGraphs, StackStep
@@ -277,7 +276,7 @@ def run(x, weight, bias, tuned, **options):
     outs = []
     for _ in range(2):
         given = options if residual is None else {"residual": residual.clone()}
-        outs.append(triton_linear.linear(x, weight, bias, **given, tuned=tuned))
+        outs.append(triton_one_row.linear(x, weight, bias, **given, tuned=tuned))
     assert torch.equal(*outs), "the same every time"
     return outs[0]
 
@@ -311,18 +310,18 @@ def test_many_rows(device):
     for given in ({"gated": True}, {"residual": residual}, {}):
         for given_bias in (bias, None):
             copies = [{k: v.clone() if k == "residual" else v for k, v in given.items()} for _ in range(2)]
-            got = plain.many_rows(x, weight, given_bias, norm=norm, **copies[0])
+            got = linear.many_rows(x, weight, given_bias, norm=norm, **copies[0])
             torch.testing.assert_close(got, plain.reference(x, weight, given_bias, norm=norm, **copies[1]), **EXACT)
     assert torch.equal(triton_fused.rms_norm(x[:, ::1], norm), triton_fused.rms_norm(x.clone(), norm))
 
 
 @pytest.mark.parametrize("is_native", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 9, cpu_linear.FEW_ROWS, cpu_linear.FEW_ROWS + 1])
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 9, cpu.FEW_ROWS, cpu.FEW_ROWS + 1])
 def test_products_of_a_cpu(num_rows, dtype, is_native, monkeypatch):
     """Each form, with a tile that is no part of the matrix, against float64."""
-    monkeypatch.setattr(cpu_linear, "is_native", lambda dtype: is_native)
-    monkeypatch.setattr(cpu_linear, "TILE", 17 * 50)
+    monkeypatch.setattr(cpu, "is_native", lambda dtype: is_native)
+    monkeypatch.setattr(cpu, "TILE", 17 * 50)
     x, weight, bias, norm, draw = arguments(num_rows, 40, 50, "cpu", dtype)
     given = [
         {"rotary": Rotary(draw(num_rows, 10), draw(num_rows, 10), 3)},
@@ -337,7 +336,7 @@ def test_products_of_a_cpu(num_rows, dtype, is_native, monkeypatch):
             wide_norm = Norm(norm.weight.double(), norm.eps)
             expected = plain.reference(x.double(), weight.double(), wide_bias, norm=wide_norm, **wide)
             copies = {name: value.clone() if torch.is_tensor(value) else value for name, value in options.items()}
-            got = plain.linear(x, weight, given_bias, norm=norm, **copies)
+            got = linear.linear(x, weight, given_bias, norm=norm, **copies)
             assert got.dtype == dtype
             torch.testing.assert_close(got.double(), expected.double(), atol=tolerance, rtol=tolerance)
 
@@ -398,7 +397,7 @@ def test_gpu_products_of_a_7b_layer(num_rows, device):
         error_plainly = (plainly.double() - exact).norm() / exact.norm()
         for is_replayed in (False, True):
             given = {name: cast(value, torch.bfloat16) for name, value in options.items()}
-            got = plain.linear(x, weight, **given, is_replayed=is_replayed)
+            got = linear.linear(x, weight, **given, is_replayed=is_replayed)
             error = (got.double() - exact).norm() / exact.norm()
             assert error < 1.05 * error_plainly + 1e-4, (num_rows, n, k, float(error), float(error_plainly))
 
@@ -407,17 +406,17 @@ def test_few_rows_suit_only_their_kernel(device, monkeypatch):
     """What the copy engine and the tensor cores of Hopper do not take goes to cuBLAS, as does what no graph holds."""
     x, weight, *_, norm, draw = arguments(4, 24, 40, device, torch.bfloat16)
     is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    assert triton_linear_rows.suits(x, weight) == is_hopper
-    monkeypatch.setattr(triton_linear_rows, "can_overlap", lambda device: True)
+    assert triton_few_rows.suits(x, weight) == is_hopper
+    monkeypatch.setattr(triton_few_rows, "can_overlap", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert triton_linear_rows.suits(x, weight)
+    assert triton_few_rows.suits(x, weight)
 
     seen = []
-    monkeypatch.setattr(triton_linear_rows, "linear", lambda *args, **options: seen.append((args, options)))
+    monkeypatch.setattr(triton_few_rows, "linear", lambda *args, **options: seen.append((args, options)))
     residual = draw(4, 24)
-    plain.many_rows(x, weight, None, norm=norm, residual=residual)
+    linear.many_rows(x, weight, None, norm=norm, residual=residual)
     assert not seen
-    plain.many_rows(x, weight, None, norm=norm, residual=residual, is_replayed=True)
+    linear.many_rows(x, weight, None, norm=norm, residual=residual, is_replayed=True)
     ((args, options),) = seen
     assert torch.equal(args[0], triton_fused.rms_norm(x, norm)) and args[1] is weight
     assert options["residual"] is residual and not options["gated"]
@@ -429,7 +428,7 @@ def test_few_rows_suit_only_their_kernel(device, monkeypatch):
         (x.flatten()[4:-36].view(3, 40), weight),  # rows that begin between
         (x.repeat(17, 1), weight),
     ):
-        assert not triton_linear_rows.suits(*given)
+        assert not triton_few_rows.suits(*given)
 
 
 COMPILE_FOR_HOPPER = """
@@ -437,7 +436,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from kv_strategies.kernels.triton_linear_rows import Tuning, rows_kernel
+from kv_strategies.kernels.linear.triton_few_rows import Tuning, rows_kernel
 
 tuned, layout = Tuning(), gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 for gated, early in ((True, True), (False, False)):
@@ -464,7 +463,7 @@ def test_few_rows_compile_for_hopper():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tuned", [None, triton_linear_rows.Tuning(128, 64, 3), triton_linear_rows.Tuning(64, 256, 2)])
+@pytest.mark.parametrize("tuned", [None, triton_few_rows.Tuning(128, 64, 3), triton_few_rows.Tuning(64, 256, 2)])
 @pytest.mark.parametrize(("n", "k"), [(24, 40), (1000, 584), (4096, 11008), (22016, 4096)])
 def test_gpu_few_rows(n, k, tuned, dtype, device):
     """Against float64, whatever is cut in how many parts; and every row as it is without its neighbours."""
@@ -480,7 +479,7 @@ def test_gpu_few_rows(n, k, tuned, dtype, device):
             outs = []
             for rows in (slice(None), slice(None), slice(2)):
                 copies = {**options, "residual": residual[rows].clone()} if "residual" in options else options
-                outs.append(triton_linear_rows.linear(x[rows], weight, **copies, **tuned))
+                outs.append(triton_few_rows.linear(x[rows], weight, **copies, **tuned))
             assert torch.equal(outs[0], outs[1]), "the same every time"
             assert torch.equal(outs[0][:2], outs[2]), "the same beside others"
             error = (outs[0].double() - exact).norm() / exact.norm()
@@ -532,7 +531,7 @@ def test_gpu_graphs_of_few_rows_share_memory(device):
         def work(x=x):
             noise = [torch.full((1 << 16,), -1, dtype=torch.int32, device=x.device) for _ in range(8)]
             del noise  # memory that the graphs use over and over
-            return [plain.linear(x, weight, is_replayed=True) for weight in weights]
+            return [linear.linear(x, weight, is_replayed=True) for weight in weights]
 
         if num_rows != 64:  # without a warm-up, a graph has what it needs to itself
             graphs._warm_up(work, stream)

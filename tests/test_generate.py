@@ -10,7 +10,7 @@ from common import VOCAB, tiny_llama
 from transformers import DynamicCache
 
 from kv_strategies import build
-from kv_strategies.kernels import cpu
+from kv_strategies.kernels.blocks import cpu
 from kv_strategies.paged import OutOfBlocks
 
 MODEL = tiny_llama()

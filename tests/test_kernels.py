@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from dataclasses import dataclass, field, replace
 from itertools import product
-from unittest.mock import MagicMock, Mock
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,14 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_strategies import kernels
-from kv_strategies.kernels import (
+from kv_strategies.kernels import reference
+from kv_strategies.kernels.blocks import (
     cpu,
     gpu,
     library,
-    reference,
     triton_decode,
-    triton_decode_codes,
-    triton_decode_groups,
     triton_prefill,
     triton_store,
 )
@@ -166,6 +165,30 @@ def test_codes_are_rounded_to_nearest(codes, worst):
     assert (coded[7, 1].float() == 0).all()
 
 
+@pytest.mark.parametrize(
+    "implementations",
+    [
+        [reference.store_kv, kernels.store_kv, cpu.store_kv, triton_store.store_kv],
+        [reference.attention, kernels.attention, cpu.attention, gpu.attention],
+    ],
+)
+def test_one_signature(implementations):
+    """A caller can be handed any of them. The reference alone knows other bytes and masks than the kernels."""
+    extra = {"encode", "decode", "visible"}
+    signatures = [inspect.signature(implementation).parameters for implementation in implementations]
+    shapes = {tuple(str(p) for p in parameters.values() if p.name not in extra) for parameters in signatures}
+    assert len(shapes) == 1
+
+
+def test_the_reference_reads_blocks_alone():
+    """Not the K and V of this step that a caller may give beside them."""
+    case = build(Shape((1, 9), (20, 30), group=2, window=8, sinks=2))
+    expected = reference.attention(case.query, case.layer, case.plan, **case.options)
+    nothing = torch.full_like(case.key, float("nan"))
+    out = reference.attention(case.query, case.layer, case.plan, key=nothing, value=nothing, **case.options)
+    assert torch.equal(out, expected)
+
+
 # the CPU path
 
 
@@ -255,7 +278,7 @@ def test_triton_store(device, codes, head_major):
 
 # A rotation rounds to the model's dtype before the codes are made.
 @pytest.mark.parametrize("codes", [None, "int8", pytest.param("fp8", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("store_kv", [kernels.store_kv, triton_store.store_kv])
+@pytest.mark.parametrize("store_kv", [reference.store_kv, kernels.store_kv, triton_store.store_kv])
 def test_store_rotates(device, codes, store_kv):
     shape = Shape((1, 6), (20, 30), num_kv_heads=3, group=2, dim=20, block_size=7, dtype=torch.float16)
     case = build(replace(shape, codes=codes, scales=torch.float32, head_major=False), device)
@@ -373,9 +396,8 @@ LEFT += [{"dtype": torch.float32}, {"scales": torch.float32}, {"sinks": 4, "sink
 @pytest.mark.parametrize("change, is_taken", [*product(TAKEN, [True]), *product(LEFT, [False])])
 def test_which_groups_stay_in_registers(monkeypatch, change, is_taken):
     taken = Mock()
-    monkeypatch.setattr(triton_decode_groups, "decode_groups", taken)
-    monkeypatch.setattr(triton_decode_codes, "decode_codes", Mock())
-    monkeypatch.setattr(triton_decode, "decode_kernel", MagicMock())
+    for name, called in {"decode_groups": taken, "decode_codes": Mock(), "decode_any": Mock()}.items():
+        monkeypatch.setattr(triton_decode, name, called)
     for num_rows in (31, 32):  # times two KV heads
         shape = replace(GROUPS, query_lens=(1,) * num_rows, row_lens=(9,) * num_rows, **change)
         case = build(shape)

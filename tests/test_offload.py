@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kv_strategies import Request, Runner, build
-from kv_strategies.kernels import triton_rows
+from kv_strategies.kernels.blocks import triton_rows
 from kv_strategies.offload import Offload
 from kv_strategies.step import plan
 

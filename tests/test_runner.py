@@ -86,7 +86,7 @@ def replaying_runner(model, strategy, monkeypatch, **options) -> Runner:
     """
     if model.device.type == "cuda":
         return Runner(model, strategy, cuda_graphs=True, **options)
-    from kv_strategies.kernels import gpu, triton_store
+    from kv_strategies.kernels.blocks import gpu, triton_store
 
     def record(work, stream, memory):
         held = work()

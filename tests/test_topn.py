@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import Shape, assert_close, build, shapes
 
-from kv_strategies.kernels import reference, topn, triton_topn
+from kv_strategies.kernels import reference
+from kv_strategies.kernels.blocks import topn, triton_topn
 
 
 def run(implementation, case, **options):

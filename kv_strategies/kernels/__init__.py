@@ -1,12 +1,13 @@
 """Store K and V into blocks, attend over a block table: one signature, three implementations.
 
-    reference.py   the specification, plain torch, any device
-    cpu.py         torch's flash attention over zero-copy views of the blocks
-    triton_*.py    the GPU: store, split-KV decode, prefill, cascade
-    library.py     the GPU: long prompts, by cuDNN
+    reference.py          the specification, plain torch, any device
+    blocks/cpu.py         torch's flash attention over zero-copy views of the blocks
+    blocks/triton_*.py    the GPU: store, split-KV decode, prefill, cascade
+    blocks/library.py     the GPU: long prompts, by cuDNN
+    linear/               what a decoder layer has beside attention, in the same manner
 
-Tensors choose by where they live. See `reference.py` for what the arguments mean. What a decoder layer has beside
-attention is in `linear.py`, in the same manner.
+Tensors choose by where they live. The reference serves anywhere, and can be handed to a caller in place of the two
+functions here. See `reference.py` for what the arguments mean.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..step.plan import LayerStore, Plan
-from . import cpu, reference, topn
-from .linear import Rotary, rotate_heads
-from .topn import topn_attention
+from . import reference
+from .blocks import cpu, topn
+from .blocks.topn import topn_attention
+from .linear import Rotary
+from .reference import Decode, Encode, Visible
 
 
 def store_kv(
@@ -35,15 +38,10 @@ def store_kv(
 
     With `rotary`, queries [T, Hq, D] and keys come as the product left them, and are rotated in place first.
     """
+    store = cpu.store_kv
     if key.is_cuda:
-        from .triton_store import store_kv as store_on_gpu  # Triton is there only where a GPU is
-
-        store_on_gpu(key, value, layer, slot_mapping, query, rotary)
-        return
-    if rotary is not None:
-        rotate_heads(query, rotary)
-        rotate_heads(key, rotary)
-    cpu.store_kv(key, value, layer, slot_mapping)
+        from .blocks.triton_store import store_kv as store  # Triton is there only where a GPU is
+    store(key, value, layer, slot_mapping, query, rotary)
 
 
 def attention(
@@ -63,16 +61,15 @@ def attention(
     `key` and `value` [T, Hkv, D], optional, are this step's own (stored already): among many of them a GPU is spared
     the detour through the blocks.
     """
-    options = {"scaling": scaling, "window": window, "sinks": sinks, "sink_query": sink_query}
+    attend = cpu.attention
     if query.is_cuda:
-        from .gpu import attention as attention_on_gpu
-
-        return attention_on_gpu(query, layer, plan, key=key, value=value, **options)
-    return cpu.attention(query, layer, plan, **options)
+        from .blocks.gpu import attention as attend
+    options = {"scaling": scaling, "window": window, "sinks": sinks, "sink_query": sink_query}
+    return attend(query, layer, plan, key=key, value=value, **options)
 
 
 class Kernels(NamedTuple):
-    """What stores and attends for a strategy; all of it by the signatures of `reference.py` and `topn.py`."""
+    """What stores and attends for a strategy; all of it by the signatures of `reference.py` and `blocks/topn.py`."""
 
     name: str
     store_kv: Callable[..., None]
@@ -81,11 +78,11 @@ class Kernels(NamedTuple):
     capturable: bool  # whether a CUDA graph can hold their work
 
 
-#: Those for the device at hand: it encodes and decodes the codecs of this package, and masks by window and sinks.
+#: Those of the device at hand: they know the codecs of this package, and masks of a window and sinks.
 FAST = Kernels("fast", store_kv, attention, topn_attention, capturable=True)
 
 
-def reference_kernels(encode: Callable, decode: Callable, visible: Callable) -> Kernels:
+def reference_kernels(encode: Encode, decode: Decode, visible: Visible) -> Kernels:
     """The specification at work, for bytes and masks that no fast kernel knows. See `Codec` and `Retention`."""
     return Kernels(
         "reference",

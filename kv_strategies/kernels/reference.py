@@ -1,7 +1,7 @@
 """The specification: what storing K and V and attending over a block table mean, in plain torch.
 
 Slow on purpose, and short. Every other implementation in this folder has these two signatures and is tested against
-them. All arithmetic is float32, whatever the store holds.
+them; a caller can be handed any. All arithmetic is float32, whatever the store holds.
 
     store_kv:   token t of the step  ->  slot_mapping[t] = block * block_size + offset
     attention:  token j of row b     ->  block_tables[b, j // block_size], offset j % block_size
@@ -26,10 +26,12 @@ from .linear import Rotary, rotate_heads
 #: Largest magnitude of an 8-bit code: a scale is absmax / CODE_MAX, so that the largest number maps to the last code.
 CODE_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
-
-#: codes [.., as stored] and scales or None -> float32 [.., D]; and the reverse, of any float dtype (`base.Codec`).
-Decode = Callable[[Tensor, Tensor | None], Tensor]
+#: Numbers [.., D] of any float dtype -> what is stored of them and a scale, or None; and back, to float32 [.., D]. See
+#: `base.Codec`.
 Encode = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+Decode = Callable[[Tensor, Tensor | None], Tensor]
+#: Index of a query [n, 1], indices of tokens [s] -> bool [n, s]. See `base.Retention`.
+Visible = Callable[[Tensor, Tensor], Tensor]
 
 
 def store_kv(
@@ -39,16 +41,18 @@ def store_kv(
     slot_mapping: Tensor,
     query: Tensor | None = None,
     rotary: Rotary | None = None,
+    *,
     encode: Encode | None = None,
 ) -> None:
     """Write the K and V of this step's tokens into their slots.
 
     Args:
         key, value: [T, Hkv, D], any strides but the last.
-        layer: the store of one layer.
+        layer: the store of one layer; 8-bit stores get a scale for each token and head as well.
         slot_mapping: [T] int64, block * block_size + offset; -1 (NULL_SLOT) writes nothing.
-        query, rotary: queries [T, Hq, D] and how they and the keys are to be rotated first, in place.
-        encode: what is stored of a vector; unless told the store's dtype says it, see `quantise`.
+        query, rotary: given together where the product before has left rotary embedding to this: queries [T, Hq, D]
+            and keys are rotated first, in place, whether or not they have a slot.
+        encode: what is stored of K and V; unless told, what the store's dtypes say.
     """
     if rotary is not None:
         rotate_heads(query, rotary)
@@ -67,11 +71,6 @@ def store_kv(
         store[block, :, offset] = data.to(store.dtype)
 
 
-def dequantise(codes: Tensor, scale: Tensor | None) -> Tensor:
-    """Numbers [.., D] as they are, or codes with a scale [..] each -> float32."""
-    return codes.float() if scale is None else codes.float() * scale.float()[..., None]
-
-
 def quantise(tensor: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """[.., D] -> (codes [.., D] in `dtype`, scale [..]) with tensor ~ codes * scale, rounded to nearest, ties to even.
 
@@ -88,6 +87,11 @@ def quantise(tensor: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype = torc
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
 
 
+def dequantise(codes: Tensor, scale: Tensor | None) -> Tensor:
+    """Numbers [.., D] as they are, or codes with a scale [..] each -> float32."""
+    return codes.float() if scale is None else codes.float() * scale.float()[..., None]
+
+
 def attention(
     query: Tensor,
     layer: LayerStore,
@@ -100,7 +104,7 @@ def attention(
     key: Tensor | None = None,
     value: Tensor | None = None,
     decode: Decode = dequantise,
-    visible: Callable[[Tensor, Tensor], Tensor] | None = None,
+    visible: Visible | None = None,
 ) -> Tensor:
     """Causal attention of each row's queries over the tokens its block table holds.
 
@@ -115,9 +119,10 @@ def attention(
         sinks: tokens at the start of a row that stay visible however far the window has moved (StreamingLLM).
         sink_query: [T, Hq, D], the query to use against the tokens j < sinks instead: rotated to where those keys
             would stand if they came right before the window. One softmax runs over both parts.
-        key, value: this step's own, for who can use them; here they are read where they were stored.
+        key, value: [T, Hkv, D], this step's own, which are in the store already: a shortcut for who wants one, and
+            ignored here.
         decode: what the stored bytes mean.
-        visible: a mask in place of the window's, see `Retention.visible`.
+        visible: another mask than that of `window` and `sinks`.
 
     Returns:
         [T, Hq, D] in the query's type; zeros for rows of context 0.
@@ -130,17 +135,12 @@ def attention(
             continue
         position = torch.arange(context_len - (end - begin), context_len, device=query.device)[:, None]  # [n, 1]
         index = torch.arange(context_len, device=query.device)  # [context]
-        mask = index <= position  # [n, context]
-        if visible is not None:
-            mask &= visible(position, index)
-        elif window:
-            mask &= (index > position - window) | (index < sinks)
+        mask = sees(position, index, window, sinks, visible)  # [n, context]
         seen = mask.any(0)  # tokens out of every window may be gone: their blocks are never read
 
-        k = gather(layer.k, layer.k_scale, plan.block_tables[row], index[seen], decode)  # [Hkv, seen, D]
-        v = gather(layer.v, layer.v_scale, plan.block_tables[row], index[seen], decode)
-        group = query.shape[1] // k.shape[0]
-        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)  # [Hq, seen, D]
+        table, num_heads = plan.block_tables[row], query.shape[1]
+        k = gather_heads(layer.k, layer.k_scale, table, index[seen], num_heads, decode)  # [Hq, seen, D]
+        v = gather_heads(layer.v, layer.v_scale, table, index[seen], num_heads, decode)
 
         scores = query[begin:end].transpose(0, 1).float() @ k.mT  # [Hq, n, seen]
         if sink_query is not None:
@@ -151,9 +151,28 @@ def attention(
     return out
 
 
+def sees(position: Tensor, index: Tensor, window: int, sinks: int, visible: Visible | None = None) -> Tensor:
+    """Whether queries at `position` [n, 1] see the tokens at `index` [s] -> [n, s]."""
+    mask = index <= position
+    if visible is not None:
+        mask &= visible(position, index)
+    elif window:
+        mask &= (index > position - window) | (index < sinks)
+    return mask
+
+
+def gather_heads(
+    store: Tensor, scales: Tensor | None, table: Tensor, index: Tensor, num_heads: int, decode: Decode = dequantise
+) -> Tensor:
+    """As `gather`, for each of the query heads [Hq, n, D]: those of a group have the same K and V."""
+    data = gather(store, scales, table, index, decode)
+    return data.repeat_interleave(num_heads // len(data), 0)
+
+
 def gather(store: Tensor, scales: Tensor | None, table: Tensor, index: Tensor, decode: Decode = dequantise) -> Tensor:
     """Tokens `index` [n] of one row from [N, Hkv, block_size, ..], as float32 [Hkv, n, D], decoded."""
     block_size = store.shape[2]
     block, offset = table[index // block_size].long(), index % block_size
+    block, offset = block.to(store.device), offset.to(store.device)  # V may lie in host memory
     scale = None if scales is None else scales[block, :, offset]
-    return decode(store[block, :, offset], scale).transpose(0, 1)
+    return decode(store[block, :, offset], scale).transpose(0, 1).to(index.device)

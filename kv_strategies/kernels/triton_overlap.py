@@ -18,18 +18,12 @@ left. Kernels launched the ordinary way, torch's own among them, wait for all of
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@cache
-def can_overlap(device: torch.device) -> bool:
-    """Whether kernels on this device can be launched so: NVIDIA's from compute capability 9.0 on."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+from .triton_device import can_overlap
 
 
 def overlapping(device: torch.device) -> dict[str, bool]:

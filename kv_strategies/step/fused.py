@@ -2,7 +2,7 @@
 
 One decode step of a layer reads its weights, its K and V, and almost nothing else; yet modules run one by one launch
 some twenty kernels for it, most of them to read and write a few kilobytes. Here a layer is four products, each with
-its neighbours inside (see `kernels/linear.py`), around what the strategy does:
+its neighbours inside (see `kernels/linear/`), around what the strategy does:
 
     x --- norm, q k v, rotary ---> attend ---> o, + x ---> norm, gate up, silu * ---> down, + x ---> x
 

@@ -178,7 +178,7 @@ def past_runs(plan: Plan, block_size: int, gap: int) -> list[tuple[int, int]]:
 def copy_slots(source: dict[str, Tensor], target: dict[str, Tensor], slot_mapping: Tensor) -> None:
     """Copy the tokens in these slots [T] from one layer's planes to another's; slot -1 copies nothing."""
     if slot_mapping.is_cuda:
-        from ..kernels.triton_rows import copy_slots as copy_on_gpu  # Triton is there only where a GPU is
+        from ..kernels.blocks.triton_rows import copy_slots as copy_on_gpu  # Triton is there only where a GPU is
 
         return copy_on_gpu(source, target, slot_mapping)
     slots = slot_mapping[slot_mapping >= 0]

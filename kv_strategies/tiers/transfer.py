@@ -80,7 +80,7 @@ def copy_row(source: Tensor, row: int, target: Tensor, target_row: int) -> None:
     if source.is_cuda and target.is_cuda:
         target[:, target_row].copy_(source[:, row])
     elif source.is_cuda or target.is_cuda or source.is_pinned():
-        from ..kernels.triton_rows import copy_row as copy_on_gpu  # Triton is there only where a GPU is
+        from ..kernels.blocks.triton_rows import copy_row as copy_on_gpu  # Triton is there only where a GPU is
 
         copy_on_gpu(source, row, target, target_row)
     else:

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step.plan import LayerStore, Plan
+from ...step.plan import LayerStore, Plan
 from .triton_common import LOG2_E, LOWEST, load_tile
 
 
@@ -65,7 +65,7 @@ def topn_attention(
     sink_query: Tensor | None = None,
     tuned: Tuning | None = None,
 ) -> Tensor:
-    """See `topn.topn_attention`. Shapes and host bounds alone decide what is launched."""
+    """See `topn.reference`. Shapes and host bounds alone decide what is launched."""
     rows, num_heads, dim = query.shape
     num_kv_heads = layer.k.shape[1]
     group = num_heads // num_kv_heads

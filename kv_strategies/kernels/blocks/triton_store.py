@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step.plan import LayerStore
-from .linear import Rotary
-from .reference import CODE_MAX
+from ...step.plan import LayerStore
+from ..linear import Rotary
+from ..reference import CODE_MAX
+from ..triton_overlap import followed, overlapping, waited
 from .triton_common import VARYING
-from .triton_overlap import followed, overlapping, waited
 
 
 def store_kv(
@@ -93,7 +93,7 @@ def store_kernel(
 def rotate_token(
     heads_of, stride, cos, sin, HEADS: tl.constexpr, HEADS_P2: tl.constexpr, HALF: tl.constexpr, HALF_P2: tl.constexpr,
 ):  # fmt: skip
-    """Rotate the heads of one token in place (see `linear.rotate`), and return their halves [HEADS_P2, HALF_P2]."""
+    """As `linear.rotate_heads`, the heads of one token in place. Returns their halves [HEADS_P2, HALF_P2]."""
     heads, dims = tl.arange(0, HEADS_P2), tl.arange(0, HALF_P2)
     mask = (heads < HEADS)[:, None] & (dims < HALF)[None, :]
     at = heads_of + heads.to(tl.int64)[:, None] * stride + dims[None, :]

@@ -18,8 +18,9 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ..step.plan import LayerStore, Plan
-from . import reference
+from ...step.plan import LayerStore, Plan
+from .. import reference
+from ..linear import Rotary, rotate_heads
 
 #: Runs shorter than this many tokens are gathered: below it, one more call costs more than the copy (measured with
 #: SmolLM2's heads on two cores: 15 to 20 us a call and its share of the merge, 0.06 us a token copied in float32).
@@ -35,8 +36,18 @@ QUERY_TILE = 128
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def store_kv(key: Tensor, value: Tensor, layer: LayerStore, slot_mapping: Tensor) -> None:
+def store_kv(
+    key: Tensor,
+    value: Tensor,
+    layer: LayerStore,
+    slot_mapping: Tensor,
+    query: Tensor | None = None,
+    rotary: Rotary | None = None,
+) -> None:
     """See `reference.store_kv`."""
+    if rotary is not None:
+        rotate_heads(query, rotary)
+        rotate_heads(key, rotary)
     if not len(slot_mapping):
         return
     if len(slot_mapping) == 1 and layer.k_scale is None and (slot := int(slot_mapping)) >= 0:
@@ -60,6 +71,8 @@ def attention(
     window: int = 0,
     sinks: int = 0,
     sink_query: Tensor | None = None,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
 ) -> Tensor:
     """See `reference.attention`."""
     num_heads, head_dim = query.shape[1:]
@@ -205,9 +218,7 @@ def windowed_prefill(
         num_sinks = min(sinks, last)
         sink_scores = sink_query[begin:end].permute(1, 2, 0, 3).float() @ k[:, :, :num_sinks].mT
         scores = query[begin:end].permute(1, 2, 0, 3).float() @ k[:, :, num_sinks:].mT
-        visible = index <= position[:, None]  # [m, s]
-        if window:
-            visible &= (index > position[:, None] - window) | (index < sinks)
+        visible = reference.sees(position[:, None], index, window, sinks)  # [m, s]
         scores = (torch.cat((sink_scores, scores), -1) * scaling).masked_fill(~visible, float("-inf"))
         out[begin:end] = (scores.softmax(-1) @ v).permute(2, 0, 1, 3).to(out.dtype)
     return out

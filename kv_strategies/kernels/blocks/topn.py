@@ -18,13 +18,11 @@ From KCache (He and Wu, 2024, arXiv 2404.18057), which keeps K near and V far.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from ..step.plan import LayerStore, Plan
-from .reference import Decode, dequantise, gather
+from ...step.plan import LayerStore, Plan
+from ..reference import Decode, Visible, dequantise, gather_heads, sees
 
 #: What a tally counts: (row, head) pairs served, tokens kept, mass dropped in all, and the largest mass dropped.
 TALLY = ("reads", "kept", "dropped", "worst")
@@ -35,36 +33,8 @@ def new_tally(device: torch.device) -> Tensor:
     return torch.zeros(len(TALLY), dtype=torch.float64, device=device)
 
 
-def topn_attention(
-    query: Tensor,
-    layer: LayerStore,
-    plan: Plan,
-    tally: Tensor,
-    *,
-    scaling: float,
-    top_n: int = 0,
-    mass: float = 0.0,
-    renormalise: bool = False,
-    window: int = 0,
-    sinks: int = 0,
-    sink_query: Tensor | None = None,
-) -> Tensor:
-    """Attention of the plan's first R = num_decodes rows, which have one query each.
-
-    Args:
-        query: [R, Hq, D].
-        layer: K on the query's device; V there or in pinned host memory, whence the chosen rows alone are read.
-        tally: [4] float64, added to.
-        top_n, mass: one of them is not 0; see above.
-        scaling, window, sinks, sink_query: as in `reference.attention`.
-
-    Returns:
-        [R, Hq, D]; zeros for rows of context 0.
-    """
-    options = {
-        "scaling": scaling, "top_n": top_n, "mass": mass, "renormalise": renormalise,
-        "window": window, "sinks": sinks, "sink_query": sink_query,
-    }  # fmt: skip
+def topn_attention(query: Tensor, layer: LayerStore, plan: Plan, tally: Tensor, **options) -> Tensor:
+    """Attention of the plan's first R = num_decodes rows, which have one query each. Arguments as in `reference`."""
     if query.is_cuda:
         from .triton_topn import topn_attention as on_gpu  # Triton is there only where a GPU is
 
@@ -86,24 +56,32 @@ def reference(
     sinks: int = 0,
     sink_query: Tensor | None = None,
     decode: Decode = dequantise,
-    visible: Callable[[Tensor, Tensor], Tensor] | None = None,
+    visible: Visible | None = None,
 ) -> Tensor:
-    """The specification, in plain torch and float32. See `reference.attention` for `decode` and `visible`."""
+    """The specification, in plain torch and float32.
+
+    Args:
+        query: [R, Hq, D].
+        layer: K on the query's device; V there or in pinned host memory, whence a GPU reads the chosen rows alone.
+        tally: [4] float64, added to.
+        top_n, mass: one of them is not 0; see above.
+        scaling, window, sinks, sink_query, decode, visible: as in `reference.attention`.
+
+    Returns:
+        [R, Hq, D]; zeros for rows of context 0.
+    """
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     for row, context_len in enumerate(plan.context_lens[: len(query)].tolist()):
         if context_len == 0:
             continue
+        table, num_heads = plan.block_tables[row], query.shape[1]
         index = torch.arange(context_len, device=query.device)
-        if visible is not None:
-            index = index[visible(index[-1:, None], index)[0]]
-        elif window:
-            index = index[(index >= context_len - window) | (index < sinks)]
-        k = gather(layer.k, layer.k_scale, plan.block_tables[row], index, decode)  # [Hkv, n, D]
-        group = query.shape[1] // k.shape[0]
-        k = k.repeat_interleave(group, 0)  # [Hq, n, D]
-        scores = (k @ query[row].float()[..., None])[..., 0]  # [Hq, n]
+        if window or visible is not None:
+            index = index[sees(index[-1:, None], index, window, sinks, visible)[0]]
+        k = gather_heads(layer.k, layer.k_scale, table, index, num_heads, decode)  # [Hq, n, D]
+        scores = (k * query[row].float()[:, None]).sum(-1)  # [Hq, n]; equal keys score equally, unlike in a product
         if sink_query is not None:
-            scores = torch.where(index < sinks, (k @ sink_query[row].float()[..., None])[..., 0], scores)
+            scores = torch.where(index < sinks, (k * sink_query[row].float()[:, None]).sum(-1), scores)
         weights, order = (scores * scaling).softmax(-1).sort(dim=-1, descending=True, stable=True)
 
         kept = torch.zeros_like(weights, dtype=torch.bool)
@@ -115,8 +93,8 @@ def reference(
         weights = weights * kept
         reached = weights.sum(-1, keepdim=True)  # [Hq, 1]
 
-        v = gather(layer.v, layer.v_scale, plan.block_tables[row], index, decode)
-        v = v.repeat_interleave(group, 0).gather(1, order[..., None].expand(-1, -1, v.shape[-1]))  # [Hq, n, D]
+        v = gather_heads(layer.v, layer.v_scale, table, index, num_heads, decode)
+        v = v.gather(1, order[..., None].expand(-1, -1, v.shape[-1]))  # [Hq, n, D]
         total = (torch.where(kept, weights, 0)[:, None] @ v)[:, 0]
         out[row] = (total / reached if renormalise else total).to(out.dtype)
 

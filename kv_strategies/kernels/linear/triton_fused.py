@@ -1,6 +1,6 @@
 """What stands before and after a product of several rows, each in one pass over memory: norm and gating.
 
-One program a token, or a stretch of it. All arithmetic is float32. See `linear.py` for what each one means, and
+One program a token, or a stretch of it. All arithmetic is float32. See `linear` for what each one means, and
 `triton_overlap.py` for how they follow each other.
 """
 
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear import Norm
-from .triton_overlap import followed, overlapping, waited
+from ..triton_overlap import followed, overlapping, waited
+from .plain import Norm
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:

@@ -1,6 +1,6 @@
 """Split-KV decode over 8-bit K and V that a group of query heads shares: from memory to tensor cores in registers.
 
-As in `triton_decode.py`, but a tile that passes through shared memory costs more instructions than its products, and
+As `triton_decode_any.py`, but a tile that passes through shared memory costs more instructions than its products, and
 half the bytes leave half the time. It need not go there: the order of the tokens in a tile, and of the dims in q . k,
 is free, so that a load can be chosen whose registers are those that the tensor core wants. One warp a program, all is
 within its 32 lanes, lane = 4 g + t (g 0..7, t 0..3), D / 8 bytes a load:
@@ -24,10 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step.plan import LayerStore
+from ...step.plan import LayerStore
+from ..triton_overlap import followed, waited
 from .triton_common import LOWEST, VARYING
-from .triton_decode import finish_part, own_part
-from .triton_overlap import followed, waited
+from .triton_decode_parts import finish_part, own_part
 
 #: All weights are 2^UNIT times as large, for the reason of V_UNIT.
 UNIT = tl.constexpr(8.0)
@@ -56,7 +56,7 @@ def is_aligned(plane: Tensor, size: int) -> bool:
 
 
 def decode_groups(grid: tuple[int], arguments: list, sizes: dict, query: Tensor, group: int, options: dict) -> None:
-    """Launch the kernel with what `decode` has prepared for its own."""
+    """Launch the kernel with what `decode` has prepared."""
     sizes = sizes | {"TILE_PARTS": 1}  # more at a time, merged by one warp, do not fit its registers
     decode_groups_kernel[grid](
         *arguments, GROUP=group, GROUP_P2=triton.next_power_of_2(group), FAST=query.is_cuda, **sizes, **options

@@ -4,11 +4,11 @@
     norm ->                 -> silu(gate) * up            the MLP's first half
                             -> + residual                 the output of attention, the MLP's second half
 
-`reference` says what is meant, in plain torch. Four ways to get there:
+`reference` says what is meant, in plain torch (plain.py). Four ways to get there:
 
-    a CPU       the library's products in their fast forms (cpu_linear.py)
-    one row     one Triton kernel that streams W once and does the rest on the way (triton_linear.py)
-    up to 64    on Hopper, in CUDA graphs, one kernel that streams W through tensor cores (triton_linear_rows.py)
+    a CPU       the library's products in their fast forms (cpu.py)
+    one row     one Triton kernel that streams W once and does the rest on the way (triton_one_row.py)
+    up to 64    on Hopper, in CUDA graphs, one kernel that streams W through tensor cores (triton_few_rows.py)
     more rows   cuBLAS; the residual is its accumulator, and gating a kernel of its own
 
 With more than one row, norms are kernels of their own (triton_fused.py), and rotary embedding is left to what stores K
@@ -23,26 +23,14 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cpu
+from .plain import Norm, Rotary, reference, rms_norm, rotate_heads
 
-class Norm(NamedTuple):
-    """RMSNorm (Zhang and Sennrich, 2019): x / rms(x) * weight."""
-
-    weight: Tensor  # [K]
-    eps: float
-
-
-class Rotary(NamedTuple):
-    """Which part of the output is rotated, and how far: the first `num_heads` heads of D columns each (q and k)."""
-
-    cos: Tensor  # [T, D], as sin: those of all dimensions of a head, the second half like the first
-    sin: Tensor
-    num_heads: int
+__all__ = ["Norm", "Rotary", "linear", "reference", "rms_norm", "rotate_heads", "rotates_later"]
 
 
 def linear(
@@ -63,69 +51,24 @@ def linear(
         rotary: applied to the result, unless `rotates_later`.
         gated: the first half of the result is the gate, the second what it gates: silu(gate) * up.
         residual: [T, N], what the result is added to, in place; it is what is returned.
-        is_replayed: a CUDA graph holds the launch. That of `triton_linear_rows.py` takes a host 70 us, five times that
+        is_replayed: a CUDA graph holds the launch. That of `triton_few_rows.py` takes a host 70 us, five times that
             of cuBLAS, and so longer than what it saves.
     """
     options = {"norm": norm, "rotary": rotary, "gated": gated, "residual": residual}
     if not x.is_cuda:
-        from . import cpu_linear
-
-        return cpu_linear.linear(x, weight, bias, **options)
+        return cpu.linear(x, weight, bias, **options)
     if rotates_later(x):
         if options.pop("rotary") is not None:
             raise ValueError(f"with {len(x)} rows on a GPU, `kernels.store_kv` rotates: give it the rotary embedding")
         return many_rows(x, weight, bias, **options, is_replayed=is_replayed)
-    from . import triton_linear
+    from . import triton_one_row  # Triton is there only where a GPU is
 
-    return triton_linear.linear(x, weight, bias, **options)
+    return triton_one_row.linear(x, weight, bias, **options)
 
 
 def rotates_later(x: Tensor) -> bool:
     """Whether rotary embedding is not for `linear`, with so many rows, but for `kernels.store_kv`."""
     return x.is_cuda and len(x) != 1
-
-
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: Norm | None = None,
-    rotary: Rotary | None = None,
-    gated: bool = False,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """See `linear`. What is between two tensors of the model's own dtype is computed in float32."""
-    if norm is not None:
-        x = rms_norm(x, norm)
-    y = F.linear(x, weight, bias)
-    if rotary is not None:
-        rotate(y, rotary)
-    if gated:
-        gate, up = y.float().chunk(2, dim=-1)
-        y = (F.silu(gate) * up).to(y.dtype)
-    return y if residual is None else residual.add_(y)
-
-
-def rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    """[T, K] -> [T, K]"""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
-    return (wide * norm.weight).to(x.dtype)
-
-
-def rotate(y: Tensor, rotary: Rotary) -> None:
-    """Turn the first heads of y [T, N] in place."""
-    rotate_heads(y[:, : rotary.num_heads * rotary.cos.shape[-1]].view(len(y), rotary.num_heads, -1), rotary)
-
-
-def rotate_heads(heads: Tensor, rotary: Rotary) -> None:
-    """Turn heads [T, H, D] in place: dimension d of a head is a pair with dimension d + D / 2."""
-    cos, sin = rotary.cos[:, None].float(), rotary.sin[:, None].float()  # [T, 1, D]
-    wide = heads.float()
-    first, second = wide.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    heads.copy_((wide * cos).addcmul_(turned, sin))
 
 
 def many_rows(
@@ -154,7 +97,7 @@ def many_rows(
 
 
 def suits_few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether `triton_linear_rows.py` can do this, on this GPU and with this Triton."""
+    """Whether `triton_few_rows.py` can do this, on this GPU and with this Triton."""
     module = _rows_module()
     return module is not None and module.suits(x, weight)
 
@@ -163,8 +106,8 @@ def suits_few_rows(x: Tensor, weight: Tensor) -> bool:
 def _rows_module() -> ModuleType | None:
     """None, told once, where Triton's Gluon, which is experimental, is not as the kernel needs it."""
     try:
-        from . import triton_linear_rows
+        from . import triton_few_rows
     except (ImportError, AttributeError) as error:
         warnings.warn(f"products of 2 to 64 rows go by cuBLAS: this Triton has another Gluon ({error})", stacklevel=2)
         return None
-    return triton_linear_rows
+    return triton_few_rows

@@ -12,27 +12,13 @@ differ in its last bits with the batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step.plan import LayerStore, Plan
-from .triton_cascade import SharedParts, fold_shared
+from ...step.plan import LayerStore, Plan
+from .triton_cascade import SharedParts, Tuning, fold_shared
 from .triton_common import LOG2_E, LOWEST, VARYING, attend, merge_parts, workspace
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Sizes to tune; results agree to rounding whatever they are."""
-
-    rows: int  # query tokens * GROUP of a tile
-    tile: int  # tokens an iteration
-    num_warps: int
-    num_stages: int
-    programs: int = 264  # split tokens until there are as many: two for each multiprocessor of a large GPU
-    split: int = 256  # fewest tokens worth a program
 
 
 def tuning(rows: int, dim: int, itemsize: int) -> Tuning:

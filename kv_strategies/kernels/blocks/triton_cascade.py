@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step.plan import LayerStore, Plan
+from ...step.plan import LayerStore, Plan
 from .triton_common import LOG2_E, LOWEST, VARYING, attend, fold_parts
 
 #: Queries for which parts are kept (16 KiB each and split for 32 heads of 128 numbers). Beyond it, rows read what they
@@ -37,13 +37,13 @@ MAX_QUERIES = 4096
 
 @dataclass(frozen=True)
 class Tuning:
-    """Sizes to tune; results agree to rounding whatever they are."""
+    """Sizes to tune, here and in `triton_prefill.py`; results agree to rounding whatever they are."""
 
     rows: int  # query tokens * GROUP of a tile
     tile: int  # tokens an iteration
     num_warps: int
     num_stages: int
-    programs: int = 264  # split tokens into no more than these: two for each multiprocessor of a large GPU
+    programs: int = 264  # tokens are split for no more than these: two for each multiprocessor of a large GPU
     split: int = 256  # fewest tokens worth a program
 
 

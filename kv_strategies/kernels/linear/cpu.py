@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import Norm, Rotary, rms_norm, rotate
+from .plain import Norm, Rotary, rms_norm, rotate
 
 #: Rows up to which W x^T is the faster form.
 FEW_ROWS = 64

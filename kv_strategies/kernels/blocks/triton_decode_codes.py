@@ -1,6 +1,6 @@
 """Split-KV decode over int8 K and V where each query head has its own: few instructions a byte.
 
-As in `triton_decode.py`, but half the bytes take half the time only if what is done to each of them halves as well. An
+As `triton_decode_any.py`, but half the bytes take half the time only if what is done to each of them halves as well. An
 int8 costs a conversion and a product, addresses cost more, and an online softmax rescales its sum at every tile:
 together more than a multiprocessor can do while the memory delivers. So a program passes over its tokens twice:
 
@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step.plan import LayerStore, Plan
+from ...step.plan import LayerStore, Plan
+from ..triton_overlap import followed, waited
 from .triton_common import LOWEST, VARYING
-from .triton_decode import Tuning, finish_part, load_queries, own_part, token_of
-from .triton_overlap import followed, waited
+from .triton_decode_parts import Tuning, finish_part, load_queries, own_part, token_of
 
 
 def decode_codes(
@@ -35,7 +35,7 @@ def decode_codes(
     longest: int,
     options: dict,
 ) -> None:
-    """Launch the kernel with what `decode` has prepared for its own.
+    """Launch the kernel with what `decode` has prepared.
 
     Args:
         longest: most places of a row.

@@ -15,7 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..step.plan import LayerStore, Plan
+from ...step.plan import LayerStore, Plan
 from . import library
 from .triton_cascade import read_shared
 from .triton_decode import decode
@@ -34,7 +34,7 @@ def attention(
     key: Tensor | None = None,
     value: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.attention`; key and value as in `kernels.attention`."""
+    """See `reference.attention`."""
     options = {"scaling": scaling, "window": window, "sinks": sinks, "sink_query": sink_query}
     first_prefill, num_rows = plan.num_decodes, len(plan.query_lens)
     starts = [0]

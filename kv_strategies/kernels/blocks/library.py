@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step.plan import LayerStore
+from ...step.plan import LayerStore
 from .triton_common import VARYING, load_tile
 
 #: Tokens. Fewer queries gain less than their plan costs. (What a CUDA graph prefills is shorter: a bound of the past

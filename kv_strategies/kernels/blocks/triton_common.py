@@ -10,14 +10,12 @@ the order of arrival, so that a result is the same every time.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step.plan import Plan
+from ...step.plan import Plan
 
 LOG2_E = 1.4426950408889634
 #: For `triton.jit`: numbers that differ from step to step, and where tables lie in the memory of a plan, are no reason
@@ -173,12 +171,6 @@ def fold_parts(
         out = out * keep[:, None] + tl.sum(weight[:, :, None] * data, 0)
         best = new_best
     return best, total, out
-
-
-@cache
-def num_multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 for Triton's interpreter, which runs programs one after the other."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def workspace(

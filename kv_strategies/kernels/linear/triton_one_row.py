@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear import Norm, Rotary
-from .triton_common import num_multiprocessors
-from .triton_overlap import followed, overlapping, waited
+from ..triton_device import num_multiprocessors
+from ..triton_overlap import followed, overlapping, waited
+from .plain import Norm, Rotary
 
 
 class Tuning(NamedTuple):

@@ -39,8 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_common import num_multiprocessors
-from .triton_overlap import can_overlap
+from ..triton_device import can_overlap, num_multiprocessors
 
 # Their names in Triton 3.9, and in 3.6.
 bring = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
