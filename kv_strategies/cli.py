@@ -8,8 +8,6 @@ import importlib.util
 import json
 import sys
 
-EXPLAINED = ("paged", "prefix", "window", "offload", "quantized")
-
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kv-strategies", description="KV-cache strategies on a patched Transformers.")
@@ -24,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     generate.add_argument("--temperature", type=float, default=0.0)
     generate.add_argument("--seed", type=int)
     generate.add_argument("--chat", action="store_true", help="put the prompts into the model's chat form")
+    generate.add_argument("--json", action="store_true", help="print results and statistics as one JSON object")
     generate.set_defaults(run=_generate)
 
     for name, help_text in (("bench", "measure strategies and native caches"), ("report", "write tables and plots")):
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         command.set_defaults(run=_bench, extra=["report"] if name == "report" else [])
 
     explain = commands.add_parser("explain", help="show how a strategy works on a small example")
-    explain.add_argument("strategy", choices=EXPLAINED)
+    explain.add_argument("strategy", help="a name, as --strategy takes it")
     explain.set_defaults(run=_explain)
 
     options, rest = parser.parse_known_args(argv)
@@ -54,8 +53,6 @@ def _generate(options: argparse.Namespace) -> int:
     if tokenizer is None:
         raise ValueError(f"{options.model} has random weights and no tokenizer; it serves benchmarks only")
     strategy = build(options.strategy, model, **dict(map(_parse_option, options.option)))
-    stop = model.generation_config.eos_token_id
-    stops = stop if isinstance(stop, list) else [stop] if stop is not None else []
     requests = []
     for text in options.prompt:
         if options.chat:
@@ -63,17 +60,51 @@ def _generate(options: argparse.Namespace) -> int:
             ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
         else:
             ids = tokenizer(text).input_ids
-        requests.append(
-            Request(ids, options.max_new_tokens, options.temperature, seed=options.seed, stop_token_ids=stops)
-        )
-    runner = Runner(model, strategy)
-    for text, result in zip(options.prompt, runner.generate(requests), strict=True):
+        requests.append(Request(ids, options.max_new_tokens, options.temperature, seed=options.seed))
+    results = Runner(model, strategy).generate(requests)
+    texts = [tokenizer.decode(result.token_ids, skip_special_tokens=True) for result in results]
+    if options.json:
+        rows = [
+            {
+                "prompt": prompt,
+                "text": text,
+                "num_tokens": len(result.token_ids),
+                "num_cached_tokens": result.num_cached_tokens,
+                "finish_reason": result.finish_reason,
+                "ttft": result.timings.ttft,
+                "itl": result.timings.itl,
+            }
+            for prompt, text, result in zip(options.prompt, texts, results, strict=True)
+        ]
+        print(json.dumps({"results": rows, "stats": strategy.stats()}))
+        return 0
+    for prompt, text, result in zip(options.prompt, texts, results, strict=True):
         times = result.timings
-        print(f"--- {text}\n{tokenizer.decode(result.token_ids, skip_special_tokens=True)}")
+        print(f"--- {prompt}\n{text}")
         rate = f", then {len(times.itl) / sum(times.itl):.1f} tokens/s" if times.itl else ""
         print(f"    [{len(result.token_ids)} tokens, {result.finish_reason}; first after {times.ttft:.2f} s{rate}]")
-    print(json.dumps(strategy.stats()))
+    print(_in_words(strategy.stats()))
     return 0
+
+
+def _in_words(stats: dict) -> str:
+    """What a person wants to know of `Strategy.stats`."""
+    if "num_blocks" not in stats:
+        return f"strategy {stats['strategy']}"
+    tiers = ", ".join(f"{size / 1e6:.1f} MB on {tier}" for tier, size in stats["kv_bytes_per_tier"].items())
+    lines = [
+        f"strategy {stats['strategy']}: {stats['num_blocks']} blocks of {stats['block_size']} tokens, "
+        f"{stats['bytes_per_token']:.0f} bytes a token; {tiers}",
+        f"prompt tokens: {stats['prompt_tokens']}, of which {stats['hit_tokens']} were there already; blocks kept for "
+        f"later: {stats['blocks_cached']}",
+    ]
+    moved = stats["bytes_to_device"] + stats["bytes_to_host"]
+    if moved:
+        lines.append(
+            f"over the link: {stats['bytes_to_device'] / 1e6:.1f} MB to the device, "
+            f"{stats['bytes_to_host'] / 1e6:.1f} MB to the host"
+        )
+    return "\n".join(lines)
 
 
 def _parse_option(text: str) -> tuple[str, object]:
@@ -95,7 +126,18 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    importlib.import_module(f"kv_strategies.{options.strategy}").main()
+    """The example of each part of the name: of the module that answers its question."""
+    from .registry import STRATEGIES, parts_of
+
+    for part in parts_of(options.strategy):
+        preset = STRATEGIES[part]
+        module = importlib.import_module(
+            "kv_strategies.paged" if preset.answers == "layout" else preset.make.__module__
+        )
+        if hasattr(module, "main"):
+            module.main()
+        else:
+            print(f"{part}: {preset.summary}")
     return 0
 
 

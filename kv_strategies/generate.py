@@ -190,6 +190,16 @@ class StrategyCache(AttendingCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(len(self.tables)).repeat_interleave(repeats))
 
+    def __deepcopy__(self, memo: dict) -> StrategyCache:
+        """Another cache that goes on from here: tables are forked, no K or V moves."""
+        twin = StrategyCache(self.strategy, self._door)
+        twin.tables.extend(table.fork() for table in self.tables)
+        twin.num_columns = self.num_columns
+        return twin
+
+    def __copy__(self) -> StrategyCache:
+        return self.__deepcopy__({})
+
     def reset(self) -> None:
         """Give all blocks back; the cache can be used again."""
         _release(self.tables)

@@ -39,6 +39,9 @@ class Runner:
         max_num_seqs: sequences in a step, samples counted.
         max_batch_tokens: tokens in a forward; longer prompts are prefilled in chunks.
         cuda_graphs: replay decode steps and short prefills as CUDA graphs; None for yes where the strategy allows it.
+
+    As `generate()` does, a request stops at the end-of-sequence tokens of `model.generation_config` unless its
+    `stop_token_ids` say otherwise; `stop_token_ids=()` never stops.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class Runner:
         self.max_batch_tokens = max_batch_tokens
         self.device = model.device
         self.num_preemptions = 0
+        eos = model.generation_config.eos_token_id
+        self._stop_token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []  # oldest first; at most the last one is still prefilling
         self._in_flight: _Step | None = None
@@ -103,7 +108,7 @@ class Runner:
         Raises:
             ValueError: a request that can never run; nothing was started.
         """
-        requests = [Request.of(request, i) for i, request in enumerate(requests)]
+        requests = self._checked(requests)
         order = {request.request_id: i for i, request in enumerate(requests)}
         results = [event.result for event in self._stream(requests) if event.result is not None]
         return sorted(results, key=lambda result: (order[result.request_id], result.sample_index))
@@ -111,7 +116,7 @@ class Runner:
     @torch.inference_mode()
     def stream(self, requests: Sequence[Request | Sequence[int]]) -> Iterator[Event]:
         """Run all requests and yield their tokens as they come. Stopping early cancels what is left."""
-        yield from self._stream([Request.of(request, i) for i, request in enumerate(requests)])
+        yield from self._stream(self._checked(requests))
 
     def _stream(self, requests: list[Request]) -> Iterator[Event]:
         if isinstance(self.strategy, Baseline):
@@ -135,7 +140,7 @@ class Runner:
         Raises:
             ValueError: says which request, why, and what would fit.
         """
-        self._submit([Request.of(request, i) for i, request in enumerate(requests)])
+        self._submit(self._checked(requests))
 
     def _submit(self, requests: list[Request]) -> None:
         self._check(requests)
@@ -202,7 +207,7 @@ class Runner:
         budget = self.max_batch_tokens - len(decoding)
         prefilling = []
         while budget > 0:
-            seq = self._next_to_prefill()
+            seq = self._in_prompt() or self._admit()
             if seq is None:
                 break
             num_tokens = min(seq.num_uncomputed, budget)
@@ -216,10 +221,12 @@ class Runner:
             budget -= num_tokens
         return decoding, prefilling
 
-    def _next_to_prefill(self) -> _Sequence | None:
-        """The sequence that is in the middle of its prompt, else the next waiting one that fits."""
-        if self._running and not self._running[-1].is_decoding:
-            return self._running[-1]
+    def _in_prompt(self) -> _Sequence | None:
+        """The sequence that is in the middle of its prompt."""
+        return self._running[-1] if self._running and not self._running[-1].is_decoding else None
+
+    def _admit(self) -> _Sequence | None:
+        """Start the next waiting sequence, if there is room for it."""
         if not self._waiting or len(self._free_seats) < self._waiting[0].num_samples:
             return None
         seq = self._waiting[0]
@@ -348,6 +355,9 @@ class Runner:
                 self.strategy.sharing.publish(seq.tokens[:-1], seq.table, seq.request.salt)  # the last was never fed
                 self._leave(seq)
 
+    def _checked(self, requests: Sequence[Request | Sequence[int]]) -> list[Request]:
+        return [Request.of(request, index, self._stop_token_ids) for index, request in enumerate(requests)]
+
     def _unfinished(self) -> Iterator[_Sequence]:
         yield from self._running
         yield from self._waiting
@@ -371,17 +381,8 @@ class Runner:
                 raise ValueError(
                     f"{name}: token id {low if low < 0 else high} is outside the vocabulary (0 to {vocab_size - 1})"
                 )
-            if num_new < 1:
-                raise ValueError(f"{name}: max_new_tokens must be at least 1, got {num_new}")
-            if request.temperature < 0 or request.top_k < 0 or not 0 < request.top_p <= 1:
-                raise ValueError(
-                    f"{name}: needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
-                    f"{request.temperature}, {request.top_k} and {request.top_p}"
-                )
-            if not 1 <= request.n <= self.max_num_seqs:
+            if request.n > self.max_num_seqs:
                 raise ValueError(f"{name}: n must be from 1 to max_num_seqs = {self.max_num_seqs}, got {request.n}")
-            if not isinstance(request.salt, str):
-                raise ValueError(f"{name}: the salt must be a str, got {type(request.salt).__name__}")
             total, strategy = num_prompt + num_new - 1, self.strategy
             limits = [("the model's context", max_context, total)]  # what, tokens it takes, tokens it has to take
             if isinstance(strategy, Strategy):

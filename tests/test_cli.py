@@ -14,8 +14,14 @@ def test_generate_prints_text_and_what_the_strategy_held(capsys):
     status = main(["generate", *prompts, "--max-new-tokens", "6", "--option", "num_blocks=8", "--strategy", "paged"])
     out = capsys.readouterr().out
     assert status == 0 and "Paris" in out and "[6 tokens, length;" in out
-    stats = json.loads(out.strip().splitlines()[-1])
-    assert stats["strategy"] == "paged" and stats["num_blocks"] == 8 and stats["blocks_used"] == 0
+    assert "strategy paged: 8 blocks of 16 tokens" in out and "{" not in out
+
+
+def test_generate_prints_json(capsys):
+    assert main(["generate", "One, two,", "--max-new-tokens", "3", "--option", "num_blocks=8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["stats"]["strategy"] == "paged" and found["stats"]["blocks_used"] == 0
+    assert found["results"][0]["num_tokens"] == 3 and found["results"][0]["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize(
@@ -25,6 +31,8 @@ def test_generate_prints_text_and_what_the_strategy_held(capsys):
         (["--option", "num_blocks"], "NAME=VALUE"),
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+        (["--option", "num_blocks=many"], "num_blocks takes a whole number"),
+        (["--strategy", "window", "--option", "window=abc"], "window takes a whole number, got 'abc'"),
     ],
 )
 def test_errors_are_one_clear_line(arguments, message, capsys):
@@ -36,3 +44,16 @@ def test_errors_are_one_clear_line(arguments, message, capsys):
 def test_explain_shows_the_idea(capsys):
     assert main(["explain", "paged"]) == 0
     assert "copy on write" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("int8", "in the same memory"), ("prefix+window", "sinks"), ("int4", "four bits")]
+)
+def test_explain_takes_the_names_of_strategies(name, shown, capsys):
+    assert main(["explain", name]) == 0
+    assert shown in capsys.readouterr().out
+
+
+def test_explain_names_what_there_is(capsys):
+    assert main(["explain", "int9"]) == 1
+    assert "known are baseline, contiguous, paged" in capsys.readouterr().err

@@ -93,6 +93,15 @@ class AttendingCache(Cache):
             "It serves the LlamaForCausalLM that the strategy was built for"
         )
 
+    def __bool__(self) -> bool:
+        return True  # also while it is empty: `cache or DynamicCache()` means this one
+
+    def __reduce__(self):
+        raise TypeError(
+            f"a {self.strategy.name!r} cache cannot be pickled: its K and V are blocks of a pool of this process. "
+            "strategy.save(path) keeps those that are shared"
+        )
+
     @property
     def is_compileable(self) -> bool:
         return False  # else generate() would compile the forward by itself

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from .checked import checked
 from .sampling import SamplingParams
 
 
@@ -16,32 +18,89 @@ from .sampling import SamplingParams
 class Request:
     """What is asked for. `temperature` 0 is greedy; `n` samples share the prompt's blocks and differ in their seeds."""
 
-    token_ids: Sequence[int]
+    token_ids: Sequence[int] | np.ndarray | Tensor  # [n]; [1, n] is taken as well
     max_new_tokens: int = 64
     temperature: float = 0.0
     salt: str = ""  # tenants with different salts never share blocks
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    stop_token_ids: Sequence[int] = ()
+    stop_token_ids: Sequence[int] | int | None = None  # unless told the model's own, see `Runner`; () for none
     n: int = 1
     request_id: str | int | None = None  # its index in the list unless told
 
     @classmethod
-    def of(cls, request: Request | Sequence[int], index: int) -> Request:
-        """A request of its own from what the user gave, with an id, a seed and its tokens as an array."""
+    def of(cls, request: Request | Sequence[int], index: int, stop_token_ids: Sequence[int] = ()) -> Request:
+        """A request of its own from what the user gave: checked, every value of the type it says, with an id, a seed,
+        its tokens as an array, and stop tokens.
+
+        Raises:
+            ValueError: says which request, what was given, and what it takes.
+        """
         request = request if isinstance(request, Request) else cls(request)
-        ids = request.token_ids
-        return replace(
-            request,
-            token_ids=np.array(ids.cpu() if torch.is_tensor(ids) else ids, dtype=np.int64),
-            request_id=index if request.request_id is None else request.request_id,
-            seed=random.getrandbits(32) if request.seed is None else request.seed,
+        request_id = index if request.request_id is None else request.request_id
+        name = f"request {request_id!r}"
+        if not isinstance(request_id, Hashable):
+            raise ValueError(f"{name}: a request id must be hashable, got {type(request_id).__name__}")
+
+        def number(field: str, hint: object) -> object:
+            return checked(f"{name}: {field}", getattr(request, field), hint)
+
+        max_new_tokens, n, top_k = number("max_new_tokens", int), number("n", int), number("top_k", int)
+        temperature, top_p = number("temperature", float), number("top_p", float)
+        if max_new_tokens < 1:
+            raise ValueError(f"{name}: max_new_tokens must be at least 1, got {max_new_tokens}")
+        if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1:
+            raise ValueError(
+                f"{name}: needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got {temperature}, {top_k} and {top_p}"
+            )
+        if n < 1:
+            raise ValueError(f"{name}: n must be at least 1, got {n}")
+        if not isinstance(request.salt, str):
+            raise ValueError(f"{name}: the salt must be a str, got {type(request.salt).__name__}")
+        stops = stop_token_ids if request.stop_token_ids is None else request.stop_token_ids
+        stops = _integers(f"{name}: stop_token_ids", [stops] if isinstance(stops, int | np.integer) else stops)
+        seed = number("seed", int | None)
+        return cls(
+            token_ids=_integers(f"{name}: token_ids", request.token_ids),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature if temperature > SMALLEST_TEMPERATURE else 0.0,
+            salt=request.salt,
+            top_k=min(top_k, 2**31 - 1),
+            top_p=top_p,
+            seed=random.getrandbits(32) if seed is None else seed,
+            stop_token_ids=frozenset(stops.tolist()),
+            n=n,
+            request_id=request_id,
         )
 
     def sampling(self, sample_index: int) -> SamplingParams:
         seed = self.seed + 0x9E3779B9 * sample_index
         return SamplingParams(self.temperature, self.top_k, self.top_p, seed)
+
+
+#: Below it logits over temperature leave float32, where the likeliest token is drawn anyhow.
+SMALLEST_TEMPERATURE = 1e-30
+
+
+def _integers(name: str, values: object) -> np.ndarray:
+    """[n] int64 of a list, an array or a tensor of whole numbers, [n] or [1, n].
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        array = np.asarray(values.cpu() if torch.is_tensor(values) else values)
+    except (TypeError, ValueError, RuntimeError):
+        array = np.asarray(None)
+    if array.ndim == 2 and len(array) == 1:
+        array = array[0]
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        given = f"{array.dtype} {list(array.shape)}" if array.ndim else type(values).__name__
+        raise ValueError(f"{name} must be whole numbers [n], one row of them; got {given}")
+    if array.size and (int(array.max()) >= 2**63 or int(array.min()) < -(2**63)):
+        raise ValueError(f"{name} has a number beyond 64 bits")
+    return array.astype(np.int64)
 
 
 @dataclass
