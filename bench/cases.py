@@ -30,7 +30,8 @@ from pathlib import Path
 
 import torch
 
-from bench import cost, limit, machine, measure, strategies
+from bench import cost, limit, measure, strategies
+from bench.probes import limits as probes
 from bench.systems import DOOR, NATIVE_CACHES, PEERS, Capacity, Native, build_strategy, known_systems, open_system
 
 RAGGED_SEED = 7
@@ -108,7 +109,7 @@ class Bench:
 
 def run_machine(bench: Bench) -> dict:
     bench.say("measuring memory bandwidth")
-    return {"limits": machine.limits(bench.case.device, bench.params.get("size"))}
+    return {"limits": probes.limits(bench.case.device, bench.params.get("size"))}
 
 
 def run_accuracy(bench: Bench) -> dict:

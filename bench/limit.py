@@ -63,7 +63,7 @@ def attempt(work: Callable[[], dict]) -> dict:
 
 
 def run_attention(bench: Bench) -> dict:
-    from bench.kernel_bandwidth import SHAPES, Problem
+    from bench.probes.kernel_bandwidth import SHAPES, Problem
 
     def point(name: str) -> dict:
         problem = Problem(name, strategies.BLOCK_SIZE, bench.params["dim"], "none", bench.case.device)

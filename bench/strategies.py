@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bench import machine, measure
+from bench import measure
+from bench.probes import limits
 from bench.systems import Capacity, Native, Ours, filled
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ def run_offload(bench: Bench) -> dict:
     prompts = bench.prompts([context], seed=1)
     found: dict[str, object] = {}
     if on_gpu:
-        found["host_to_device"] = machine.link(bench.case.device)["host_to_device"]
+        found["host_to_device"] = limits.link(bench.case.device)["host_to_device"]
     for name, options in {"paged": {}, "exact": {}, "heaviest": {"top_n": top_n}}.items():
         bench.say(name)
         system = ours(bench, "paged" if name == "paged" else "offload", capacity, **options)

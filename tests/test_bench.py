@@ -17,6 +17,7 @@ from bench.__main__ import run_all, run_one
 from bench.accuracy import cost, judge
 from bench.cases import SUITES, WORKLOADS, Bench, Case, model_name, ragged, suite
 from bench.cost import gpu_share
+from bench.probes.limits import limits
 from bench.report_claims import CLAIMS, DETAILS
 from bench.strategies import without_cascade
 from bench.systems import DOOR, PEERS, Capacity, missing
@@ -126,7 +127,7 @@ def test_the_latest_run_of_a_case_counts(lines):
 
 
 def test_limits_are_positive():
-    assert all(value > 0 for value in machine.limits("cpu", size=1 << 22).values())
+    assert all(value > 0 for value in limits("cpu", size=1 << 22).values())
 
 
 def test_conditions_name_no_host():
@@ -414,7 +415,7 @@ def test_a_context_counts_as_computed(tiny):
 
 
 def test_the_attention_kernel_alone(monkeypatch):
-    from bench import kernel_bandwidth
+    from bench.probes import kernel_bandwidth
 
     monkeypatch.setitem(kernel_bandwidth.SHAPES, "mha-2x32", (2, 32, 2, 2))
     monkeypatch.setattr(kernel_bandwidth, "WORKING_SET", 0)
