@@ -271,3 +271,27 @@ def test_a_line_that_is_no_result_is_named(tmp_path, capsys, text, said):
     assert main(["report", "--out", str(tmp_path)]) == 1
     assert said in capsys.readouterr().err
     assert table.read_text() == "as it was"
+
+
+# --- the ways in
+
+
+def kv_strategies(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The console script of a package installed in `site`: no current folder on its path."""
+    script = "import sys; from kv_strategies.cli import main; sys.exit(main())"
+    paths = [str(site), *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if Path(path) != ROOT)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-P", "-c", script, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_installed_command_finds_the_checkout(tmp_path):
+    site = tmp_path / "site"
+    shutil.copytree(ROOT / "kv_strategies", site / "kv_strategies", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (ROOT, ROOT / "tests"):
+        found = kv_strategies(site, folder, "bench", "--device", "cpu", "--list", "--only", "machine")
+        assert (found.returncode, found.stdout) == (0, "machine / limits\n"), found.stderr
+    report_here = kv_strategies(site, ROOT, "report", "--out", str(tmp_path))
+    assert (report_here.returncode, report_here.stdout) == (0, f"{tmp_path / 'comparison_table.md'}\n")
+    outside = kv_strategies(site, tmp_path, "bench")
+    assert outside.returncode == 1 and "run this again from inside it" in outside.stderr
