@@ -75,11 +75,16 @@ test-upstreams: install model  ## run the equality tests on every upstream of pa
 lint: install  ## check style with ruff
 	@$(python) -m ruff check . && $(python) -m ruff format --check .
 
-bench: install model  ## measure every strategy and the native caches [MODEL=] [SUITE=]
-	@$(python) -m bench $(if $(MODEL),--model '$(MODEL)') $(if $(SUITE),--suite '$(SUITE)')
+# Exported and quoted by the shell: whatever they hold is one argument.
+export MODEL SUITE ONLY OUT
+bench_out = $${OUT:+--out="$$OUT"}
 
-report: install  ## write bench/results/comparison_table.md and the plots from the results
-	@$(python) -m bench.report
+bench: install model  ## measure every strategy and the native caches [MODEL= SUITE= ONLY= OUT= RESUME=1 KEEP_FAILURES=1]
+	@$(python) -m bench $${MODEL:+--model="$$MODEL"} $${SUITE:+--suite="$$SUITE"} $${ONLY:+--only="$$ONLY"} $(bench_out) \
+	  $(if $(RESUME),--resume) $(if $(KEEP_FAILURES),--keep-failures)
+
+report: install  ## write bench/results/comparison_table.md and the plots from the results [OUT=]
+	@$(python) -m bench report $(bench_out)
 
 refresh: $(venv)  ## export the commits of transformers-dev into patches/ [CHECK=1] [FORCE=1]
 	@$(python) patches/fork.py refresh $(if $(CHECK),--check) $(if $(FORCE),--force)

@@ -295,3 +295,16 @@ def test_the_installed_command_finds_the_checkout(tmp_path):
     assert (report_here.returncode, report_here.stdout) == (0, f"{tmp_path / 'comparison_table.md'}\n")
     outside = kv_strategies(site, tmp_path, "bench")
     assert outside.returncode == 1 and "run this again from inside it" in outside.stderr
+
+
+def test_make_passes_everything_on(tmp_path):
+    """Whatever the variables hold; the interpreter shows what it was given."""
+    shown = tmp_path / "python"
+    shown.write_text('#!/bin/sh\n[ "$2" != bench ] || printf "%s\\n" "$@"\n')
+    shown.chmod(shown.stat().st_mode | stat.S_IXUSR)
+    values = {"MODEL": """a 'b' "c" ;d""", "SUITE": "limit", "ONLY": "x|y", "OUT": "some folder"}
+    command = ["make", "-s", "bench", f"PYTHON={shown}", *(f"{k}={v}" for k, v in values.items()), "RESUME=1"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    options = [f"--{name.lower()}={value}" for name, value in values.items()]
+    assert made.stdout.splitlines() == ["-m", "bench", *options, "--resume"], made.stderr
