@@ -57,7 +57,7 @@ tree: $(venv)
 .venv/.installed: pyproject.toml $(CONSTRAINTS) patches/upstream.txt | tree
 	@echo 'installing transformers-dev and kv_strategies into .venv (a few minutes at first)'
 	@.venv/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) \
-	  --editable transformers-dev --editable '.[bench,test]'
+	  --editable transformers-dev --editable '.[bench,lint,test]'
 	@touch $@
 
 model: install  ## bring the default model and the text for the benches
@@ -72,14 +72,20 @@ test-upstreams: install model  ## run the equality tests on every upstream of pa
 	  PYTHONPATH=$(CURDIR)/$$tree/src:$${PYTHONPATH:-$(CURDIR)} OMP_NUM_THREADS=$(TEST_THREADS) \
 	    $(python) -m pytest -m upstream $(if $(filter-out 0,$(JOBS)),-n $(JOBS)) $(ARGS); done
 
-lint: install  ## check style with ruff
+lint: install  ## check style and the layers: who may import whom
 	@$(python) -m ruff check . && $(python) -m ruff format --check .
+	@$(python) -c 'from importlinter.cli import lint_imports_command as main; main()' --no-cache
 
-bench: install model  ## measure every strategy and the native caches [MODEL=] [SUITE=]
-	@$(python) -m bench $(if $(MODEL),--model '$(MODEL)') $(if $(SUITE),--suite '$(SUITE)')
+# Exported and quoted by the shell: whatever they hold is one argument.
+export MODEL SUITE ONLY OUT
+bench_out = $${OUT:+--out="$$OUT"}
 
-report: install  ## write bench/results/comparison_table.md and the plots from the results
-	@$(python) -m bench.report
+bench: install model  ## measure every strategy and the native caches [MODEL= SUITE= ONLY= OUT= RESUME=1 KEEP_FAILURES=1]
+	@$(python) -m bench $${MODEL:+--model="$$MODEL"} $${SUITE:+--suite="$$SUITE"} $${ONLY:+--only="$$ONLY"} $(bench_out) \
+	  $(if $(RESUME),--resume) $(if $(KEEP_FAILURES),--keep-failures)
+
+report: install  ## write bench/results/comparison_table.md and the plots from the results [OUT=]
+	@$(python) -m bench report $(bench_out)
 
 refresh: $(venv)  ## export the commits of transformers-dev into patches/ [CHECK=1] [FORCE=1]
 	@$(python) patches/fork.py refresh $(if $(CHECK),--check) $(if $(FORCE),--force)

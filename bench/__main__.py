@@ -3,148 +3,177 @@
     python -m bench                                   the default suite on the machine at hand
     python -m bench --suite limit --only 'machine|decode'
     python -m bench --model llama-2-7b-random --out results
+    python -m bench --resume                          go on with a run that was interrupted
     python -m bench report                            tables and plots once more, from the results there are
+    python -m bench workloads                         what is asked, suite by suite
+    python -m bench --load my_module --suite mine     a workload of yours: see workload.py
 
-Every case appends one JSON line to <out>/<suite>-<device>.jsonl, also when it fails, runs out of time or is killed.
+Every case appends one JSON line to <out>/<suite>-<device>.jsonl when it is done. One that fails, runs out of time or is
+killed goes to <out>/failed/ instead, and the exit status is 1; `--keep-failures` makes it a row of the tables.
 A suite may be run in parts (`--only`): parts with the same --out come together in one table, and so do all `.jsonl`
 files of a folder, whatever their names and wherever they were made. Of a case that ran twice the later line counts.
+`--resume` skips the cases that the same commit has measured on this machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import os
 import re
 import signal
-import subprocess
 import sys
-import tempfile
-import threading
-import time
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from bench import CORES, machine, report
-from bench.cases import SUITES, Case, model_name, suite
-from bench.systems import missing
+import bench.suites.all  # noqa: F401  registers the workloads
+from bench import driver, lines, machine, report
+from bench.case import Case
+from bench.workload import questions, suite, suites
 
-RESULTS = Path(__file__).resolve().parent / "results"
+
+class Refused(Exception):
+    """What was asked cannot be done; nothing was run."""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Compare KV-cache strategies and native caches."
+        prog="python -m bench",
+        description="Compare KV-cache strategies and native caches.",
+        epilog="Exit status: 0 all done, 1 a case failed, 2 refused before anything ran, 130 interrupted.",
     )
-    parser.add_argument("command", nargs="?", choices=["run", "report"], default="run", help="report: only write it")
-    parser.add_argument("--suite", default="default", choices=list(SUITES))
+    commands = ["run", "report", "workloads"]
+    parser.add_argument("command", nargs="?", choices=commands, default="run", help="report, workloads: run nothing")
+    parser.add_argument("--suite", default="default", help=f"{', '.join(suites())} (default: %(default)s)")
     parser.add_argument("--model", help="a folder, a hub id or llama-2-7b-random (default: the embedded SmolLM2)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where results go (default: bench/results)")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="where results go (default: bench/results)")
     parser.add_argument("--only", metavar="PATTERN", help="run only cases whose name matches this regular expression")
+    parser.add_argument("--resume", action="store_true", help="skip what this commit has measured here already")
+    parser.add_argument("--keep-failures", action="store_true", help="failed cases are rows of the results as well")
+    parser.add_argument("--load", action="append", default=[], metavar="MODULE", help="registers workloads of yours")
     parser.add_argument("--full", action="store_true", help="cost on a CPU: texts and settings of a GPU; hours")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     options = parser.parse_args(argv)
+    try:
+        load(options.load)
+        if options.command == "workloads":
+            print(questions())
+            return 0
+        if options.command == "report":
+            if not options.out.is_dir():
+                raise Refused(f"--out {options.out}: there is no such folder")
+            print(report.write(options.out))
+            return 0
+        return run(options)
+    except Refused as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
 
-    if options.command == "report":
-        print(report.write(options.out))
+
+def run(options: argparse.Namespace) -> int:
+    cases = choose(options)
+    if options.list:
+        print("\n".join(case.name for case in cases))
         return 0
-    cases = suite(options.suite, options.device, options.model or None, full=options.full)
-    if options.only:
-        cases = [case for case in cases if re.search(options.only, case.name)]
-    if options.list or not cases:
-        print("\n".join(case.name for case in cases) or f"no case matches {options.only!r}")
-        return 0 if cases else 2
+    check_out(options.out)
+    check_models(cases)
     results = options.out / f"{options.suite}-{machine.device_name(options.device)}.jsonl"
+    done = driver.done_already(cases, results) if options.resume else []
+    if done:
+        print(f"{len(done)} of {len(cases)} cases are in {results} already.")
+        cases = [case for case in cases if case not in done]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    failed = run_all(cases, results, options.suite)
+    try:
+        failed = driver.run_all(cases, results, options.suite, keep_failures=options.keep_failures)
+    except (KeyboardInterrupt, SystemExit) as error:
+        print(f"\nInterrupted. What is done stands in {results}; --resume goes on from there.", file=sys.stderr)
+        return error.code if isinstance(error, SystemExit) else 130
     report.write(options.out)
     table = report.page_of(options.suite, options.out)
-    print(f"\n{table.read_text()}")
+    print(f"\n{table.read_text()}" if table.exists() else "")
     print(f"Results: {results}\nTable:   {table}")
-    if failed:
-        print(f"{failed} of {len(cases)} cases failed; their rows say why.")
-    return 0
+    if failed and not options.keep_failures:
+        print(f"The {failed} that failed are not among them; --keep-failures makes them rows that say why.")
+    return 1 if failed else 0
 
 
-def run_all(cases: list[Case], results: Path, suite_name: str) -> int:
-    """Runs the cases in order and appends one JSON line each to `results`. Returns how many failed."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    systems = list(dict.fromkeys(case.system for case in cases if case.workload != "machine"))
-    models = list(dict.fromkeys(f"{model_name(c.model)} ({c.dtype})" for c in cases if c.workload != "machine"))
-    print(f"{len(cases)} cases on {results.stem.split('-', 1)[1]}, each in a fresh process.")
-    print(f"Compared: {'; '.join(systems)}")
-    print(f"Models:   {', '.join(models)}", flush=True)
-    failed = 0
-    with tempfile.TemporaryDirectory(prefix="bench-") as scratch, tqdm(total=len(cases), unit="case") as bar:
-        for case in cases:
-            bar.set_description_str(case.name)
-            line = run_one(case, Path(scratch), suite_name, say=lambda text: bar.set_postfix_str(text[:60]))
-            with results.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            failed += line["status"] not in ("ok", "skipped")
-            bar.write(f"{case.name}: {report.in_words(line)}", file=sys.stdout)
-            bar.update()
-    return failed
-
-
-def run_one(case: Case, scratch: Path, suite_name: str, say=lambda text: None) -> dict:
-    """One case in a fresh process; whatever happens to it becomes the JSON line returned."""
-    head = {
-        "suite": suite_name,
-        "workload": case.workload,
-        "system": case.system,
-        "model": model_name(case.model),
-        "dtype": case.dtype,
-        "device": machine.device_name(case.device),
-        "params": case.params,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    if reason := missing(case.system, case.device):
-        return head | {"status": "skipped", "error": reason} | machine.conditions(case.device)
-    start = time.perf_counter()
-    outcome = _in_process(case, scratch, say)
-    return head | {"seconds": round(time.perf_counter() - start, 1)} | outcome
-
-
-def _in_process(case: Case, scratch: Path, say) -> dict:
-    case_path, result_path, log_path = (scratch / name for name in ("case.json", "result.json", "log.txt"))
-    case_path.write_text(case.to_json())
-    result_path.unlink(missing_ok=True)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(machine.ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    if case.device == "cpu":  # threads that stay on their cores: steadier times
-        environment = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} | environment
-    with log_path.open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bench.case", str(case_path), str(result_path), str(scratch)],
-            stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
-            preexec_fn=lambda: os.sched_setaffinity(0, CORES),
-        )  # fmt: skip
-        listener = threading.Thread(target=lambda: [say(text.strip()) for text in process.stdout], daemon=True)
-        listener.start()
+def load(modules: Sequence[str]) -> None:
+    """Imports them from the current folder too, as the processes of the cases do."""
+    if modules:
+        sys.path.append(os.getcwd())
+    for name in modules:
         try:
-            process.wait(case.timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            return {"status": "timeout", "error": f"stopped after {case.timeout} s"} | machine.conditions(case.device)
-        except BaseException:  # interrupted or ended: no case outlives the bench
-            process.kill()
-            raise
-        listener.join(5)
-    if result_path.exists():
-        return json.loads(result_path.read_text())
-    if process.returncode < 0:
-        hint = " (out of memory?)" if process.returncode == -9 else ""
-        reason = f"ended by signal {-process.returncode}{hint}"
-    else:
-        last = log_path.read_text().strip().splitlines()[-1:] or ["no message"]
-        reason = f"ended with status {process.returncode}: {last[0]}"
-    return {"status": "failed", "error": reason[:300]} | machine.conditions(case.device)
+            importlib.import_module(name)
+        except ImportError as error:
+            raise Refused(f"--load {name}: {error}; give a module's name, importable from here") from error
+
+
+def choose(options: argparse.Namespace) -> list[Case]:
+    check_device(options.device)
+    if options.suite not in suites():
+        raise Refused(f"unknown suite {options.suite!r}; known are {', '.join(suites())}")
+    cases = suite(options.suite, options.device, options.model or None, full=options.full)
+    if not options.only:
+        return cases
+    try:
+        pattern = re.compile(options.only)
+    except re.error as error:
+        raise Refused(f"--only {options.only!r} is no regular expression: {error}") from None
+    chosen = [case for case in cases if pattern.search(case.name)]
+    if not chosen:
+        workloads = dict.fromkeys(case.workload for case in cases)
+        systems = dict.fromkeys(case.system for case in cases)
+        raise Refused(
+            f"no case of suite {options.suite} matches {options.only!r}. A name is workload / system / model / dtype; "
+            f"workloads: {', '.join(workloads)}; systems: {'; '.join(systems)}"
+        )
+    return chosen
+
+
+def check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise Refused(f"--device {name}: give cpu, cuda or cuda:0")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Refused(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs here")
+
+
+def check_out(folder: Path) -> None:
+    """Can results go there, and are those that are there in order? Else hours of work would end without a table."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines.read(folder)
+    except (FileExistsError, NotADirectoryError):
+        raise Refused(f"--out {folder} is no folder, and none can be made there") from None
+    except (OSError, ValueError) as error:
+        raise Refused(str(error)) from None
+    if not os.access(folder, os.W_OK):
+        raise Refused(f"--out {folder}: nothing may be written there")
+
+
+def check_models(cases: Sequence[Case]) -> None:
+    """Is there a model of every name? Once, and not in every case anew."""
+    from kv_strategies.models.load import DEFAULT_MODEL, RANDOM_MODELS, read_config
+
+    for spec in dict.fromkeys(case.model for case in cases if case.workload != "machine"):
+        name = str(spec or DEFAULT_MODEL)
+        try:
+            if name.endswith("-random") and not Path(name).exists():
+                if name not in RANDOM_MODELS:
+                    raise Refused(f"unknown random model {name!r}; known are {', '.join(RANDOM_MODELS)}")
+            else:
+                read_config(name)
+        except (OSError, ValueError) as error:
+            raise Refused(f"--model {name}: {error}") from None
 
 
 if __name__ == "__main__":

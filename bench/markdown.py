@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 NONE = "-"
 
@@ -31,5 +31,25 @@ def spread(values: dict, scale: float, digits: int) -> str:
     return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def milliseconds(values: dict, digits: int = 2) -> str:
+    return spread(values, 1e3, digits)
+
+
 def unique(items: Iterable) -> list:
     return list(dict.fromkeys(items))
+
+
+def by_system(lines: Mapping[str, dict], columns: Mapping[str, Callable[[dict], str]]) -> str:
+    """A row for each system, a column for each function of its result; a failed case is a row that says why."""
+    rows = [[system, *(cell(line, show) for show in columns.values())] for system, line in lines.items()]
+    return table(["system", *columns], rows) if rows else ""
+
+
+def of_each(workload: str, show: Callable[[dict], str]) -> Callable[..., str]:
+    """The tables of a workload whose lines stand alone: `show` of the parameters and result of each that is done."""
+
+    def tables(found, model: str) -> str:
+        done = [line for line in found.of(workload, model).values() if line["status"] == "ok"]
+        return "\n\n".join(show(line["params"] | line["result"]) for line in done)
+
+    return tables

@@ -102,3 +102,21 @@ def kv_bytes_per_token(model: torch.nn.Module) -> int:
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
+
+
+def num_same(token_ids: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> int:
+    return sum(list(got) == list(want) for got, want in zip(token_ids, expected, strict=True))
+
+
+def attempt(work: Callable[[], dict]) -> dict:
+    """What `work` found, or why it failed."""
+    try:
+        return work()
+    except Exception as error:
+        return {"error": reason(error)[:200]}
+
+
+def reason(error: Exception) -> str:
+    """An error on one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"

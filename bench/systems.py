@@ -17,16 +17,24 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
+from bench.measure import kv_bytes_per_token
+
 DOOR = ", generate()"  # marks a strategy that is run through plain `model.generate()`
 NATIVE_CACHES = {"baseline": None, "static": "static", "offloaded": "offloaded", "quantized": "quantized"}
 PEERS = ["static", "offloaded", "quantized", "generate_batch"]
+BLOCK_SIZE = 16
+CHUNK = 2048  # tokens that a runner prefills at a time
+
+# Which systems a workload runs; a new entry in `STRATEGIES` is among EVERY by itself.
+EVERY, EVERY_GENERATE, PAGED_GENERATE = "every strategy", "every strategy" + DOOR, "paged" + DOOR
+EVERYTHING = ["baseline", EVERY, PAGED_GENERATE, *PEERS]
 
 
 @dataclass
@@ -49,6 +57,16 @@ def known_systems() -> list[str]:
 
     own = [name for name in STRATEGIES if name != "baseline"]
     return ["baseline", *own, *[name + DOOR for name in own if name != "contiguous"], *PEERS]
+
+
+def expand(names: Iterable[str]) -> list[str]:
+    """The names with EVERY and EVERY_GENERATE spelt out, each once."""
+    own = [name for name in known_systems() if name != "baseline" and name not in PEERS]
+    groups = {
+        EVERY: [name for name in own if not name.endswith(DOOR)],
+        EVERY_GENERATE: [name for name in own if name.endswith(DOOR)],
+    }
+    return list(dict.fromkeys(system for name in names for system in groups.get(name, [name])))
 
 
 def missing(name: str, device: str) -> str | None:
@@ -92,9 +110,18 @@ def open_system(name: str, model, capacity: Capacity, **options) -> Callable[...
 def build_strategy(name: str, model, capacity: Capacity, num_blocks: int | None = None):
     from kv_strategies import STRATEGIES, build
 
-    if "max_length" in STRATEGIES[name.split("+")[0]].options:  # one block a request
+    preset = STRATEGIES.get(name.split("+")[0])  # `build` says what is wrong with a name that is not known
+    if preset and "max_length" in preset.options:  # one block a request
         return build(name, model, num_blocks=num_blocks or capacity.max_requests, max_length=capacity.max_length)
-    return build(name, model, num_blocks=num_blocks or capacity.blocks(block_size=16), block_size=16)
+    return build(name, model, num_blocks=num_blocks or capacity.blocks(BLOCK_SIZE), block_size=BLOCK_SIZE)
+
+
+def ours(model, name: str, capacity: Capacity, *, num_blocks: int | None = None, **options) -> Ours:
+    """A strategy with these options, with room for `capacity` or of `num_blocks`, behind a runner."""
+    from kv_strategies import build
+
+    num_blocks = num_blocks or capacity.blocks(BLOCK_SIZE)
+    return Ours(model, build(name, model, num_blocks=num_blocks, block_size=BLOCK_SIZE, **options), capacity)
 
 
 class Native:
@@ -235,11 +262,29 @@ class Ours:
         """The runner's events, one a token, for who looks at the strategy meanwhile."""
         return self.runner.stream(self._requests(prompts, new_tokens))
 
+    def most_blocks(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
+        """The most blocks that are referenced at once while the prompts run."""
+        most = 0
+        for index, _ in enumerate(self.stream(prompts, new_tokens)):
+            if index % len(prompts) == 0:  # once a step
+                most = max(most, self.strategy.stats()["blocks_used"])
+        return most
+
     def _requests(self, prompts: Sequence[Sequence[int]], new_tokens: int | Sequence[int]) -> list:
         from kv_strategies import Request
 
         counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
         return [Request(list(prompt), max_new_tokens=count) for prompt, count in zip(prompts, counts, strict=True)]
+
+
+def bytes_per_token(system, model) -> float:
+    """Bytes of K and V one token takes, as the system stores them."""
+    strategy = getattr(system, "strategy", None)
+    return strategy.stats()["bytes_per_token"] if strategy else kv_bytes_per_token(model)
+
+
+def bytes_per_block(strategy) -> int:
+    return round(strategy.stats()["bytes_per_token"] * strategy.block_size)
 
 
 def filling(stats: dict) -> dict:

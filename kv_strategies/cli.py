@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import json
+import os
 import sys
+from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,11 +119,20 @@ def _parse_option(text: str) -> tuple[str, object]:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    if importlib.util.find_spec("bench") is None:
-        raise RuntimeError("the bench is not part of the installed package; run this from a checkout of the project")
-    from bench.__main__ import main as bench
-
-    return bench(options.extra)
+    """The bench of the checkout around the current folder, else of the one that this package was installed from, in
+    this process's place."""
+    folders = [folder := Path.cwd(), *folder.parents, Path(__file__).resolve().parents[1]]
+    roots = [
+        root for root in folders if (root / "bench" / "__main__.py").exists() and (root / "kv_strategies").is_dir()
+    ]
+    if not roots:
+        raise RuntimeError(
+            "the bench is not part of the installed package, and there is no checkout of the project in or above "
+            f"{Path.cwd()}. Get one (git clone), run `make patch` in it, and run this again from inside it"
+        )
+    path = os.pathsep.join(filter(None, [str(roots[0]), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-P", "-m", "bench", *options.extra]
+    os.execve(sys.executable, command, os.environ | {"PYTHONPATH": path})
 
 
 def _explain(options: argparse.Namespace) -> int:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from bench import limit, machine, measure, report, report_limit
-from bench.__main__ import run_all, run_one
+import bench.suites.all  # noqa: F401  registers the workloads
+from bench import machine, measure, report
 from bench.accuracy import cost, judge
-from bench.cases import SUITES, WORKLOADS, Bench, Case, model_name, ragged, suite
-from bench.cost import gpu_share
-from bench.report_claims import CLAIMS, DETAILS
-from bench.strategies import without_cascade
-from bench.systems import DOOR, PEERS, Capacity, missing
+from bench.case import Bench, Case, ragged
+from bench.probes.limits import limits
+from bench.report import page as pages
+from bench.report import readme as readmes
+from bench.suites.cost import gpu_share
+from bench.suites.limit import batching, decode, profile
+from bench.suites.limit.attention import ATTENTION
+from bench.suites.limit.table import GQA, MHA
+from bench.suites.strategies.fan_out import without_cascade
+from bench.systems import DOOR, PEERS, Capacity, filled, open_system
+from bench.workload import WORKLOADS, in_words, suite, suites
 
 CONDITIONS = {
     "versions": {"python": "3.11.7", "torch": "2.13.0", "cuda": None},
@@ -109,24 +112,24 @@ def test_report_shows_the_numbers_of_the_lines(tmp_path, lines):
 
 
 def test_report_shows_failures_and_lacks_nothing_when_peers_are_missing(tmp_path, lines):
-    page = report.render(lines, "title")
+    page = pages.render(lines, "title")
     main, reason = rows_of(page, "static")[0], "OutOfMemoryError: no room"
     assert main[1] == f"failed: {reason}"
     assert f"| throughput | static | some-model | float32 | failed | {reason} |" in page
     only = [line for line in lines if line["system"] == "paged"]
-    assert rows_of(report.render(only, "title"), "paged")
+    assert rows_of(pages.render(only, "title"), "paged")
     write_lines(tmp_path, [])
     assert "No results yet" in report.write(tmp_path).read_text()
 
 
 def test_the_latest_run_of_a_case_counts(lines):
     again = throughput("paged", 111.1, 1_000_000_000, time="2026-01-03T00:00:00+00:00")
-    page = report.render([again, *lines], "title")
+    page = pages.render([again, *lines], "title")
     assert "111.1" in page and "98.7" not in page
 
 
 def test_limits_are_positive():
-    assert all(value > 0 for value in machine.limits("cpu", size=1 << 22).values())
+    assert all(value > 0 for value in limits("cpu", size=1 << 22).values())
 
 
 def test_conditions_name_no_host():
@@ -151,7 +154,7 @@ def test_ragged_lengths_are_fixed_and_reach_both_ends():
     assert ragged(1, 5, 9) == [5]
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("name", suites())
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_suites_hold_every_strategy(name, device):
     from kv_strategies import STRATEGIES
@@ -163,9 +166,12 @@ def test_suites_hold_every_strategy(name, device):
     if name == "default":
         assert {case.system for case in cases} >= set(PEERS)
     if name == "limit" and device == "cuda":
-        assert {case.workload for case in cases} == {"machine", *report_limit.WORKLOADS}
+        assert {case.workload for case in cases} == {
+            "machine",
+            *(w.name for w in WORKLOADS.values() if "limit" in w.cases),
+        }
     if name == "strategies":
-        assert {case.workload for case in cases} == {"machine", *(claim.workload for claim in CLAIMS)}
+        assert {case.workload for case in cases[1:]} == {w.name for w in WORKLOADS.values() if w.claims}
     with pytest.raises(ValueError, match="known are default"):
         suite("other", device, None)
 
@@ -195,62 +201,17 @@ def tiny(tmp_path_factory):
     return str(folder)
 
 
-def test_a_case_end_to_end_and_a_failing_one_beside_it(tmp_path, tiny):
-    accuracy = {"lengths": [1, 17, 33], "new_tokens": 5}
-    cases = [
-        Case("accuracy", "no such system", tiny, "float32", "cpu", accuracy),
-        Case("accuracy", "paged", tiny, "float32", "cpu", accuracy),
-        Case("throughput", "offloaded", tiny, "float32", "cpu", {"lengths": [4], "new_tokens": 2, "repeats": 1}),
-    ]
-    results = tmp_path / "default-cpu.jsonl"
-    assert run_all(cases, results, "default") == 1
-    failed, paged, skipped = map(json.loads, results.read_text().splitlines())
-    assert failed["status"] == "failed" and "no such system" in failed["error"]
-    equal = {"prompts": 3, "identical": 3, "divergence": None}
-    assert paged["result"] == equal | {"identical_again": 3, "hit_rate": 0.0}
-    assert paged["model"] == model_name(tiny) and tiny not in results.read_text()
-    assert skipped["status"] == "skipped" and skipped["error"] == missing("offloaded", "cpu")
-    assert "no such system" in report.write(tmp_path).read_text()
-
-
-def test_a_process_that_dies_or_hangs_is_a_line(tmp_path, monkeypatch):
-    case = Case("machine", "limits", None, "float32", "cpu", timeout=30)
-    for script, status, error in [
-        ("kill -9 $$", "failed", "ended by signal 9 (out of memory?)"),
-        ("echo a last word >&2; exit 3", "failed", "ended with status 3: a last word"),
-    ]:
-        program = tmp_path / "program"
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(program.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setattr(sys, "executable", str(program))
-        line = run_one(case, tmp_path, "default")
-        assert (line["status"], line["error"]) == (status, error)
-    program.write_text("#!/bin/sh\nexec sleep 30\n")
-    line = run_one(Case("machine", "limits", None, "float32", "cpu", timeout=1), tmp_path, "default")
-    assert (line["status"], line["error"]) == ("timeout", "stopped after 1 s")
-
-
-def test_a_case_has_all_cores_whatever_openmp_is_told(tmp_path):
-    """Told to bind threads, OpenMP binds the process that starts the cases to one core."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-    command = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
-    expected = subprocess.run(command, env=clean, capture_output=True, text=True, check=True).stdout
-    command = [sys.executable, "-m", "bench", "--device", "cpu", "--only", "machine", "--out", str(tmp_path)]
-    bound = clean | {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
-    subprocess.run(command, env=bound, capture_output=True, check=True, cwd=machine.ROOT)
-    (found,) = map(json.loads, (tmp_path / "default-cpu.jsonl").read_text().splitlines())
-    assert found["machine"]["threads"] == int(expected)
-
-
 def test_the_readme_shows_the_largest_model_on_a_gpu():
     small = throughput("paged", 10.0, 1e9)
     large = throughput("paged", 4321.0, 2e9, about=GPU, model="llama-2-7b-random", dtype="bfloat16")
     large["result"]["parameter_bytes"] = 13_000_000_000
-    once = report.with_headline(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n", [small, large])
+    once = readmes.with_headline(
+        f"before\n{readmes.MARKS[0]}\nold\n{readmes.MARKS[1]}\nafter\n", [small, large], [small, large]
+    )
     assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once
     assert "4321.0" in once and "a-card-llama-2-7b-random-bfloat16.png" in once and "10.0" not in once
-    assert report.with_headline(once, [small, large]) == once
-    assert report.with_headline(once, []) == once
+    assert readmes.with_headline(once, [small, large], [small, large]) == once
+    assert readmes.with_headline(once, [], []) == once
 
 
 # --- the suites strategies and cost
@@ -260,7 +221,7 @@ def measured(tiny, workload, system, params, **changes):
     """The line of a case that ran here, in this process."""
     case = Case(workload, system, tiny, "float32", "cpu", params)
     bench = Bench(case, None, say=lambda text: None)
-    return line(workload, system, WORKLOADS[workload](bench), params=params, **changes)
+    return line(workload, system, WORKLOADS[workload].run(bench), params=params, **changes)
 
 
 SMALL = {
@@ -290,9 +251,9 @@ def test_what_a_strategy_is_for(tiny, workload):
             assert result["heaviest"]["kv_bytes"] < 0.8 * result["paged"]["kv_bytes"]
         case "8 bits":
             assert result["paged"]["bytes_per_token"] == 3.2 * result["int8"]["bytes_per_token"]
-    page = report.render([found], "title")
+    page = pages.render([found], "title")
     assert f"| {workload} |" in page and "and not judged" in page and "{" not in page
-    assert report.in_words(found)
+    assert in_words(found)
 
 
 def test_a_stream_through_a_window(tiny, monkeypatch):
@@ -305,7 +266,7 @@ def test_a_stream_through_a_window(tiny, monkeypatch):
     result = found["result"]
     assert result["early"]["kv_bytes"] == result["late"]["kv_bytes"] == result["kv_bytes_most"]
     assert result["perplexity_at_places"] == pytest.approx(result["recomputed_at_places"], rel=0.2)
-    assert "400 tokens in chunks of 16" in report.render([found], "title")
+    assert "400 tokens in chunks of 16" in pages.render([found], "title")
 
 
 def test_cascade_can_be_switched_off():
@@ -325,15 +286,14 @@ def test_what_is_reached_and_what_is_missed():
         line("prefix", "prefix", {"points": points}, about=GPU),
         line("offload", "offload", about=GPU, params={"context": 16384, "top_n": 128}, error="OutOfMemoryError"),
     ]
-    rows = rows_of(report.render(lines, "title"), "prefix")
+    rows = rows_of(pages.render(lines, "title"), "prefix")
     assert [row[2:] for row in rows] == [
         ["at least 10x lower than without a hit", "12.0x", "reached"],
         ["at least 25x lower", "20.0x", "missed by 20.0%"],
     ]
-    assert rows_of(report.render(lines, "title"), "offload")[2][1:4] == [
+    assert rows_of(pages.render(lines, "title"), "offload")[2][1:4] == [
         "top-128, 16384 tokens: step / resident paged step", "at most 1.2x", "failed: OutOfMemoryError",
     ]  # fmt: skip
-    assert {claim.workload for claim in CLAIMS} == set(DETAILS)
 
 
 # --- the suite limit
@@ -341,7 +301,7 @@ def test_what_is_reached_and_what_is_missed():
 SMALLER = {"rows": 2, "context": 20, "shared": 32, "new": 4, "prefill": 5}
 PROFILED = [
     entry | {name: value for name, value in SMALLER.items() if name in entry}
-    for entry in limit.PROFILED
+    for entry in profile.PROFILED
     if entry["strategy"] != "fp8"
 ]
 BATCH = {"systems": ["paged", "generate_batch", "baseline"], "lengths": [5, 30, 9], "new_tokens": 4}
@@ -373,8 +333,8 @@ def test_the_workloads_of_the_limit(tiny, workload):
     match workload:
         case "decode":
             steps = {point["system"]: point["step"] for point in result["points"]}
-            assert steps["paged"]["repeats"] == 2 * (8 - 1 - limit.NUM_UNSTEADY)
-            assert steps["baseline"]["repeats"] == 2 * (6 - 1 - limit.NUM_UNSTEADY)
+            assert steps["paged"]["repeats"] == 2 * (8 - 1 - decode.NUM_UNSTEADY)
+            assert steps["baseline"]["repeats"] == 2 * (6 - 1 - decode.NUM_UNSTEADY)
         case "first token":
             assert result["hits"]["points"][0]["hit_rate"] == 64 / 69
         case "batching":
@@ -382,8 +342,8 @@ def test_the_workloads_of_the_limit(tiny, workload):
             assert [row["tokens_per_second"]["repeats"] for row in result["batches"]] == [4, 2, 2, 2]
         case "profile":
             assert all(0 < entry["busy_share"] <= 1 for entry in result["entries"])
-    assert report.in_words(found)
-    page = report.render([line("machine", "limits", {"limits": {"read": 20e9}}), found], "title")
+    assert in_words(found)
+    page = pages.render([line("machine", "limits", {"limits": {"read": 20e9}}), found], "title")
     assert "some-model" in page and "{" not in page
 
 
@@ -392,21 +352,21 @@ def test_graphs_are_captured_ahead(tiny, monkeypatch):
     sizes = []
     case = Case("batching", "paged", tiny, "float32", "cpu", {})
     bench = Bench(case, None, say=lambda text: None)
-    system = limit.open_system("paged", bench.model, Capacity([[32] * 5]))
+    system = open_system("paged", bench.model, Capacity([[32] * 5]))
     step = system.runner._forward
     monkeypatch.setattr(
         system.runner, "_forward", lambda rows, decoding, prefilling: (
             sizes.append(len(decoding) if not prefilling else 0), step(rows, decoding, prefilling))[1],
     )  # fmt: skip
-    limit._capture(bench, system, 5, 20)
+    batching._capture(bench, system, 5, 20)
     assert set(sizes) == {0, 1, 2, 3, 4, 5}
 
 
 def test_a_context_counts_as_computed(tiny):
     case = Case("decode", "paged", tiny, "float32", "cpu", {})
     bench = Bench(case, None, say=lambda text: None)
-    system = limit.open_system("paged", bench.model, Capacity([[60] * 3]))
-    with limit.filled(system.strategy):
+    system = open_system("paged", bench.model, Capacity([[60] * 3]))
+    with filled(system.strategy):
         run = system(bench.prompts([50] * 3, seed=0), 8)
     assert run.cached_tokens == [49] * 3
     assert system([[1, 2, 3]], 2).cached_tokens == [0]
@@ -414,7 +374,7 @@ def test_a_context_counts_as_computed(tiny):
 
 
 def test_the_attention_kernel_alone(monkeypatch):
-    from bench import kernel_bandwidth
+    from bench.probes import kernel_bandwidth
 
     monkeypatch.setitem(kernel_bandwidth.SHAPES, "mha-2x32", (2, 32, 2, 2))
     monkeypatch.setattr(kernel_bandwidth, "WORKING_SET", 0)
@@ -422,10 +382,10 @@ def test_the_attention_kernel_alone(monkeypatch):
     found = measured(None, "attention", "paged", params)
     first, second = found["result"]["points"]
     assert first["seconds"] > 0 and first["bytes"] == 2 * 32 * 2 * 16 * 2 * 2 and "KeyError" in second["error"]
-    assert "GB/s" in report.in_words(found)
+    assert "GB/s" in in_words(found)
 
 
-def on_a_card(workload, result, system="paged", model=report_limit.MHA, **changes):
+def on_a_card(workload, result, system="paged", model=MHA, **changes):
     return line(workload, system, result, about=GPU, suite="limit", model=model, dtype="bfloat16", **changes)
 
 
@@ -433,7 +393,7 @@ def on_a_card(workload, result, system="paged", model=report_limit.MHA, **change
 def card():
     """Every case of the suite, each number of which is known."""
 
-    def decode(points, slow=()):
+    def steps(points, slow=()):
         rows = [dict(zip(("system", "batch", "context"), point, strict=True)) for point in points]
         return {"points": [
             row | {"step": spread(0.02 if row["system"] in ("baseline", *slow) else 0.01), "unsteady": 1.5,
@@ -454,22 +414,22 @@ def card():
     return [
         line("machine", "limits", {"limits": {"read": 4000e9}}, about=GPU, suite="limit"),
         on_a_card("attention", {"points": [
-            {"shape": shape, "seconds": 1e-4, "bytes": 380_000_000} for shape in limit.ATTENTION["shapes"]]}),
-        on_a_card("decode", decode(limit.POINTS[report_limit.MHA])),
-        on_a_card("decode", decode([["static", 1, 4096]]), "static"),
-        on_a_card("decode", decode(limit.POINTS[report_limit.GQA], slow=["int8"]), model=report_limit.GQA),
+            {"shape": shape, "seconds": 1e-4, "bytes": 380_000_000} for shape in ATTENTION["shapes"]]}),
+        on_a_card("decode", steps(decode.POINTS[MHA])),
+        on_a_card("decode", steps([["static", 1, 4096]]), "static"),
+        on_a_card("decode", steps(decode.POINTS[GQA], slow=["int8"]), model=GQA),
         on_a_card("first token", {
             "cold": {"tokens": 4096, "first": 21.5, "new_tokens": 8, "all": 30.0, "load": 6.0},
             "prefill": [prefill | {"tokens": 4096}, prefill | {"tokens": 16384}],
             "hits": {"points": [hit | {"shared": shared, "new": 64} for shared in (4096, 16184)]}}),
         on_a_card("batching", {"batches": [
             batch("paged", 64, 4600.0), batch("generate_batch", 64, 400.0), batch("paged", 256, 3800.0)]}),
-        on_a_card("profile", {"entries": [entry | {"name": e["name"]} for e in limit.PROFILED]}, "every strategy"),
+        on_a_card("profile", {"entries": [entry | {"name": e["name"]} for e in profile.PROFILED]}, "every strategy"),
     ]  # fmt: skip
 
 
 def test_the_table_of_the_limit(card):
-    page = report.render(card, "title")
+    page = pages.render(card, "title")
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in page.splitlines() if " at least " in row
             or " at most " in row]  # fmt: skip
     by_work = {row[0]: row[1:] for row in rows}
@@ -487,15 +447,15 @@ def test_the_table_of_the_limit(card):
     assert "not run" not in page and "failed" not in page
     assert "first token of 4096 came after 21.5 s" in page and "| a_kernel | 32 | 8000.0 | 80.0% |" in page
     for case in card[1:]:
-        assert report.in_words(case)
+        assert in_words(case)
 
 
 def test_the_readme_shows_the_gpu_that_ran_a_suite_last(card):
     """Of the limits, what a serving engine was measured at; older results of another card are left to their page."""
-    large = throughput("paged", 4321.0, 2e9, about=GPU, model=report_limit.MHA, dtype="bfloat16")
+    large = throughput("paged", 4321.0, 2e9, about=GPU, model=MHA, dtype="bfloat16")
     older = [dict(one, time="2020-01-01T00:00:00+00:00", machine={**GPU, "gpu": "an older card"}) for one in card]
     for found in ([*card, large, *older], [*older, large, *card]):
-        readme = report.with_headline(f"{report.MARKS[0]}{report.MARKS[1]}", found)
+        readme = readmes.with_headline(f"{readmes.MARKS[0]}{readmes.MARKS[1]}", found, found)
         assert "rows x tokens of context, on A card (" in readme and "an older card" not in readme
         assert "| decode step, 1 x 4096: share | at least 0.85 | 0.90 | reached | 10.00 ms |" in readme
         assert "| the same / `generate_batch` | at least 11.0x | 11.5x | reached |" in readme
@@ -507,13 +467,13 @@ def test_a_part_of_the_limit_that_failed_is_a_row(card):
     kept = {name: point.pop(name) for name in ("step", "unsteady", "step_bytes")}
     point["error"] = "OutOfMemoryError: no room"
     some = [case for case in card if case["workload"] in ("machine", "decode")]
-    page = report.render(some, "title")
+    page = pages.render(some, "title")
     assert "| at most 1.020 | OutOfMemoryError: no room | failed |" in page and "| not run |" in page
     assert kept
     failed = [case | {"status": "timeout", "error": "stopped after 300 s"} for case in card[1:]]
-    page = report.render([card[0], *failed], "title")
+    page = pages.render([card[0], *failed], "title")
     assert page.count("timeout: stopped after 300 s") >= 26
-    assert report.render(card[1:], "title")  # without limits
+    assert pages.render(card[1:], "title")  # without limits
 
 
 def test_the_limit_on_a_cpu():
@@ -523,7 +483,7 @@ def test_the_limit_on_a_cpu():
                 "captures": {"count": 0, "seconds": 0.0}, "preemptions": None}
                for name, rate in (("baseline", 50.0), ("paged", 80.0))]  # fmt: skip
     lines = [line("decode", "paged", {"points": points}), line("batching", "paged", {"batches": batches})]
-    page = report.render(lines, "title")
+    page = pages.render(lines, "title")
     assert "| decode, float32, 1 x 128: tokens/s / native | at least 1.00 | 0.80 | missed by 20.0% |" in page
     assert "| ragged batch of 8, float32: tokens/s / native | at least 1.50 | 1.60 | reached |" in page
 

@@ -33,7 +33,7 @@ from .triton_common import LOG2_E, LOWEST, load_tile
 
 @dataclass(frozen=True)
 class Tuning:
-    """Sizes to tune; the tokens chosen are the same whatever they are. `bench/offload_probe.py` sweeps them."""
+    """Sizes to tune; the tokens chosen are the same whatever they are. `bench/probes/offload.py` sweeps them."""
 
     split: int = 512  # tokens of a program that computes scores
     tile: int = 64  # of which so many an iteration

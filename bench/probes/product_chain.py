@@ -1,7 +1,7 @@
 """The four products of a layer for one row, one after the other as a decode step runs them, attention left out.
 
-    python -m bench.product_chain                                         # tuned sizes, and others for each product
-    python -m bench.product_chain --model llama-3.1-8b --tile 4/1024/4 2/1024/4 --programs 4 6
+    python -m bench.probes.product_chain   # tuned sizes, and others for each product
+    python -m bench.probes.product_chain --model llama-3.1-8b --tile 4/1024/4 2/1024/4 --programs 4 6
 
 Consecutive kernels overlap, so the time of one alone says little. One CUDA graph holds as many layers of distinct
 weights as leave the L2 cache behind; a product costs what the graph takes longer with it than without. Sizes are tried
@@ -18,9 +18,9 @@ from itertools import product
 
 import torch
 
-from bench.linear_bandwidth import PRODUCTS, Problem, check
-from bench.machine import limits
 from bench.measure import seconds
+from bench.probes.limits import limits
+from bench.probes.linear_bandwidth import PRODUCTS, Problem, check
 from kv_strategies.kernels.linear import triton_one_row
 from kv_strategies.kernels.linear.triton_one_row import Tuning, tuning
 
@@ -78,7 +78,7 @@ def candidates(args: argparse.Namespace) -> list[Tuning]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.product_chain", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.probes.product_chain", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted({name.split("/")[0] for name in PRODUCTS}), default="llama-2-7b")
     parser.add_argument(
         "--tile", nargs="+", default=["4/1024/4", "2/1024/4", "4/512/2", "8/1024/4"], help="tile_n/tile_k/num_warps"

@@ -1,4 +1,4 @@
-"""The page of the suite `limit`: each kind of work, what it must reach, what it reached and what others reach.
+"""The tables of the suite: each kind of work, what it must reach, what it reached and what others reach.
 
 Shares are of the read bandwidth measured ahead of the case, in the same call of the bench; native figures are of the
 same process, but for the static cache, whose compilation has one of its own. vLLM's are fixed: they were measured once,
@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.markdown import NONE, spread, table
+from bench.lines import Found
+from bench.markdown import NONE, milliseconds, spread, table
 
 MHA, GQA = "llama-2-7b-random", "llama-3.1-8b-random"
-WORKLOADS = ("attention", "decode", "first token", "batching", "profile")
 LINEAR_RATE = 700e12  # operations/s: what large products reach on an H100, by which prefill is bounded
 
 #: (model, rows, context) -> the share a decode step must reach, and what vLLM 0.22.1 does: (ms, share).
@@ -72,25 +72,19 @@ class Row:
         return [self.work, aim, shown, verdict, self.time, self.rate, self.native, self.vllm]
 
 
-class Lines:
-    """The lines of one machine, by what they measured; shares are of the limit that was measured ahead of a line."""
+class Steps:
+    """What the workloads found, by what was measured."""
 
-    def __init__(self, lines: Sequence[dict], all_limits: Sequence[dict]) -> None:
-        self._lines, self._limits = lines, all_limits
+    def __init__(self, found: Found) -> None:
+        self.share = found.share
+        self._found = found
 
     def result(self, workload: str, system: str, model: str, dtype: str = "bfloat16") -> tuple[dict, dict]:
         """(line, its result); empty where there is none, with an "error" where it failed."""
-        for line in self._lines:
-            if (line["workload"], line["system"], line["model"], line["dtype"]) == (workload, system, model, dtype):
-                if line["status"] == "ok":
-                    return line, line["result"]
-                return line, {"error": f"{line['status']}: {line['error']}"}
-        return {}, {}
-
-    def share(self, line: dict, rate: float) -> float | None:
-        """Of a rate in bytes/s: what it is of the read bandwidth measured last before this line."""
-        before = [limit for limit in self._limits if limit["time"] <= line["time"]]
-        return rate / before[-1]["result"]["limits"]["read"] if before else None
+        line = self._found.of(workload, model, dtype).get(system)
+        if line is None:
+            return {}, {}
+        return line, line["result"] if line["status"] == "ok" else {"error": f"{line['status']}: {line['error']}"}
 
     def step(self, model: str, system: str, rows: int, context: int, dtype: str = "bfloat16") -> dict:
         """A point of `decode`, with its share; empty where there is none, or with an "error"."""
@@ -106,15 +100,12 @@ class Lines:
         return {}
 
 
-def section(lines: Sequence[dict], model: str, limits: Sequence[dict]) -> str:
-    """The tables of the workloads that ran on `model`. `limits` are the lines of all measured limits, oldest first."""
-    ran = [line for line in lines if line["workload"] in WORKLOADS and line["model"] == model]
-    if not ran:
-        return ""
-    found = Lines(ran, limits)
-    on_gpu = any("gpu" in line["machine"] for line in ran)
-    rows = [*(_gpu_rows(found, model) if on_gpu else _cpu_rows(found, model))]
-    parts = [_table(rows, on_gpu)] if rows else []
+def tables(lines: Found, model: str) -> str:
+    """The tables of all workloads of the suite that ran on `model`."""
+    ran = [line for line in lines.lines if line["model"] == model]
+    found = Steps(lines)
+    rows = [*(_gpu_rows(found, model) if lines.on_gpu else _cpu_rows(found, model))]
+    parts = [_table(rows, lines.on_gpu)] if rows else []
     parts += [_steps(ran, found), _start(found, model), _batches(ran), _profiles(found, model)]
     return "\n\n".join(part for part in parts if part)
 
@@ -133,9 +124,9 @@ def _table(rows: Iterable[Row], on_gpu: bool) -> str:
     return f"**Against the limits**\n\n{note}\n\n" + _cells(rows, HEAD)
 
 
-def headline(lines: Sequence[dict], model: str, limits: Sequence[dict]) -> str:
+def headline(lines: Found, model: str) -> str:
     """Of the table of a GPU, the work that others were measured at as well, kernels alone left out."""
-    rows = [row for row in _gpu_rows(Lines(lines, limits), model) if row.vllm or "generate_batch" in row.work]
+    rows = [row for row in _gpu_rows(Steps(lines), model) if row.vllm or "generate_batch" in row.work]
     chosen = [row for row in rows if row.figure is not None and "kernel alone" not in row.work]
     return NOTE + PEERS_NOTE + "\n\n" + _cells(chosen, [name for name in HEAD if name != "moved or computed"])
 
@@ -150,7 +141,7 @@ def _cells(rows: Iterable[Row], names: Sequence[str]) -> str:
 # --- the rows on a GPU
 
 
-def _gpu_rows(found: Lines, model: str) -> Iterator[Row]:
+def _gpu_rows(found: Steps, model: str) -> Iterator[Row]:
     if model == MHA:
         yield from _decode_rows(found, MHA)
         yield from _attention_rows(found)
@@ -168,11 +159,11 @@ def _gpu_rows(found: Lines, model: str) -> Iterator[Row]:
         own, codes = found.step(GQA, "paged", 32, 8192), found.step(GQA, "int8", 32, 8192)
         yield Row(
             "GQA shape, int8 KV, 32 x 8192: step / bf16 step", 0.70, _ratio(codes, own), at_most=True,
-            time=_ms(codes), rate=_moved(codes), native="dequantises all", vllm="fp8: 0.75 (13.69 ms, share 0.77)",
+            time=step_ms(codes), rate=_moved(codes), native="dequantises all", vllm="fp8: 0.75 (13.69 ms, share 0.77)",
         )  # fmt: skip
 
 
-def _decode_rows(found: Lines, model: str) -> Iterator[Row]:
+def _decode_rows(found: Steps, model: str) -> Iterator[Row]:
     for (shape, rows, context), (share, (ms, vllm)) in DECODE.items():
         if shape != model:
             continue
@@ -181,13 +172,13 @@ def _decode_rows(found: Lines, model: str) -> Iterator[Row]:
         peers["static, compiled"] = found.step(model, "static", rows, context)
         yield Row(
             f"{'GQA shape, d' if model == GQA else 'd'}ecode step, {rows} x {context}: share",
-            share, _figure(own, lambda own=own: own.get("share")), time=_ms(own), rate=_moved(own),
+            share, _figure(own, lambda own=own: own.get("share")), time=step_ms(own), rate=_moved(own),
             native="; ".join(f"{name} {_peer(peer)}" for name, peer in peers.items() if peer),
             vllm=f"{vllm:.2f} ({ms:.2f} ms)",
         )  # fmt: skip
 
 
-def _attention_rows(found: Lines) -> Iterator[Row]:
+def _attention_rows(found: Steps) -> Iterator[Row]:
     line, result = found.result("attention", "paged", MHA)
     points = {point["shape"]: point for point in result.get("points", [])}
     for shape, (share, vllm) in ATTENTION.items():
@@ -203,7 +194,7 @@ def _attention_rows(found: Lines) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def _prefill_rows(found: Lines) -> Iterator[Row]:
+def _prefill_rows(found: Steps) -> Iterator[Row]:
     _, result = found.result("first token", "paged", MHA)
     rows = {row["tokens"]: row for row in result.get("prefill", [])}
     for tokens, (most, vllm) in PREFILL.items():
@@ -214,9 +205,9 @@ def _prefill_rows(found: Lines) -> Iterator[Row]:
         yield Row(
             f"prefill, {tokens} tokens in one chunk: TTFT", most,
             _figure(row, lambda row=row: row["own"]["median"] * 1e3), "{:.1f} ms", at_most=True,
-            time=f"{_spread_ms(row['own'])}, {row['own']['median'] / bound:.2f}x of the bound" if done else "",
+            time=f"{milliseconds(row['own'], 1)}, {row['own']['median'] / bound:.2f}x of the bound" if done else "",
             rate=f"{rate / 1e12:.0f} TFLOP/s" if done else "",
-            native=f"{_spread_ms(row['native'])}" if done else "", vllm=f"{vllm} ms",
+            native=f"{milliseconds(row['native'], 1)}" if done else "", vllm=f"{vllm} ms",
         )  # fmt: skip
     hits = result.get("hits", {"error": result["error"]} if "error" in result else {})
     points = {(point["shared"], point["new"]): point for point in hits.get("points", [])}
@@ -226,12 +217,12 @@ def _prefill_rows(found: Lines) -> Iterator[Row]:
         yield Row(
             f"prefix hit, {shared} shared + {new} new: TTFT", most,
             _figure(point, lambda point=point: point["hit"]["median"] * 1e3), "{:.1f} ms", at_most=True,
-            time=f"{_spread_ms(point['hit'])}; without the hit {_spread_ms(point['cold'])}" if done else "",
-            native=_spread_ms(point["native"]) if done else "", vllm=f"{vllm} ms",
+            time=f"{milliseconds(point['hit'], 1)}; without the hit {milliseconds(point['cold'], 1)}" if done else "",
+            native=milliseconds(point["native"], 1) if done else "", vllm=f"{vllm} ms",
         )  # fmt: skip
 
 
-def _batching_rows(found: Lines) -> Iterator[Row]:
+def _batching_rows(found: Steps) -> Iterator[Row]:
     _, result = found.result("batching", "paged", MHA)
     rows = {(row["system"], row["requests"]): row for row in result.get("batches", [])}
     texts = {64: "64 requests, 100-1024 in, 256 out", 256: "256 requests, 100-1024 in, 100-1024 out"}
@@ -249,14 +240,14 @@ def _batching_rows(found: Lines) -> Iterator[Row]:
             yield Row("the same / `generate_batch`", TIMES_GENERATE_BATCH, times or None, "{:.1f}x", native=native)
 
 
-def _other_steps(found: Lines) -> Iterator[Row]:
+def _other_steps(found: Steps) -> Iterator[Row]:
     _, result = found.result("profile", "every strategy", MHA)
     entry = next((row for row in result.get("entries", []) if row["name"] == "paged, 32 x 1024"), result)
     yield Row("`Runner`, decoding at 32 x 1024: GPU busy", BUSY, _figure(entry, lambda: entry["busy_share"]))
     own, plain = found.step(MHA, "paged", 1, 4096), found.step(MHA, "paged, generate()", 1, 4096)
     native = found.step(MHA, "baseline", 1, 4096)
     yield Row(
-        "plain `generate()`, 1 x 4096: step / the runner's", 1.4, _ratio(plain, own), at_most=True, time=_ms(plain),
+        "plain `generate()`, 1 x 4096: step / the runner's", 1.4, _ratio(plain, own), at_most=True, time=step_ms(plain),
         native=f"dynamic {_peer(native)}" if native else "", vllm="no such thing",
     )  # fmt: skip
     for rows, context in ((1, 4096), (32, 1024)):
@@ -264,20 +255,20 @@ def _other_steps(found: Lines) -> Iterator[Row]:
         yield Row(
             f"paged / contiguous step, {rows} x {context}", 1.02,
             _ratio(found.step(MHA, "paged", rows, context), other), "{:.3f}", at_most=True,
-            time=f"contiguous {_ms(other)}" if other else "",
+            time=f"contiguous {step_ms(other)}" if other else "",
         )  # fmt: skip
 
 
 # --- and on a CPU
 
 
-def _cpu_rows(found: Lines, model: str) -> Iterator[Row]:
+def _cpu_rows(found: Steps, model: str) -> Iterator[Row]:
     for dtype in ("float32", "bfloat16"):
         _, result = found.result("decode", "paged", model, dtype)
         for _, rows, context in [p.values() for p in _keys(result) if p["system"] == "paged"]:
             own, native = (found.step(model, name, rows, context, dtype) for name in ("paged", "baseline"))
             yield Row(
-                f"decode, {dtype}, {rows} x {context}: tokens/s / native", 1.0, _ratio(native, own), time=_ms(own),
+                f"decode, {dtype}, {rows} x {context}: tokens/s / native", 1.0, _ratio(native, own), time=step_ms(own),
                 rate=_moved(own), native=_peer(native),
             )  # fmt: skip
         _, result = found.result("batching", "paged", model, dtype)
@@ -300,7 +291,7 @@ def _keys(result: dict) -> list[dict]:
 # --- the figures behind
 
 
-def _steps(lines: Sequence[dict], found: Lines) -> str:
+def _steps(lines: Sequence[dict], found: Steps) -> str:
     rows = []
     for line in lines:
         if line["workload"] != "decode" or line["status"] != "ok":
@@ -314,7 +305,7 @@ def _steps(lines: Sequence[dict], found: Lines) -> str:
             rate = key["batch"] / point["step"]["median"]
             share = f"{point['share']:.3f}" if point["share"] else NONE
             extra = f"{max(0.0, point['unsteady']):.2f}"
-            rows.append([*name, _spread_ms(point["step"], 3), f"{rate:.1f}", _moved(point) or NONE, share, extra])
+            rows.append([*name, milliseconds(point["step"], 3), f"{rate:.1f}", _moved(point) or NONE, share, extra])
     note = (
         "Median (smallest to largest) of steps in which all rows decode. Contexts of a runner's rows are written with "
         "random numbers, not computed. Extra: what the first three steps took beyond three more, in which kernels "
@@ -324,7 +315,7 @@ def _steps(lines: Sequence[dict], found: Lines) -> str:
     return rows and f"**Decode steps**\n\n{note}\n\n" + table(head, rows)
 
 
-def _start(found: Lines, model: str) -> str:
+def _start(found: Steps, model: str) -> str:
     _, result = found.result("first token", "paged", model)
     cold = result.get("cold", {})
     if "first" not in cold:
@@ -355,7 +346,7 @@ def _batches(lines: Sequence[dict]) -> str:
     return rows and "**Batching**\n\n" + table([*head, "peak memory, GB"], rows)
 
 
-def _profiles(found: Lines, model: str) -> str:
+def _profiles(found: Steps, model: str) -> str:
     _, result = found.result("profile", "every strategy", model)
     entries = result.get("entries", [])
     if not entries:
@@ -401,11 +392,7 @@ def _ratio(above: dict, below: dict) -> float | str | None:
     return above["step"]["median"] / below["step"]["median"]
 
 
-def _spread_ms(values: dict, digits: int = 1) -> str:
-    return spread(values, 1e3, digits)
-
-
-def _ms(point: dict) -> str:
+def step_ms(point: dict) -> str:
     return f"{point['step']['median'] * 1e3:.2f} ms" if "step" in point else point.get("error", "")
 
 
@@ -416,29 +403,5 @@ def _moved(point: dict) -> str:
 
 def _peer(point: dict) -> str:
     if not point.get("share"):
-        return _ms(point)
+        return step_ms(point)
     return f"{point['share']:.2f} ({point['step']['median'] * 1e3:.2f} ms)"
-
-
-def in_words(line: dict) -> str:
-    """What was measured, for the terminal."""
-    result = line["result"]
-    match line["workload"]:
-        case "attention":
-            return ", ".join(f"{p['shape']} {p['bytes'] / p['seconds'] / 1e9:.0f} GB/s" if "seconds" in p
-                             else f"{p['shape']} {p['error']}" for p in result["points"])  # fmt: skip
-        case "decode":
-            return ", ".join(f"{p['system']} {p['batch']} x {p['context']} {_ms(p)}" for p in result["points"])
-        case "first token":
-            parts = [f"{row['tokens']} {_spread_ms(row['own'])} ms" for row in result["prefill"] if "own" in row]
-            points = result["hits"].get("points", [])
-            parts += [f"{p['shared']} + {p['new']} found {_spread_ms(p['hit'])} ms" for p in points]
-            return ", ".join(parts) or "nothing"
-        case "batching":
-            return ", ".join(f"{row['system']} {row['requests']}: {row['tokens_per_second']['median']:.1f} tokens/s"
-                             if "tokens_per_second" in row else f"{row['system']} {row['error']}"
-                             for row in result["batches"])  # fmt: skip
-    return ", ".join(
-        f"{entry['name']} {entry['step'] * 1e3:.2f} ms, busy {entry['busy_share']:.0%}" if "step" in entry
-        else f"{entry['name']} {entry['error']}" for entry in result["entries"]
-    )  # fmt: skip

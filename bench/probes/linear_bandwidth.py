@@ -1,8 +1,8 @@
 """The products of a decoder layer alone: how much of the read bandwidth they reach with few rows.
 
-    python -m bench.linear_bandwidth                                     # tuned sizes and cuBLAS, every product
-    python -m bench.linear_bandwidth --products llama-2-7b/down --rows 1 --programs 2 4 6 8
-    python -m bench.linear_bandwidth --rows 16 32 --tile-n 64 128 --stages 3 4 5
+    python -m bench.probes.linear_bandwidth   # tuned sizes and cuBLAS, every product
+    python -m bench.probes.linear_bandwidth --products llama-2-7b/down --rows 1 --programs 2 4 6 8
+    python -m bench.probes.linear_bandwidth --rows 16 32 --tile-n 64 128 --stages 3 4 5
 
 Three ways: cuBLAS alone; cuBLAS with what stands around it in a layer (norm, gating, residual) as kernels of their own,
 which is what runs with more rows than 64; and our kernels, with all of it and rotary embedding inside for one row, with
@@ -26,8 +26,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bench.machine import conditions, limits
+from bench.machine import conditions
 from bench.measure import seconds
+from bench.probes.limits import limits
 from kv_strategies.kernels.linear import (
     Norm,
     Rotary,
@@ -135,7 +136,9 @@ def sweep(problem: Problem, args: argparse.Namespace) -> list[NamedTuple]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.linear_bandwidth", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.probes.linear_bandwidth", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--products", nargs="+", choices=PRODUCTS, default=list(PRODUCTS), metavar="NAME")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 32, 64])
     for name in dict.fromkeys(SIZES[True] + SIZES[False]):

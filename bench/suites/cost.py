@@ -12,15 +12,18 @@ exactly there. Window, int8 and fp8 are lossy token by token from the start, and
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from bench.cases import Bench
+from bench.case import Bench, Case
+from bench.lines import Found
+from bench.markdown import NONE, cell, table, unique
+from bench.systems import BLOCK_SIZE
+from bench.workload import Target, Workload, register
 
-BLOCK_SIZE = 16
+ROUNDING = 1e-7  # nats: differences of float32 logits alone
 
 # kind -> its settings: (row, strategy, options)
 SETTINGS_ON_GPU = {
@@ -116,3 +119,90 @@ def gpu_share(strategy, num_tokens: int) -> float:
 
     own = strategy.retention.num_blocks(num_tokens, 1, BLOCK_SIZE) * bytes_per_block(strategy.codec, strategy.placement)
     return own / (math.ceil(num_tokens / BLOCK_SIZE) * bytes_per_block(Plain(), OnDevice()))
+
+
+def cases(to: Target) -> Iterable[Case]:
+    """A case for each kind of setting; on a CPU in full, what a GPU would find, but for the hidden facts: these are
+    four fifths of the tokens."""
+    in_full = to.full and not to.on_gpu
+    sizes, kinds = (ON_GPU, SETTINGS_ON_GPU) if to.on_gpu or in_full else (ON_CPU, SETTINGS_ON_CPU)
+    if in_full:
+        sizes = sizes | {"needles": []}
+    for kind, settings in kinds.items():
+        yield to.case(kind, "float32", sizes | {"settings": settings}, timeout=3 * 3600 if in_full else 550)
+
+
+def tables(found: Found, model: str) -> str:
+    cases = [*found.of("cost", model).values()]
+    done = [line for line in cases if line["status"] == "ok"]
+    lengths = unique(tokens for line in done for row in line["result"]["rows"] for tokens in row.get("needles", ()))
+    rows = [
+        row
+        for line in cases
+        for row in (
+            [_row(row, lengths) for row in line["result"]["rows"]]
+            if line["status"] == "ok"
+            else [[line["system"], cell(line, str)]]
+        )
+    ]
+    head = ["setting", "perplexity", "of the baseline", "mean KL, nats", "same likeliest token"]
+    head += [f"needles found, {tokens} tokens" for tokens in lengths]
+    head += ["tokens read", "mass dropped: mean", "worst", "KV on the GPU, of paged bf16"]
+    return f"**Cost of the lossy strategies, {cases[0]['dtype']}**\n\n{_note(done)}\n\n" + table(head, rows)
+
+
+def _row(row: dict, lengths: Sequence[str]) -> list[str]:
+    if "error" in row:
+        return [row["label"], row["error"]]
+    needles = []
+    for tokens in lengths:
+        rates = row["needles"].get(tokens)
+        worst = f" (worst depth {min(rates.values()):.0%})" if rates else ""
+        needles.append(f"{sum(rates.values()) / len(rates):.0%}{worst}" if rates else NONE)
+    kept, mean, worst = (row[name] for name in ("kept_tokens_mean", "dropped_mass_mean", "dropped_mass_worst"))
+    return [
+        row["label"],
+        f"{row['perplexity']:.3f}",
+        f"{row['perplexity'] / row['baseline_perplexity'] - 1:+.2%}",
+        f"{row['mean_kl']:.2e}" if row["mean_kl"] > ROUNDING else "0 (rounding)",
+        f"{row['top1_agreement']:.1%}",
+        *needles,
+        f"{kept:.0f}" if kept else "all",
+        f"{mean:.2e}" if kept else NONE,
+        f"{worst:.2e}" if kept else NONE,
+        f"{row['gpu_share']:.3f}",
+    ]
+
+
+def _note(done: Sequence[dict]) -> str:
+    if not done:
+        return ""
+    result, params = done[-1]["result"], done[-1]["params"]
+    length = result["prompt"] + result["judged"] // result["texts"]
+    return (
+        f"Natural text, {result['texts']} stretches of {length + 1} tokens; judged are the last {result['judged']}, "
+        f"each behind at least {result['prompt']} others, against the native cache's logits. Top-N and mass are for "
+        "decode steps: the judged tokens were fed one at a time, and what is before them, like a needle's prompt, was "
+        "computed exactly. Window, int8 and fp8 are lossy from the first token on. KL: of the native cache's "
+        "next-token distribution from the strategy's. Needles: "
+        f"{len(params['depths'])} depths x {len(params['seeds'])} seeds, chat form, greedy. Tokens read: those whose V "
+        "a head reads in a step, on average; the mass is that of the softmax. KV on the GPU: bytes of a context of "
+        "this length in bfloat16, as a share of the plain block pool's; V on the host not counted."
+    )
+
+
+def _words(result: dict) -> str:
+    rows = [row for row in result["rows"] if "error" not in row]
+    return ", ".join(f"{row['label']}: KL {row['mean_kl']:.1e}" for row in rows)
+
+
+register(
+    Workload(
+        "cost",
+        run_cost,
+        "what lossy settings cost in perplexity, logits and facts found",
+        cases={"cost": cases},
+        tables=tables,
+        words=_words,
+    )
+)

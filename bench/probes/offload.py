@@ -1,8 +1,8 @@
 """Offload on a GPU: are the kernels right, what share of the link is reached, what does a step cost.
 
-    python -m bench.offload_probe                                 # Llama-2-7B shape, 16384 tokens, about a minute
-    python -m bench.offload_probe --layers 4 --context 4096       # quick
-    python -m bench.offload_probe --parts kernels tune
+    python -m bench.probes.offload   # Llama-2-7B shape, 16384 tokens, about a minute
+    python -m bench.probes.offload --layers 4 --context 4096   # quick
+    python -m bench.probes.offload --parts kernels tune
 
 Parts, each a few lines of the table: `kernels` compares top-N reads of page-locked V with the reference and times
 them, kernel by kernel, beside attention that reads all; `tune`, where asked for, sweeps their sizes; `link` streams
@@ -30,8 +30,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.machine import conditions, limits
+from bench.machine import conditions
 from bench.measure import seconds
+from bench.probes.limits import limits
 from kv_strategies import Request, Runner, build
 from kv_strategies.kernels import attention
 from kv_strategies.kernels.blocks import topn, triton_topn

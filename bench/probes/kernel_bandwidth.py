@@ -1,7 +1,7 @@
 """The decode kernel alone: how much of the device's read bandwidth it reaches, and a sweep of its sizes.
 
-    python -m bench.kernel_bandwidth                                      # the tuned constants, every shape
-    python -m bench.kernel_bandwidth --shapes mha-1x4096 --tile 32 64 --warps 4 8 --programs 2 3 4
+    python -m bench.probes.kernel_bandwidth   # the tuned constants, every shape
+    python -m bench.probes.kernel_bandwidth --shapes mha-1x4096 --tile 32 64 --warps 4 8 --programs 2 3 4
 
 A CUDA graph runs the kernel once a layer, over as many layers as it takes to leave the L2 cache behind; the median of
 its replays over the number of layers is the time of one attention, launch included. share = bytes of K and V (and
@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from bench.machine import conditions, limits
+from bench.machine import conditions
 from bench.measure import seconds
+from bench.probes.limits import limits
 from kv_strategies.kernels.blocks.triton_decode import Tuning, decode, tuning
 from kv_strategies.kernels.blocks.triton_decode_groups import suits
 from kv_strategies.step.plan import LayerStore, Plan

@@ -1,0 +1,132 @@
+"""Result lines: read, checked, written whole, and looked up. One line is one case, whatever became of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.markdown import unique
+
+SCHEMA = 1
+_TEXTS = ("suite", "workload", "system", "model", "dtype", "device", "time", "status", "commit")
+_TABLES = ("params", "machine", "versions")
+
+
+def read(folder: Path) -> list[dict]:
+    """All result lines of a folder, in the order they were written, file by file."""
+    return [line for path in sorted(folder.glob("*.jsonl")) for line in read_file(path)]
+
+
+def read_file(path: Path) -> list[dict]:
+    """
+    Raises:
+        ValueError: a line that is no JSON, or not of this schema; it says which.
+    """
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text: {error}") from None
+    lines = []
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number} is no JSON ({error.msg}, column {error.colno}): mend or delete it"
+            ) from None
+        if wrong := _wrong(line):
+            raise ValueError(f"{path}, line {number} is not a result of this bench: {wrong}")
+        lines.append(line)
+    return lines
+
+
+def _wrong(line: object) -> str | None:
+    if not isinstance(line, dict):
+        return f"a {type(line).__name__}, not an object"
+    if line.get("schema", SCHEMA) != SCHEMA:
+        return f"its schema is {line['schema']}, this bench reads {SCHEMA}"
+    wanted = [*[(name, str) for name in _TEXTS], *[(name, dict) for name in _TABLES]]
+    wanted.append(("result", dict) if line.get("status") == "ok" else ("error", str))
+    bad = [name for name, kind in wanted if not isinstance(line.get(name), kind)]
+    if "dirty" not in line:
+        bad.append("dirty")
+    if "machine" not in bad:
+        bad += [f"machine.{name}" for name in ("cpu", "cores", "threads") if name not in line["machine"]]
+    return f"without {', '.join(bad)}" if bad else None
+
+
+def append(path: Path, line: dict) -> None:
+    """Adds one line: all of it, or the file is as it was and an OSError says why."""
+    data = (json.dumps(line) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """A file that is as it was where writing fails: `write` is handed another name, which then takes its place."""
+    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def machine_of(line: dict) -> str:
+    about = line["machine"]
+    return about.get("gpu") or f"CPU: {about['cpu']}, {about['cores']} cores"
+
+
+@dataclass(frozen=True)
+class Key:
+    workload: str
+    system: str
+    model: str
+    dtype: str
+
+
+class Found:
+    """The lines of one machine. Of several runs of a case the latest counts."""
+
+    def __init__(self, lines: list[dict]) -> None:
+        latest: dict[Key, dict] = {}
+        for line in sorted(lines, key=lambda line: line["time"]):
+            latest[Key(line["workload"], line["system"], line["model"], line["dtype"])] = line
+        self.lines = list(latest.values())
+        limits = [line for line in lines if line["workload"] == "machine" and line["status"] == "ok"]
+        self._every_limit = sorted(limits, key=lambda line: line["time"])
+        #: what this machine can do at best, in bytes/s, as measured last
+        self.limits: dict[str, float] = self._every_limit[-1]["result"].get("limits", {}) if limits else {}
+
+    @property
+    def on_gpu(self) -> bool:
+        return any("gpu" in line["machine"] for line in self.lines)
+
+    def models(self) -> list[str]:
+        return unique(line["model"] for line in self.lines if line["workload"] != "machine")
+
+    def dtypes(self, workload: str, model: str) -> list[str]:
+        own = [line for line in self.lines if line["workload"] == workload and line["model"] == model]
+        return unique(line["dtype"] for line in own)
+
+    def of(self, workload: str, model: str, dtype: str | None = None) -> dict[str, dict]:
+        """System -> its line."""
+        found = [line for line in self.lines if line["workload"] == workload and line["model"] == model]
+        return {line["system"]: line for line in found if dtype is None or line["dtype"] == dtype}
+
+    def share(self, line: dict, rate: float) -> float | None:
+        """Of a rate in bytes/s: what it is of the read bandwidth measured last before this line."""
+        before = [limit for limit in self._every_limit if limit["time"] <= line["time"]]
+        return rate / before[-1]["result"]["limits"]["read"] if before else None

@@ -1,0 +1,45 @@
+"""From result lines to tables, plots and the README's table (`python -m bench report`). Nothing is typed.
+
+Every machine has its own section, every model its own tables. Of several runs of the same case the latest counts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench import lines, machine
+from bench.lines import write_whole
+from bench.report import page, plots, readme
+
+RESULTS = machine.ROOT / "bench" / "results"
+README = machine.ROOT / "README.md"
+COMPARISON = ("default", "equality")  # suites that make comparison_table.md; any other makes <suite>_table.md
+
+
+def write(folder: Path = RESULTS) -> Path:
+    """Writes the tables and plots of all lines in `folder` there. Returns the path of the comparison table.
+
+    Raises:
+        ValueError: a line that is no result; nothing is written then.
+        OSError: a file that cannot be written; it is as it was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found = lines.read(folder)
+    compared = [line for line in found if line["suite"] in COMPARISON]
+    pages = {"default": page.render(compared, "Comparison of KV-cache strategies")}
+    for suite in sorted({line["suite"] for line in found} - set(COMPARISON)):
+        own = [line for line in found if line["suite"] == suite]
+        pages[suite] = page.render(own, f"Suite {suite}", f"`make bench SUITE={suite}`")
+    for suite, text in pages.items():
+        write_whole(page_of(suite, folder), lambda path, text=text: path.write_text(text))
+    plots.comparison(compared, folder)
+    plots.cost(found, folder)
+    if folder.resolve() == RESULTS:
+        text = readme.with_headline(README.read_text(), found, compared)
+        write_whole(README, lambda path: path.write_text(text))
+    return page_of("default", folder)
+
+
+def page_of(suite: str, folder: Path) -> Path:
+    """Where the tables of a suite stand."""
+    return folder / ("comparison_table.md" if suite in COMPARISON else f"{suite}_table.md")

@@ -1,0 +1,75 @@
+"""The main table: every system with its memory, its speed, and what it can do. One machine, one model, one dtype."""
+
+from __future__ import annotations
+
+from bench.lines import Found
+from bench.markdown import NONE, cell, spread, table, unique
+
+GENERATE_BATCH_NOTE = (
+    "`generate_batch` runs on torch's SDPA here. With the flash-attn package it is several times faster upstream "
+    "(1373 to 6729 tokens/s in transformers #42839)."
+)
+
+
+def comparison(found: Found, model: str, dtype: str) -> str:
+    throughput, context = found.of("throughput", model, dtype), found.of("context", model, dtype)
+    accuracy = found.of("accuracy", model, "float32") or found.of("accuracy", model)
+    hits = {
+        system: line
+        for workload in ("accuracy", "sharing")
+        for system, line in found.of(workload, model).items()
+        if "hit_rate" in line.get("result", {})
+    }
+    systems = unique([*throughput, *context])
+    if not throughput:
+        return ""
+    rows = []
+    for system in systems:
+        line = throughput.get(system)
+        rows.append(
+            [
+                system,
+                cell(line, lambda result: f"{result['peak'] / 1e9:.2f}"),
+                cell(line, lambda result: spread(result["tokens_per_second"], 1, 1)),
+                cell(accuracy.get(system), lambda result, system=system: _equality(result, system)),
+                _beyond_4k(context, system),
+                cell(hits.get(system), lambda result: f"{result['hit_rate']:.0%} of repeated prompts"),
+            ]
+        )
+    sample = next((line["result"] for line in throughput.values() if line["status"] == "ok"), None)
+    params = next(iter(throughput.values()))["params"]
+    lengths, new_tokens = params["lengths"], params["new_tokens"]
+    text = f"Batch: {len(lengths)} requests of {min(lengths)} to {max(lengths)} tokens, {new_tokens} new each, greedy."
+    if sample:
+        text += f" Weights: {sample['parameter_bytes'] / 1e9:.2f} GB."
+    peak = "`torch.cuda.max_memory_allocated`" if found.on_gpu else "peak resident size of the process"
+    text += f" Peak memory: {peak}, weights included. Throughput: generated tokens over total time, median"
+    text += " (smallest to largest)."
+    if any(line["status"] == "ok" for system, line in throughput.items() if system == "generate_batch"):
+        text += " " + GENERATE_BATCH_NOTE
+    head = ["system", "peak memory (GB)", "throughput (tokens/s)", "equal to baseline", "handles > 4k tokens"]
+    return f"**All systems, {dtype}**\n\n{text}\n\n" + table([*head, "shared across requests"], rows)
+
+
+def _beyond_4k(context: dict[str, dict], system: str) -> str:
+    def points(line: dict | None) -> dict[int, dict]:
+        ran = line["result"]["points"] if line and line["status"] == "ok" else []
+        return {point["context"]: point for point in ran if point["context"] > 4096}
+
+    line, own, native = context.get(system), points(context.get(system)), points(context.get("baseline"))
+    if not own:
+        return cell(line, lambda result: NONE)
+    done = [length for length, point in own.items() if "error" not in point]
+    if not done:
+        return "; ".join(f"{length}: {point['error']}" for length, point in own.items())
+    length = max(done)
+    same = system != "baseline" and own[length]["tokens"] == native.get(length, {}).get("tokens")
+    return f"yes, {length}" + (", tokens as baseline" if same else "")
+
+
+def _equality(result: dict, system: str) -> str:
+    if result["divergence"] is None:
+        return "yes" if system != "baseline" else "yes (padded batch)"
+    text = f"{result['identical']} of {result['prompts']} prompts"
+    margin = result["divergence"]["margin"]
+    return text if margin is None else f"{text}; margin {margin:.2g}"

@@ -1,0 +1,55 @@
+"""The README's picture and tables, from the machine and model that show most."""
+
+from __future__ import annotations
+
+from bench.lines import Found, machine_of
+from bench.report.claims import claims
+from bench.report.comparison import comparison
+from bench.report.plots import picture_of
+from bench.suites.limit.table import headline
+
+MARKS = ("<!-- made by make report -->", "<!-- end -->")
+
+
+def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
+    """The README with its picture and table, between the two marks, made anew: from the largest model on a GPU among
+    the lines `compared`, else from what there is."""
+    throughput = [line for line in compared if line["workload"] == "throughput" and line["status"] == "ok"]
+    if not throughput:
+        return readme
+    best = max(throughput, key=lambda line: ("gpu" in line["machine"], line["result"]["parameter_bytes"]))
+    found = Found([line for line in compared if machine_of(line) == machine_of(best)])
+    model, dtype, picture = best["model"], best["dtype"], picture_of(best["device"], best["model"], best["dtype"])
+    text = [
+        f"![{model}: throughput, memory and decode step](bench/results/{picture})",
+        f"{model} ({dtype}) on {machine_of(best)}. All tables, conditions and losses: "
+        "[bench/results/comparison_table.md](bench/results/comparison_table.md).",
+        comparison(found, model, dtype).split("\n\n", 1)[1],
+    ]
+    if limit := _newest_on_a_gpu(lines, "limit", model):
+        text += [
+            f"Against the limits of the card: {model}, bfloat16, rows x tokens of context, on {machine_of(limit[-1])} "
+            "(`make bench SUITE=limit`; the whole table, attention alone and query groups in it: "
+            "[bench/results/limit_table.md](bench/results/limit_table.md); what is missed and why: "
+            "[bench/limit_notes.md](bench/limit_notes.md)).",
+            headline(Found(limit), model),
+        ]
+    if measured := _newest_on_a_gpu(lines, "strategies", model):
+        text += [
+            f"What each strategy is for, on {machine_of(measured[-1])}, against the figure it was built to reach, both "
+            "sides of a ratio in one process (`make bench SUITE=strategies`, "
+            "[bench/results/strategies_table.md](bench/results/strategies_table.md)):",
+            claims(Found(measured), model),
+        ]
+    begin, rest = readme.split(MARKS[0])
+    _, end = rest.split(MARKS[1])
+    return "\n\n".join([begin + MARKS[0], *text, MARKS[1] + end])
+
+
+def _newest_on_a_gpu(lines: list[dict], suite: str, model: str) -> list[dict]:
+    """The lines of a suite on the GPU that ran it on `model` last, oldest first; none where none did."""
+    ran = [line for line in lines if line["suite"] == suite and "gpu" in line["machine"]]
+    measured = [line for line in ran if line["model"] == model and line["status"] == "ok"]
+    newest = max(measured, key=lambda line: line["time"], default=None)
+    own = [line for line in ran if newest is not None and machine_of(line) == machine_of(newest)]
+    return sorted(own, key=lambda line: line["time"])

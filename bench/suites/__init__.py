@@ -1,0 +1,13 @@
+"""What is measured: a suite is a folder or a file, a workload a file in it; see `../workload.py` for what that holds.
+
+| suite        | asks                                                                                      |
+|--------------|-------------------------------------------------------------------------------------------|
+| `default`    | memory, speed and correctness of every strategy and of the native caches                  |
+| `equality`   | tokens of 64 ragged prompts, 128 new each, in float32 and on a GPU in bfloat16            |
+| `strategies` | what each strategy is for, against what it must reach                                     |
+| `cost`       | perplexity, logits and retrieval of every lossy setting                                   |
+| `limit`      | decode, prefill and batching held against the limits of the machine, profiles of the step |
+
+`python -m bench workloads` prints the questions. Accuracy and speed are separate cases. Importing `all.py` makes all of
+them known.
+"""

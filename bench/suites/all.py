@@ -1,0 +1,8 @@
+"""Importing this makes all workloads of ours known, in the order of their tables and of the cases of a suite."""
+
+# isort: off
+from bench.suites import machine  # noqa: F401
+from bench.suites.default import throughput, latency, busy, tokens, sharing, pressure  # noqa: F401
+from bench.suites.strategies import prefix, fan_out, window, offload, eight_bits, stream  # noqa: F401
+from bench.suites import cost  # noqa: F401
+from bench.suites.limit import attention, decode, first_token, profile, batching  # noqa: F401
