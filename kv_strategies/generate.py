@@ -22,6 +22,7 @@ from .kernels.linear import Rotary
 from .paged import BlockTable, OutOfBlocks
 from .step import fused
 from .step.plan import Plan, PlanBuffer
+from .step.upstream import takes_cache
 from .strategy import Strategy
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class AttendingCache(Cache):
     def _stack(self) -> FusedStack | StackStep | None:
         return self.strategy.stack
 
-    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
+    @takes_cache
+    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, cache, position_ids) -> None:
         """Called in place of `create_causal_mask`: nothing to do where the plan is there already."""
 
     def attend(
@@ -87,6 +89,11 @@ class AttendingCache(Cache):
     def is_croppable(self) -> bool:
         return True
 
+    @property
+    def is_linear(self) -> list[bool]:
+        # generate() skips what is cached unless all layers are linear, as all are of a cache that lists none.
+        return [False] * len(self.strategy.shape.layer_devices)
+
 
 class StrategyCache(AttendingCache):
     """The cache of one `generate()` call: a block table a row. Made by `Strategy.cache`."""
@@ -106,7 +113,8 @@ class StrategyCache(AttendingCache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
-    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
+    @takes_cache
+    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, cache, position_ids) -> None:
         """Find room for the new tokens and say where everything lives. Same keywords as `create_causal_mask`."""
         self._check_supported(attention_mask)
         num_rows, num_columns = inputs_embeds.shape[:2]
@@ -256,10 +264,11 @@ class PromptCache(StrategyCache):
             strategy.truncate(table, seen[self.num_columns - 1] if self.num_columns else 0)
         self._is_first = True
 
-    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
+    @takes_cache
+    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, cache, position_ids) -> None:
         if self._prompts and self._is_first:
             self._start(*inputs_embeds.shape[:2])
-        super().plan_forward(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        super().plan_forward(config, inputs_embeds, attention_mask, cache, position_ids)
         if self._prompts and not self._is_fed(inputs_embeds, position_ids):
             self.reset()
             raise ValueError(

@@ -31,6 +31,7 @@ from .step.graphs import StepGraphs
 from .step.plan import Plan, PlanBuffer
 from .step.requests import Event, Output, Request, Result
 from .step.sampling import sample, to_device
+from .step.upstream import with_cache
 from .strategy import Strategy, Suspended
 
 
@@ -407,8 +408,8 @@ def forward(model, cache: AttendingCache, plan: Plan, input_ids: Tensor, last: T
     inputs = {
         "input_ids": input_ids[None],
         "position_ids": plan.positions[None],
-        "past_key_values": cache,
         "use_cache": True,
+        **with_cache(cache),
     }
     head = fused.head_of(model) if cache.strategy.fused else None
     if head is None:

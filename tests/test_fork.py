@@ -19,6 +19,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig
 
 import fork
+from kv_strategies.step.upstream import CACHE, with_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = "src/transformers/models/llama/modeling_llama.py"
@@ -600,8 +601,8 @@ def test_the_imported_transformers_is_patched():
     from transformers.models.llama import modeling_llama
 
     text = Path(modeling_llama.__file__).read_text()
-    assert f'hasattr(past_key_values, "attend")' in text
-    assert f'getattr(past_key_values, "plan_forward", create_causal_mask)' in text
+    assert f'hasattr({CACHE}, "attend")' in text
+    assert f'getattr({CACHE}, "plan_forward", create_causal_mask)' in text
 
 
 def test_without_a_strategy_the_patched_model_is_upstream_to_the_bit(real, real_archive, tmp_path):
@@ -632,9 +633,9 @@ def test_without_a_strategy_the_patched_model_is_upstream_to_the_bit(real, real_
         with torch.inference_mode():
             plain = model(ids, use_cache=False).logits
             cache = DynamicCache(config=config)
-            first = model(ids, attention_mask=mask, past_key_values=cache).logits
+            first = model(ids, attention_mask=mask, **with_cache(cache)).logits
             longer = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
-            second = model(ids[:, :1], attention_mask=longer, past_key_values=cache).logits
+            second = model(ids[:, :1], attention_mask=longer, **with_cache(cache)).logits
         outcomes[name] = (plain, first, second, *(t for layer in cache.layers for t in (layer.keys, layer.values)))
     assert len(outcomes["upstream"]) == 7
     for upstream, patched in zip(outcomes["upstream"], outcomes["patched"], strict=True):
