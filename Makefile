@@ -79,6 +79,9 @@ test-upstreams: install model  ## run the equality tests on every release of pat
 	  PYTHONPATH=$(CURDIR)/$$tree/src:$${PYTHONPATH:-$(CURDIR)} OMP_NUM_THREADS=$(TEST_THREADS) \
 	    $(python) -m pytest -m upstream $(if $(filter-out 0,$(JOBS)),-n $(JOBS)) $(ARGS); done
 
+upstream-news: install  ## which releases are newer than the tested ones, and whether the patches and tests fit them
+	@$(python) patches/news.py
+
 lint: install  ## check style with ruff
 	@$(python) -m ruff check . && $(python) -m ruff format --check .
 
