@@ -36,5 +36,5 @@ if __name__ == "__main__":
     strategy = build("every4", model, num_blocks=64, recent=24, block_size=8)
     ids = tokenizer("In the beginning God created the heaven and the earth.", return_tensors="pt").input_ids
     cache = strategy.cache()
-    out = model.generate(ids, past_key_values=cache, max_new_tokens=60, do_sample=False)
+    out = model.generate(ids, cache=cache, max_new_tokens=60, do_sample=False)
     print(tokenizer.decode(out[0]), f"\n{out.shape[1]} tokens, in the block table {cache.tables[0].blocks}")

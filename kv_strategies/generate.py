@@ -19,6 +19,7 @@ from .paged import BlockTable, OutOfBlocks
 from .step.forward import AttendingCache, forward
 from .step.graphs import StackGraphs, StackStep
 from .step.plan import PlanBuffer
+from .step.upstream import takes_cache
 from .strategy import Strategy
 
 _PRELOAD_CHUNK = 2048  # tokens in a forward
@@ -105,7 +106,8 @@ class StrategyCache(AttendingCache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
-    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
+    @takes_cache
+    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, cache, position_ids) -> None:
         """Find room for the new tokens and say where everything lives. Same keywords as `create_causal_mask`."""
         self._check_supported(attention_mask)
         num_rows, num_columns = inputs_embeds.shape[:2]
@@ -270,10 +272,11 @@ class PromptCache(StrategyCache):
             strategy.truncate(table, seen[self.num_columns - 1] if self.num_columns else 0)
         self._is_first = True
 
-    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
+    @takes_cache
+    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, cache, position_ids) -> None:
         if self._prompts and self._is_first:
             self._start(*inputs_embeds.shape[:2])
-        super().plan_forward(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        super().plan_forward(config, inputs_embeds, attention_mask, cache, position_ids)
         if self._prompts and not self._is_fed(inputs_embeds, position_ids):
             self.reset()
             raise ValueError(

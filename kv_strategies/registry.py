@@ -289,7 +289,7 @@ def check_model(model: LlamaForCausalLM) -> None:
             f"the model is of type {kind!r} ({type(model).__name__}), and only LlamaForCausalLM is patched; "
             "kv_strategies.models.load_model converts Qwen and Qwen2 weights"
         )
-    if "attend" not in LlamaAttention.forward.__code__.co_names:
+    if "attend" not in inspect.unwrap(LlamaAttention.forward).__code__.co_names:  # behind upstream's decorators
         raise RuntimeError(
             f"transformers {transformers.__version__} is installed without the patches; "
             "run `make patch`, or `pip install -e transformers-dev`"

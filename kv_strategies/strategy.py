@@ -90,9 +90,10 @@ class Strategy:
     # --- the doors
 
     def cache(self, input_ids: Any = None, attention_mask: Tensor | None = None, salt: str = "") -> Cache:
-        """A cache for one call of `generate()`: `model.generate(ids, past_key_values=strategy.cache())`.
+        """A cache for one call of `generate()`: `model.generate(ids, cache=strategy.cache())`.
 
-        It gives its blocks back when it is no longer referenced.
+        It gives its blocks back when it is no longer referenced. Before Transformers 5.24 the keyword is
+        `past_key_values`.
 
         Args:
             input_ids: [B, n] the prompt, so that tokens another request has computed are skipped; or what a tokenizer

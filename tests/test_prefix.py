@@ -24,6 +24,7 @@ from kv_strategies.paged import BlockPool, BlockTable, OutOfBlocks
 from kv_strategies.prefix import PrefixCache
 from kv_strategies.step import plan
 from kv_strategies.step.store import BlockStore, block_bytes, views_of
+from kv_strategies.step.upstream import with_cache
 from kv_strategies.tiers import saved
 from kv_strategies.tiers.lower import LowerTiers
 
@@ -527,7 +528,7 @@ def test_generate_gives_the_tokens_of_the_native_cache(mode):
 
     def run(cache):
         torch.manual_seed(7)
-        return DEEP.generate(**given, past_key_values=cache, max_new_tokens=12, **options)
+        return DEEP.generate(**given, **with_cache(cache), max_new_tokens=12, **options)
 
     expected = run(DynamicCache(config=DEEP.config))
     skipped = []
@@ -553,7 +554,7 @@ def test_generate_and_the_runner_share():
     expected = DEEP.generate(**given, max_new_tokens=5)
     cache = strategy.cache(**given)
     assert cache.get_seq_length() == 48
-    assert torch.equal(DEEP.generate(**given, past_key_values=cache, max_new_tokens=5), expected)
+    assert torch.equal(DEEP.generate(**given, **with_cache(cache), max_new_tokens=5), expected)
     assert strategy.cache(**given, salt="other").get_seq_length() == 0
 
 
@@ -564,7 +565,7 @@ def test_a_whole_hit_leaves_a_token_to_compute():
     for skipped in (0, 44):
         cache = strategy.cache(**given)
         assert cache.get_seq_length() == skipped
-        assert torch.equal(DEEP.generate(**given, past_key_values=cache, max_new_tokens=5), expected)
+        assert torch.equal(DEEP.generate(**given, **with_cache(cache), max_new_tokens=5), expected)
 
 
 def test_other_tokens_than_announced_are_refused_and_poison_nothing():
@@ -575,15 +576,15 @@ def test_other_tokens_than_announced_are_refused_and_poison_nothing():
     for other in (fed, shorter, masked, inputs([*STEM[:49], STEM[49] + 1])):
         for _ in range(2):  # cold, and with a hit
             with pytest.raises(ValueError, match=r"feeds other tokens|attention mask"):
-                DEEP.generate(**other, past_key_values=strategy.cache(**told), max_new_tokens=3)
+                DEEP.generate(**other, **with_cache(strategy.cache(**told)), max_new_tokens=3)
             strategy.check_integrity()
             assert strategy.stats()["blocks_used"] == 0
             expected = DEEP.generate(**told, max_new_tokens=3)
-            again = DEEP.generate(**told, past_key_values=strategy.cache(**told), max_new_tokens=3)
+            again = DEEP.generate(**told, **with_cache(strategy.cache(**told)), max_new_tokens=3)
             assert torch.equal(again, expected)
         strategy.reset()
     with pytest.raises(ValueError, match="at other positions"), torch.no_grad():
-        DEEP(told["input_ids"], position_ids=torch.arange(50)[None] + 3, past_key_values=strategy.cache(**told))
+        DEEP(told["input_ids"], position_ids=torch.arange(50)[None] + 3, **with_cache(strategy.cache(**told)))
     with pytest.raises(ValueError, match="input_ids \\[B, n\\]"):
         strategy.cache(told["input_ids"], torch.ones(1, 3))
 
@@ -599,7 +600,7 @@ def test_a_failed_forward_publishes_nothing(monkeypatch):
 
     monkeypatch.setattr(type(strategy), "attend", fail)
     with pytest.raises(RuntimeError, match="as if"):
-        DEEP.generate(**given, past_key_values=strategy.cache(**given), max_new_tokens=3)
+        DEEP.generate(**given, **with_cache(strategy.cache(**given)), max_new_tokens=3)
     assert strategy.stats()["blocks_free"] == 100
 
 
