@@ -566,6 +566,8 @@ def changed_lines(path: Path) -> list[str]:
 
 def test_the_pin_is_the_newest_tested_release():
     assert fork.Fork(ROOT).pin() == RELEASES[0].pin
+    readme = (ROOT / "README.md").read_text()
+    assert all(release.pin.version in readme for release in RELEASES)
     assert {path.parent.name for path in (ROOT / "patches").glob("*/series")} == set(SERIES)
 
 
