@@ -168,6 +168,11 @@ class Fork:
             digest.update(b"\0" + path.read_bytes())
         return digest.hexdigest()
 
+    def places_of(self, release: Release) -> Release:
+        """The release whose line numbers and file ids the series has: the newest of those that share it."""
+        tested = self.tested()
+        return next(one for one in tested if one.folder == release.folder) if release in tested else release
+
     def built_on(self) -> Release:
         """What the tree was built on."""
         return self.release(self.recorded("upstream") or None)
@@ -220,8 +225,12 @@ class Fork:
             exported = self.export()
             present = {path.name: path.read_bytes() for path in sorted(folder.glob("[0-9]*.patch"))}
             present["series"] = (folder / "series").read_bytes()
+            but = "byte for byte"
+            if (places_of := self.places_of(release)) != release:
+                exported = {name: keep_places(present.get(name), text) for name, text in exported.items()}
+                but = f"but for line numbers, which are those of {places_of.pin}"
             if exported == present:
-                print(f"patches/{folder.name} holds the {len(exported) - 1} commits of {TREE}, byte for byte")
+                print(f"patches/{folder.name} holds the {len(exported) - 1} commits of {TREE}, {but}")
             elif check:
                 sys.stdout.write(difference(f"patches/{folder.name}", present, exported))
                 raise ForkError(
@@ -501,6 +510,16 @@ def does_not_apply(path: Path, release: Release, said: str) -> str:
     where = re.search(r"patch failed: (.+):(\d+)", said)
     place = f" at {where[1]}, line {where[2]}" if where else ""
     return f"patches/{path.parent.name}/{path.name} does not apply to {release.pin}{place}:\n{indent(said.strip())}"
+
+
+def keep_places(present: bytes | None, exported: bytes) -> bytes:
+    """The patch as it is present, where the exported one differs from it in line numbers and file ids alone."""
+
+    def without_places(patch: bytes) -> bytes:
+        patch = re.sub(rb"^index [0-9a-f]+\.\.[0-9a-f]+", b"index", patch, flags=re.MULTILINE)
+        return re.sub(rb"^@@ -\d+(,\d+)? \+\d+(,\d+)? @@", rb"@@ -0\1 +0\2 @@", patch, flags=re.MULTILINE)
+
+    return present if present and without_places(present) == without_places(exported) else exported
 
 
 def difference(folder: str, present: dict[str, bytes], exported: dict[str, bytes]) -> str:

@@ -487,6 +487,28 @@ def test_refresh_writes_to_the_series_that_the_tree_was_built_with(two_releases)
     assert "up to date" in two_releases.patch("--upstream", "1.0")
 
 
+def test_a_series_has_the_line_numbers_of_the_newest_of_its_releases(checkout):
+    upstreams = checkout.patches / "upstreams.txt"
+    newest = (checkout.patches / "upstream.txt").read_text()
+    sdist = checkout.archive("0.9", ["line 0", *checkout.lines()])
+    upstreams.write_text(f"{upstreams.read_text()}1.0  {(checkout.patches / 'upstream.txt').read_text()}")
+    (checkout.patches / "upstream.txt").write_text(newest)
+    before = {path.name: path.read_bytes() for path in checkout.folder.iterdir()}
+    checkout.patch("--upstream", "0.9", "--sdist", sdist)
+    assert "those of made-up 1.0" in checkout.run("refresh", "--check").stdout
+    checkout.run("refresh")
+    assert {path.name: path.read_bytes() for path in checkout.folder.iterdir()} == before
+    checkout.git("commit", "--quiet", "--amend", "--message", "Say more in line 30, by hand")
+    assert "+Subject: [PATCH] Say more in line 30, by hand" in checkout.attempt("refresh", "--check").stdout
+    checkout.run("refresh")
+    assert (checkout.folder / FIRST).read_bytes() == before[FIRST]
+    assert "@@ -28,7 +28,7 @@" in (checkout.folder / "0002-Say-more-in-line-30-by-hand.patch").read_text()
+    checkout.patch()
+    checkout.run("refresh")  # on the newest again: its numbers
+    assert "@@ -27,7 +27,7 @@" in (checkout.folder / "0002-Say-more-in-line-30-by-hand.patch").read_text()
+    checkout.run("refresh", "--check")
+
+
 def test_every_release_is_patched_with_its_series(two_releases):
     trees = two_releases.run("upstreams", "--into", two_releases.root / "build").stdout.split()
     texts = [Path(tree, "src/model.py").read_text() for tree in trees]
@@ -544,6 +566,8 @@ def changed_lines(path: Path) -> list[str]:
 
 def test_the_pin_is_the_newest_tested_release():
     assert fork.Fork(ROOT).pin() == RELEASES[0].pin
+    readme = (ROOT / "README.md").read_text()
+    assert all(release.pin.version in readme for release in RELEASES)
     assert {path.parent.name for path in (ROOT / "patches").glob("*/series")} == set(SERIES)
 
 
