@@ -187,6 +187,14 @@ class BlockTable:
             self._size = wanted
         return copies
 
+    def retract(self, num_tokens: int, copies: Iterable[tuple[int, int]]) -> None:
+        """Undo an `append` to a table of `num_tokens` tokens whose copies, those that it returned, were not made."""
+        self.truncate(num_tokens)
+        for shared, own in copies:
+            self.pool.share(shared)
+            self.pool.release(own)
+            self._ids[self._size - 1] = shared
+
     def row(self, num_new: int) -> Row:
         """What a forward over the last `num_new` tokens has to know. Valid until the table changes."""
         return Row(self.blocks, self.num_tokens, num_new)
@@ -231,36 +239,37 @@ class BlockTable:
             self._ids[first:last] = NULL_BLOCK
         self._dropped = ranges
 
-    def cut(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Close the gap of the dropped blocks first..last - 1: the tokens behind it move down by as many places.
-
-        Their keys are about to be changed with their indices, so blocks that somebody else holds as well are replaced
-        by own ones.
+    def own_blocks(self, first: int) -> list[tuple[int, int]]:
+        """Take own blocks for those from index `first` on that somebody else holds as well. They are in the table once
+        their contents are copied, see `swap`.
 
         Returns:
-            (source, destination) blocks to copy.
+            (shared, own) blocks.
 
         Raises:
-            OutOfBlocks: not enough free blocks for the own ones; the table is as it was.
+            OutOfBlocks: there are fewer; nothing was changed.
         """
-        pool = self.pool
+        shared = [int(block) for block in self.blocks[first:] if block >= 0 and self.pool.ref_counts[block] > 1]
+        return list(zip(shared, self.pool.allocate_run(len(shared)), strict=True))
+
+    def swap(self, copies: Iterable[tuple[int, int]]) -> None:
+        """Put own blocks in the place of shared ones."""
+        for shared, own in copies:
+            self._ids[: self._size][self.blocks == shared] = own
+            self.pool.release(shared)
+
+    def cut(self, first: int, last: int) -> None:
+        """Close the gap of the dropped blocks first..last - 1: the tokens behind it move down by as many indices.
+
+        Their keys are about to be changed with them, so no block behind the gap may be somebody else's as well.
+        """
         assert (self._ids[first:last] == NULL_BLOCK).all(), "only dropped blocks can be cut out"
-        if self.num_shared(last) > pool.num_free:
-            raise OutOfBlocks(f"{self.num_shared(last)} shared blocks must be copied and {pool.num_free} are free")
-        copies = []
-        for index in range(last, self._size):
-            source = int(self._ids[index])
-            if pool.ref_counts[source] == 1:
-                continue
-            self._ids[index] = pool.allocate(after=int(self._ids[index - 1]) if index else NULL_BLOCK)
-            pool.release(source)
-            copies.append((source, int(self._ids[index])))
+        assert not self.num_shared(last), "keys that somebody else reads would be turned"
         self._ids = np.delete(self._ids, slice(first, last))
         self._size -= last - first
-        self.num_tokens -= (last - first) * pool.block_size
-        self.num_cut += (last - first) * pool.block_size
+        self.num_tokens -= (last - first) * self.pool.block_size
+        self.num_cut += (last - first) * self.pool.block_size
         self._dropped = ()
-        return copies
 
     def num_shared(self, first: int) -> int:
         """Blocks from table position `first` on that somebody else holds as well."""

@@ -54,9 +54,9 @@ class AttendingCache(Cache):
     @property
     def decoder_layers(self):
         """The stack that `LlamaModel` runs: the strategy's own, in one piece, or the plain layers."""
-        stack = self._stack()
+        stack, model = self._stack(), self.strategy.model
         if stack is None or fused.is_observed():
-            return self.strategy.model.model.layers
+            return model.model.layers[: model.config.num_hidden_layers]
         return [stack]
 
     def _stack(self) -> Callable[..., Tensor] | None:

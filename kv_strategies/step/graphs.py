@@ -115,7 +115,7 @@ class StepGraphs:
             input_ids = inputs["input_ids"] if "input_ids" in inputs else self._last_token[seats]
             logits = forward(cache, plan, input_ids, inputs.get("last", 0))
             tokens = greedy(logits)
-            self._last_token[seats] = tokens
+            self._last_token[seats] = tokens.clamp(min=0)  # no embedding is looked up for a row that has failed
             return logits, tokens
 
         _warm_up(step, self._stream)  # all is padding still, which reads and stores nothing
