@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,8 @@ _NUMBER = re.compile(r"[+-]?\d+\.\d+(?:e[+-]?\d+)?")
 
 #: Runs the blocks of the pages given as JSON on standard input, and says what each of them printed.
 _RUN = """
-import contextlib, io, json, sys
+import contextlib, io, json, sys, warnings
+warnings.filterwarnings("error", "`.*` is deprecated", FutureWarning)
 def run(page, blocks):
     names, printed = {"__name__": page}, []
     for line, source in blocks:
@@ -59,7 +61,7 @@ class Block(NamedTuple):
 def blocks(page: Path) -> list[Block]:
     text, found = page.read_text(), []
     matches = list(_FENCED.finditer(text))
-    for match, behind in zip(matches, [*matches[1:], None], strict=True):
+    for match, behind in zip_longest(matches, matches[1:]):
         has_output = behind and behind[1] == "text" and not text[match.end() : behind.start()].strip()
         line = text[: match.start()].count("\n") + 1
         found.append(Block(match[1], line, match[2], behind[2] if has_output else None))
@@ -89,7 +91,7 @@ def printed() -> dict[str, list[str]]:
     pages = {
         str(page): [(block.line, block.source) for block in found] for page in PAGES if (found := of_kind("python", page))
     }
-    command = [sys.executable, "-W", "error:`.*` is deprecated:FutureWarning", "-c", _RUN]
+    command = [sys.executable, "-c", _RUN]
     run = subprocess.run(command, input=json.dumps(pages), capture_output=True, text=True, env=environment())
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout)
@@ -100,7 +102,7 @@ def test_python(page, printed):
     for block, found in zip(of_kind("python", page), printed[str(page)], strict=True):
         where = f"{page.name}, line {block.line}, printed:\n{found}"
         if block.output is None:
-            assert not re.search(r"^\w+(Error|Exception|Blocks): ", found, re.MULTILINE), where
+            assert not re.search(r"^\w+(Error|Exception|Warning|Blocks): ", found, re.MULTILINE), where
         else:
             assert same(block.output, found), where
 
@@ -154,3 +156,24 @@ def test_every_figure_key_is_explained():
         keys |= set(build(name, model, num_blocks=4, **options).stats())
     explained = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/stats.md").read_text(), re.MULTILINE)
     assert set(explained) == keys and len(explained) == len(keys)
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_measured_rows_stand_in_the_results(page):
+    """Each row under "Measured", and on to the end of its page, is one of a results table that is linked there."""
+    measured = page.read_text().partition("\n## Measured\n")[2]
+    results = [page.parent / target for target in _LINK.findall(measured) if "bench/results/" in target]
+    known = [_cells(line) for path in results for line in path.read_text().splitlines() if line.startswith("|")]
+    for line in measured.splitlines():
+        if line.startswith("|"):
+            assert any(_is_within(_cells(line), row) for row in known), f"{page.name}: no longer in the results: {line}"
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|\n").split("|")]
+
+
+def _is_within(cells: list[str], row: list[str]) -> bool:
+    """Whether a row has these cells, in this order."""
+    rest = iter(row)
+    return all(cell in rest for cell in cells)
