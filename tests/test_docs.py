@@ -1,8 +1,8 @@
 """The pages run: what they show as Python, as a shell line or as output is what happens.
 
 A page's ```python blocks run in order, in one namespace. A ```text block behind one is all that it prints; where it
-raises, the error is the last line. A block whose first line is `# NAME.ext` is a file. A ```sh block with ```text behind
-it runs beside the files of its page, which count as an installed package where one of them is a pyproject.toml.
+raises, the error is the last line. A block whose first line is `# NAME.ext` is a file. A ```sh block with ```text
+behind it runs beside the files of its page, which count as an installed package where one of them is a pyproject.toml.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCES = [ROOT / name for name in ("kv_strategies", "bench", "tests", "examples", "patches")]
 _FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _FILE_NAME = re.compile(r"# (\w+\.\w+)\n")
-_LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+_LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")  # to files, not to other sites
 _NUMBER = re.compile(r"[+-]?\d+\.\d+(?:e[+-]?\d+)?")
 
 #: Runs the blocks of the pages given as JSON on standard input, and says what each of them printed.
@@ -89,7 +90,9 @@ def same(said: str, printed: str) -> bool:
 def printed() -> dict[str, list[str]]:
     """Page -> what each of its blocks printed. One process for all, which loads the model once."""
     pages = {
-        str(page): [(block.line, block.source) for block in found] for page in PAGES if (found := of_kind("python", page))
+        str(page): [(block.line, block.source) for block in found]
+        for page in PAGES
+        if (found := of_kind("python", page))
     }
     command = [sys.executable, "-c", _RUN]
     run = subprocess.run(command, input=json.dumps(pages), capture_output=True, text=True, env=environment())
@@ -129,9 +132,7 @@ def install(folder: Path) -> None:
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    )
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     groups = [
         f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in entries.items())
         for group, entries in project["entry-points"].items()
@@ -140,9 +141,12 @@ def install(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    for target in _LINK.findall(page.read_text()):
+def test_links_and_names_of_files_lead_somewhere(page):
+    text = page.read_text()
+    for target in _LINK.findall(text):
         assert (page.parent / target).exists(), target
+    for name in set(re.findall(r"`([\w/]+\.py)`", text)) if page.name != "upstream.md" else ():  # it names upstream's
+        assert any(next(folder.glob(f"**/{name}"), None) for folder in SOURCES) or (ROOT / name).exists(), name
 
 
 def test_every_figure_key_is_explained():
