@@ -221,7 +221,7 @@ class BlockTable:
         self._ids[indices] = self.pool.allocate_run(len(indices))
 
     def truncate(self, num_tokens: int) -> None:
-        """Forget all tokens after the first `num_tokens`."""
+        """Take all tokens after the first `num_tokens` out of the table."""
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"cannot keep {num_tokens} of {self.num_tokens} tokens")
         wanted = -(-num_tokens // self.pool.block_size)
@@ -259,7 +259,7 @@ class BlockTable:
             self.pool.release(shared)
 
     def cut(self, first: int, last: int) -> None:
-        """Close the gap of the dropped blocks first..last - 1: the tokens behind it move down by as many indices.
+        """Close the gap of the dropped blocks first..last - 1: tokens behind it get indices lower by as many tokens.
 
         Their keys are about to be changed with them, so no block behind the gap may be somebody else's as well.
         """
@@ -272,7 +272,7 @@ class BlockTable:
         self._dropped = ()
 
     def num_shared(self, first: int) -> int:
-        """Blocks from table position `first` on that somebody else holds as well."""
+        """Blocks at index `first` of the table and behind it that somebody else holds as well."""
         return sum(self.pool.ref_counts[block] > 1 for block in self.blocks[first:] if block != NULL_BLOCK)
 
     @property
@@ -328,7 +328,7 @@ def main() -> None:
     a.release()
     show("A ends; B keeps the shared blocks", A=a, B=b)
     stored, reserved = b.num_tokens, len(b.blocks) * pool.block_size
-    print(f"\nWaste: {reserved - stored} of {reserved} token places, never more than a block less one token a request.")
+    print(f"\nWaste: {reserved - stored} of {reserved} slots, never more than a block less one token a request.")
     pool.check_integrity()
 
 
