@@ -10,16 +10,20 @@ import stat
 import struct
 import subprocess
 import sys
+import time
+import tracemalloc
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from common import tiny_llama
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from kv_strategies import build
 from kv_strategies.paged import BlockPool
-from kv_strategies.prefix import PrefixCache
+from kv_strategies.prefix import PrefixCache, lineage
 from kv_strategies.tiers import saved
 
 BLOCK_SIZE, BYTES = 2, 16
@@ -82,6 +86,143 @@ def check(prefix, memory):
     assert prefix.pool.num_used == len(prefix.held_blocks()) == len(prefix.pool.idle)
     for node in prefix.ordered():
         assert memory.bytes[node.block].tolist() == [node.tokens[0]] * BYTES, "served, and never written"
+
+
+# --- what a file says of itself
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just(ROOT.hex()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["model", "rate", "x"]), inner),
+    max_leaves=6,
+)
+NESTED = b'{"identity": ' + b'{"x":' * 900 + b"1" + b"}" * 900 + b', "roots": [], "num_blocks": 1}'
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    header=JSON
+    | st.builds(header, identity=JSON)
+    | st.builds(header, roots=JSON)
+    | st.builds(header, num_blocks=JSON)
+    | st.builds(lambda key: {k: v for k, v in header().items() if k != key}, st.sampled_from(list(header())))
+    | st.binary(max_size=9),
+    size=st.none() | st.integers(-(2**63), 2**63 - 1),
+)
+@example(header=header(num_blocks=-1), size=None)
+@example(header=header(num_blocks=True), size=None)
+@example(header=header(num_blocks=10**4200), size=None)
+@example(header=header(num_blocks=2**63), size=None)
+@example(header=header(num_blocks=6.0), size=None)
+@example(header=header(roots=[7]), size=None)
+@example(header=header(roots=ROOT.hex()), size=None)
+@example(header=header(roots={ROOT.hex(): 1}), size=None)
+@example(header=header(roots=["zz"]), size=None)
+@example(header=header(roots=["é" * 64]), size=None)
+@example(header=header(roots=["72"]), size=None)
+@example(header=header(identity={**IDENTITY, "rate": float("nan")}), size=None)
+@example(header=header(identity=None), size=None)
+@example(header=header(identity={**IDENTITY, "text": "\ud800"}), size=None)
+@example(header=[], size=None)
+@example(header=b"[" * 100_000, size=None)
+@example(header=b"[" * 900 + b"]" * 900, size=None)
+@example(header=NESTED, size=None)
+@example(header=b"1" * 5000, size=None)
+@example(header=b"\xff\xfe\x00", size=None)
+@example(header=header(), size=-1)
+@example(header=header(), size=-(2**63))
+@example(header=header(), size=2**63 - 1)
+@example(header=header(), size=0)
+def test_odd_headers_are_refused_in_words(tmp_path, header, size):
+    path, (prefix, memory) = tmp_path / "saved", empty()
+    path.write_bytes(sealed(header, CHAIN, size))
+    try:
+        loaded = load(path, prefix, memory)
+    except ValueError as error:
+        assert str(error).startswith(str(path)) and len(str(error)) < 3000
+        assert prefix.pool.num_free == 12
+    else:  # it means what it says
+        assert 0 <= loaded.num_blocks <= len(CHAIN)
+    check(prefix, memory)
+
+
+def test_a_file_cannot_claim_more_than_it_holds(tmp_path):
+    path, (prefix, memory) = tmp_path / "saved", empty()
+    path.write_bytes(sealed(header(num_blocks=300_000), CHAIN) + bytes(17_000))
+    tracemalloc.start()
+    began = time.perf_counter()
+    loaded = load(path, prefix, memory)
+    seconds, (_, peak) = time.perf_counter() - began, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seconds < 1 and peak < 1 << 20
+    assert loaded.num_blocks == len(CHAIN) and loaded.num_damaged == 300_000 - len(CHAIN)
+    check(prefix, memory)
+
+
+def test_a_header_larger_than_its_blocks_need_is_not_even_read(tmp_path):
+    path, (prefix, memory) = tmp_path / "saved", empty()
+    path.write_bytes(sealed(header(padding="x" * (8 << 20))))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="header is damaged"):
+        prefix.load(path, memory)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    roots = [bytes([i % 256, i // 256] * 16) for i in range(30_000)]  # a salt each
+    saved.write(path, IDENTITY, roots, len(roots), (record(-1 - i, i % 100) for i in range(len(roots))))
+    assert load(path, prefix, memory).num_blocks == 12
+    check(prefix, memory)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    records=st.lists(
+        st.builds(record, st.integers(-3, 9) | st.sampled_from([-(2**63), 2**63 - 1]), st.integers(0, 3)), max_size=12
+    ),
+    roots=st.lists(st.sampled_from([ROOT, b"s" * 32]), max_size=2),
+    num_blocks=st.integers(1, 12),
+    batch=st.integers(1, 3),
+)
+@example(records=[record(0, 1), record(0, 2)], roots=[ROOT], num_blocks=4, batch=1)
+@example(records=[record(-2, 1), record(0, 2)], roots=[ROOT], num_blocks=4, batch=1)
+@example(records=[record(2, 1), record(-1, 2), record(0, 3)], roots=[ROOT], num_blocks=4, batch=3)
+def test_blocks_that_continue_what_there_is_not(tmp_path, records, roots, num_blocks, batch):
+    path, (prefix, memory) = tmp_path / "saved", empty(num_blocks)
+    path.write_bytes(sealed(header(roots=[root.hex() for root in roots], num_blocks=len(records)), records))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saved, "_BATCH_BYTES", batch * (8 + 4 * BLOCK_SIZE + BYTES))
+        loaded = load(path, prefix, memory)
+    check(prefix, memory)
+    named = {}  # number -> tokens from the root on
+    for number, one in enumerate(records):
+        if -len(roots) <= one.parent < 0:
+            named[number] = (roots[-1 - one.parent], one.tokens)
+        elif one.parent in named and one.parent < number:
+            named[number] = (*named[one.parent], one.tokens)
+    assert loaded.num_blocks == min(num_blocks, len(set(named.values())))
+    assert loaded.num_blocks + loaded.num_known + loaded.num_left_out == len(named)
+    found = {(path[-1].parent.digest, *(n.tokens for n in reversed(path)))
+             for path in (list(lineage(node)) for node in prefix.ordered())}  # fmt: skip
+    assert found <= set(named.values()) and len(found) == loaded.num_blocks
+
+
+def test_a_strangers_root_reaches_nobody(tmp_path):
+    """Blocks under a root that no salt has are kept, and found by no request."""
+    path, (prefix, memory) = tmp_path / "saved", empty()
+    path.write_bytes(sealed(header(), CHAIN))
+    assert load(path, prefix, memory).num_blocks == len(CHAIN)
+    assert prefix.match([1, 1, 2, 2, 3, 3], "") == ([], 0)
+    check(prefix, memory)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_refused(tmp_path, kind):
+    path, (prefix, memory) = tmp_path / "odd", empty()
+    if kind == "pipe":
+        os.mkfifo(path)
+    path = "/dev/null" if kind == "device" else tmp_path if kind == "folder" else path
+    with pytest.raises((ValueError, OSError), match=r"no regular file|Is a directory"):
+        prefix.load(path, memory)
+    with pytest.raises(OSError, match="only a regular file can be replaced"):
+        prefix.save(path, memory)
 
 
 # --- under its name

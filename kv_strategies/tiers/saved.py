@@ -32,6 +32,8 @@ from .identity import differences
 _MAGIC = b"kv_strategies prefix cache 2\n"
 _CHECKSUM_BYTES = 16
 _BEING_WRITTEN = ".kv-saving"  # ends the name of an incomplete file
+_HEADER_BYTES = 4 << 20  # at most, beside a root for each block
+_ROOT_BYTES = 70
 _BATCH_BYTES = 256 << 20  # read, checked and copied at a time
 
 
@@ -186,13 +188,12 @@ class Reader:
     def __init__(self, path: Path, identity: dict[str, object], token_bytes: int, block_bytes: int):
         self._token_bytes = token_bytes
         self._size = 8 + token_bytes + block_bytes
-        self._file = open(path, "rb")  # noqa: SIM115  (closed by `__exit__`)
+        self._file = _opened(path)
         try:
-            header = _read_header(self._file, path)
+            header = _read_header(self._file, path, self._size + _CHECKSUM_BYTES)
             if header["identity"] != identity:
-                raise ValueError(
-                    f"{path} was saved with another model or policy: {differences(header['identity'], identity)}"
-                )
+                told = _told(header["identity"], identity)
+                raise ValueError(f"{path} was saved with another model or policy: {told}")
         except BaseException:
             self._file.close()
             raise
@@ -230,31 +231,51 @@ class Reader:
             return list(threads.map(check, range(count)))
 
 
-def _read_header(file: BinaryIO, path: Path) -> dict:
+def _opened(path: Path) -> BinaryIO:
+    """Raises ValueError where it is no file; a pipe would be waited for."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path} is not a saved prefix cache: it is no regular file")
+    return file
+
+
+def _read_header(file: BinaryIO, path: Path, record_bytes: int) -> dict:
     """The header, whose checksum says that nobody altered it by accident, and nothing about who wrote it."""
     start = file.read(len(_MAGIC) + 8)
     if not start.startswith(_MAGIC):
         raise ValueError(f"{path} is not a saved prefix cache of this version")
-    size = int.from_bytes(start[len(_MAGIC) :], "little")
+    (size,) = struct.unpack("<q", start[len(_MAGIC) :]) if len(start) == len(_MAGIC) + 8 else (-1,)
     left = os.fstat(file.fileno()).st_size - file.tell()
-    encoded = file.read(size) if 0 <= size <= left else b""
+    is_likely = 0 < size <= left and size <= _HEADER_BYTES + _ROOT_BYTES * ((left - size) // record_bytes)
+    encoded = file.read(size) if is_likely else b""
     damaged = ValueError(f"{path}: the header is damaged, so nothing in it can be used")
     if not encoded or file.read(_CHECKSUM_BYTES) != _checksum(start + encoded):
         raise damaged
     try:
         header = json.loads(encoded)
-        digests = [bytes.fromhex(digest) for digest in header["roots"]]
         is_sound = (
-            isinstance(header["identity"], dict)
+            isinstance(header, dict)
+            and isinstance(header["identity"], dict)
             and type(header["num_blocks"]) is int
-            and header["num_blocks"] >= 0
-            and all(len(digest) == 32 for digest in digests)
+            and 0 <= header["num_blocks"] < 1 << 48
+            and isinstance(header["roots"], list)
+            and all(len(bytes.fromhex(digest)) == 32 for digest in header["roots"])
         )
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise damaged from None
+        is_sound = False
     if not is_sound:
         raise damaged
     return header
+
+
+def _told(theirs: dict[str, object], ours: dict[str, object]) -> str:
+    """What differs, in words; theirs may be anything."""
+    try:
+        text = differences(theirs, ours)
+    except RecursionError:
+        text = "what the file says of itself is no such thing"
+    return text if len(text) <= 2000 else f"{text[:2000]} ..."
 
 
 def _checksum(data) -> bytes:
