@@ -55,7 +55,7 @@ class Node:
     block: int
     children: dict[bytes, Node] = field(default_factory=dict)  # by their tokens
     num_hits: int = 0
-    num_pins: int = 0  # preloaded prompts that run through it; each holds a reference
+    num_pins: int = 0  # prompts preloaded through it, as often as they were; each holds a reference
 
 
 class PrefixCache(Sharing):
@@ -69,7 +69,7 @@ class PrefixCache(Sharing):
         self._roots: dict[bytes, Node] = {}
         self._nodes: dict[bytes, Node] = {}
         self._by_block: dict[int, Node] = {}
-        self._preloaded: set[Node] = set()  # the last block of each prompt
+        self._preloaded: Counter[Node] = Counter()  # the last block of each prompt, and how often it was preloaded
         self.num_pinned = 0
 
     # --- sharing
@@ -128,7 +128,7 @@ class PrefixCache(Sharing):
         return [node.block for node in self._nodes.values() for _ in range(1 + node.num_pins)]
 
     def clear(self) -> None:
-        for node in list(self._preloaded):
+        for node in list(self._preloaded.elements()):
             self._unpin(node)
         for root in list(self._roots.values()):
             for node in list(root.children.values()):
@@ -142,8 +142,8 @@ class PrefixCache(Sharing):
 
     def pin(self, token_ids: Sequence[int], salt: str) -> int:
         path = self._path(token_ids, salt)
-        if path and path[-1] not in self._preloaded:
-            self._preloaded.add(path[-1])
+        if path:
+            self._preloaded[path[-1]] += 1
             for node in path:
                 self.pool.share(node.block)
                 self.num_pinned += node.num_pins == 0
@@ -160,7 +160,9 @@ class PrefixCache(Sharing):
         return sum(node.num_pins > 0 for node in self._path(token_ids, salt)) if self._preloaded else 0
 
     def _unpin(self, node: Node) -> None:
-        self._preloaded.remove(node)
+        self._preloaded[node] -= 1
+        if not self._preloaded[node]:
+            del self._preloaded[node]
         for step in lineage(node):
             step.num_pins -= 1
             self.num_pinned -= step.num_pins == 0

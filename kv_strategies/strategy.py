@@ -288,7 +288,7 @@ class Strategy:
         return self.door.preload(self, token_ids, salt)
 
     def forget(self, token_ids: Sequence[int], salt: str = "") -> None:
-        """Undo `preload`: the blocks stay cached until their room is needed."""
+        """Undo one `preload`: after the last, the blocks stay cached until their room is needed."""
         self.sharing.forget(token_ids, salt)
 
     def save(self, path: str | Path) -> int:
