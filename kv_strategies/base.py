@@ -121,6 +121,10 @@ class Sharing(Policy):
 
     def clear(self) -> None:
         """Forget everything, and give all held blocks back."""
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where the books do not balance (a bug of ours)."""
+
     def count_hit(self, blocks: Iterable[int]) -> None:
         """A request that begins with these shared blocks was admitted."""
 

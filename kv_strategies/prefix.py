@@ -312,6 +312,29 @@ class PrefixCache(Sharing):
             del self._nodes[node.digest], self._by_block[node.block]
             self.pool.discard(node.block)
 
+    def check_integrity(self) -> None:
+        size, reached, pins = 4 * self.pool.block_size, 0, Counter()
+        for node, count in self._preloaded.items():
+            assert count > 0, "a prompt is preloaded less than once"
+            pins.update({step: count for step in lineage(node)})
+        for digest, root in self._roots.items():
+            assert root.digest == digest and root.parent is None and root.children, "a root stands for nothing"
+            below = [root]
+            while below:
+                parent = below.pop()
+                below += parent.children.values()
+                for tokens, node in parent.children.items():
+                    reached += 1
+                    assert node.parent is parent and node.tokens == tokens, "a node is misplaced"
+                    assert len(tokens) == size, "a node is no full block"
+                    assert node.digest == block_digest(parent.digest, tokens), "a node has the hash of other tokens"
+                    assert self._nodes.get(node.digest) is node, "a node cannot be found by its hash"
+                    assert self._by_block.get(node.block) is node, "a node cannot be found by its block"
+                    assert node.num_pins == pins[node], "a node is pinned more or less often than it was preloaded"
+        assert reached == len(self._nodes) == len(self._by_block), "a node is out of reach"
+        assert self._by_block.keys() == self.pool.kept, "a block is kept for no node, or a node's block is not kept"
+        assert self.num_pinned == len(pins), "the number of pinned blocks is wrong"
+
 
 class _Admission:
     """Which blocks of a file find a place, one after the other; those that do have a block, and are in no tree yet."""

@@ -330,8 +330,10 @@ class Strategy:
         }
 
     def check_integrity(self) -> None:
-        """Raises AssertionError where the books of the pool do not balance (a bug of ours)."""
+        """Raises AssertionError where the books of pool, tables, sharing and tiers do not balance (a bug of ours)."""
         self.pool.check_integrity(self.sharing.held_blocks())
+        self.sharing.check_integrity()
+        self.placement.tiers.check_integrity()
 
     def reset(self) -> None:
         """Forget everything that is cached. Requests and caches in use must have ended.

@@ -228,6 +228,7 @@ class PrefixMachine(RuleBasedStateMachine):
         if not hasattr(self, "pool"):
             return
         self.pool.check_integrity(self.prefix.held_blocks())
+        self.prefix.check_integrity()
         assert self.keys() == self.published
         pinned = {start for salt, tokens in self.pinned for start in self.starts(tokens, salt)}
         assert self.prefix.num_pinned == len(pinned)

@@ -27,6 +27,9 @@ class LowerTiers:
     def discard(self, key: bytes) -> None:
         """Forget `key`, if it is kept."""
 
+    def check_integrity(self) -> None:
+        """Raises AssertionError where a place is lost, or taken twice (a bug of ours)."""
+
     def stats(self) -> dict[str, object]:
         return {}
 
