@@ -37,6 +37,7 @@ import torch
 
 from .base import Placement, Sharing
 from .paged import BlockPool, BlockTable
+from .step.interrupts import uninterrupted
 from .step.plan import NULL_BLOCK
 from .tiers import saved
 from .tiers.identity import fingerprint
@@ -82,6 +83,7 @@ class PrefixCache(Sharing):
         path += self._promote(path[-1] if path else root, token_ids, len(path))
         return [node.block for node in path], len(path) * self.pool.block_size
 
+    @uninterrupted()
     def publish(self, token_ids: Sequence[int], table: BlockTable, salt: str) -> None:
         if table.num_cut:
             return  # its keys are turned to other positions
@@ -106,12 +108,13 @@ class PrefixCache(Sharing):
     def _insert(self, node: Node) -> None:
         """Put a node whose hash is free into the tree, behind a parent that is there."""
         assert node.block not in self._by_block, "a block has two contents"
+        self.pool.keep(node.block)
         if node.parent.parent is None:
             self._roots[node.parent.digest] = node.parent
         self._nodes[node.digest] = node
         node.parent.children[node.tokens] = self._by_block[node.block] = node
-        self.pool.keep(node.block)
 
+    @uninterrupted()
     def evict(self, num_blocks: int) -> int:
         before = self.pool.num_free
         while self.pool.num_free < before + num_blocks and self.pool.idle:
@@ -127,6 +130,7 @@ class PrefixCache(Sharing):
     def held_blocks(self) -> list[int]:
         return [node.block for node in self._nodes.values() for _ in range(1 + node.num_pins)]
 
+    @uninterrupted()
     def clear(self) -> None:
         for node in list(self._preloaded.elements()):
             self._unpin(node)
@@ -140,6 +144,7 @@ class PrefixCache(Sharing):
 
     # --- preloaded prompts
 
+    @uninterrupted()
     def pin(self, token_ids: Sequence[int], salt: str) -> int:
         path = self._path(token_ids, salt)
         if path:
@@ -150,6 +155,7 @@ class PrefixCache(Sharing):
                 node.num_pins += 1
         return len(path) * self.pool.block_size
 
+    @uninterrupted()
     def forget(self, token_ids: Sequence[int], salt: str) -> None:
         path = self._path(token_ids, salt)
         if not path or path[-1] not in self._preloaded:
@@ -193,22 +199,23 @@ class PrefixCache(Sharing):
         fates: Counter[str] = Counter()
         taken: list[int] = []  # one reference each of our own, so that no block is idle until all are there
         block_bytes = placement.read_blocks([0]).shape[1]
-        try:
-            with saved.Reader(Path(path), self.identity, 4 * self.pool.block_size, block_bytes) as file:
-                roots = {digest: self.root(digest) for digest in file.roots}
-                admission = _Admission(self, [roots[digest] for digest in file.roots], taken, fates)
-                for batch in file.batches():
-                    new = [found for record in batch if (found := admission.take(record)) is not None]
-                    if new:
-                        contents = torch.frombuffer(bytearray(b"".join(data for _, data in new)), dtype=torch.uint8)
-                        placement.write_blocks([node.block for node, _ in new], contents.view(len(new), -1))
-                    for node, _ in new:
-                        self._insert(node)
-                    fates["num_blocks"] += len(new)
-                fates["num_damaged"] += file.num_missing
-        finally:
-            for block in reversed(taken):  # so that the first, most recently used, are idle for the shortest time
-                self.pool.release(block)
+        with uninterrupted() as interrupts:
+            try:
+                with saved.Reader(Path(path), self.identity, 4 * self.pool.block_size, block_bytes) as file:
+                    roots = {digest: self.root(digest) for digest in file.roots}
+                    admission = _Admission(self, [roots[digest] for digest in file.roots], taken, fates)
+                    for batch in file.batches():
+                        interrupts.check()
+                        new = [found for record in batch if (found := admission.take(record)) is not None]
+                        if new:
+                            contents = torch.frombuffer(bytearray(b"".join(data for _, data in new)), dtype=torch.uint8)
+                            placement.write_blocks([node.block for node, _ in new], contents.view(len(new), -1))
+                        for node, _ in new:
+                            self._insert(node)
+                        fates["num_blocks"] += len(new)
+                    fates["num_damaged"] += file.num_missing
+            finally:
+                self._release(taken)
         loaded = saved.Loaded(**fates)
         if loaded.num_damaged or loaded.num_unreachable or loaded.num_left_out:
             warnings.warn(f"{path}: {loaded}", stacklevel=3)
@@ -298,6 +305,12 @@ class PrefixCache(Sharing):
             promoted.append(node)
             parent = node
         return promoted
+
+    @uninterrupted()
+    def _release(self, blocks: list[int]) -> None:
+        """The first, most recently used, are idle for the shortest time."""
+        for block in reversed(blocks):
+            self.pool.release(block)
 
     def drop(self, node: Node, keep: Callable[[bytes, int, bytes], None] = lambda *_: None) -> None:
         """Let go of a block and of all behind it, which nobody could reach any more; `keep` may copy them first."""

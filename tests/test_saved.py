@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import json
 import os
 import signal
@@ -22,8 +24,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kv_strategies import build
-from kv_strategies.paged import BlockPool
+from kv_strategies.paged import BlockPool, BlockTable
 from kv_strategies.prefix import PrefixCache, lineage
+from kv_strategies.step.interrupts import uninterrupted
 from kv_strategies.tiers import saved
 
 BLOCK_SIZE, BYTES = 2, 16
@@ -83,6 +86,7 @@ def load(path, prefix, memory):
 def check(prefix, memory):
     """The books balance, nobody holds what the tree does not, and each block holds what its tokens say."""
     prefix.pool.check_integrity(prefix.held_blocks())
+    prefix.check_integrity()
     assert prefix.pool.num_used == len(prefix.held_blocks()) == len(prefix.pool.idle)
     for node in prefix.ordered():
         assert memory.bytes[node.block].tolist() == [node.tokens[0]] * BYTES, "served, and never written"
@@ -223,6 +227,142 @@ def test_what_is_no_file_is_refused(tmp_path, kind):
         prefix.load(path, memory)
     with pytest.raises(OSError, match="only a regular file can be replaced"):
         prefix.save(path, memory)
+
+
+# --- interrupted
+
+
+def every_moment(action, step=1):
+    """Runs `action` with Ctrl-C at one moment after the other: at the n-th call or return of anything, builtins
+    included, until it ends before that. Yields after each.
+    """
+    num_interrupted = 0
+    for at in itertools.count(1, step):
+        seen = []
+
+        def watch(frame, event, arg, seen=seen, at=at):
+            seen.append(event)
+            if len(seen) == at:
+                sys.setprofile(None)
+                signal.raise_signal(signal.SIGINT)
+
+        try:
+            try:
+                sys.setprofile(watch)
+                action()
+            finally:
+                sys.setprofile(None)
+        except KeyboardInterrupt:
+            num_interrupted += 1
+        yield
+        if len(seen) < at:
+            break
+    assert num_interrupted > 10
+
+
+def test_load_interrupted_at_any_moment(tmp_path, monkeypatch):
+    path = tmp_path / "saved"
+    saved.write(path, IDENTITY, [ROOT], len(CHAIN), CHAIN)
+    monkeypatch.setattr(saved, "_BATCH_BYTES", 2 * (8 + 4 * BLOCK_SIZE + BYTES))
+    state = [empty(9)]
+    outcomes = set()
+    for _ in every_moment(lambda: load(path, *state[-1]), step=3):
+        prefix, memory = state[-1]
+        check(prefix, memory)
+        outcomes.add(len(prefix.held_blocks()))
+        state.append(empty(9))
+    assert outcomes == {0, 2, 4, 6}, "batches are taken as a whole"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_load_fails_in_any_of_its_calls(tmp_path, monkeypatch, error):
+    path = tmp_path / "saved"
+    saved.write(path, IDENTITY, [ROOT], len(CHAIN), CHAIN)
+    monkeypatch.setattr(saved, "_BATCH_BYTES", 2 * (8 + 4 * BLOCK_SIZE + BYTES))
+    for owner, name in [(Memory, "write_blocks"), (Memory, "read_blocks"), (BlockPool, "allocate"),
+                        (saved.Reader, "_read"), (PrefixCache, "root")]:  # fmt: skip
+        original = getattr(owner, name)
+        for fails_at in range(6):
+            calls = itertools.count()
+
+            def failing(*args, _original=original, _calls=calls, _fails_at=fails_at, **options):
+                if next(_calls) == _fails_at:
+                    raise error
+                return _original(*args, **options)
+
+            prefix, memory = empty()
+            with monkeypatch.context() as patch, contextlib.suppress(error):
+                patch.setattr(owner, name, failing)
+                load(path, prefix, memory)
+            check(prefix, memory)
+            load(path, prefix, memory)
+            assert len(prefix.held_blocks()) == len(CHAIN)
+            check(prefix, memory)
+
+
+def test_the_tree_interrupted_at_any_moment():
+    """Publish, match, pin, forget, evict, clear: what Ctrl-C ends, it ends between two of them."""
+    prompt = [1, 1, 2, 2, 3, 3]
+    prefix, memory = empty()
+    tables = []
+
+    def work():
+        table = BlockTable(prefix.pool)
+        tables.append(table)
+        table.append(6)
+        for block, token in zip(table.blocks.tolist(), (1, 2, 3), strict=True):
+            memory.bytes[block] = token
+        prefix.publish(prompt, table, "")
+        table.release()
+        prefix.pin(prompt[:4], "")
+        prefix.forget(prompt[:4], "")
+        prefix.evict(2)
+        prefix.clear()
+
+    original = BlockTable.append
+    with pytest.MonkeyPatch.context() as patch:  # tables are their owner's business
+        for name in ("append", "release"):
+            patch.setattr(BlockTable, name, uninterrupted()(getattr(BlockTable, name)))
+        for _ in every_moment(work):
+            for table in tables:
+                table.release()
+            tables.clear()
+            prefix.check_integrity()
+            prefix.pool.check_integrity(prefix.held_blocks())
+            prefix.clear()
+            assert prefix.pool.num_free == 12
+    assert BlockTable.append is original
+
+
+def test_ctrl_c_waits_and_is_not_lost():
+    steps = []
+
+    @uninterrupted()
+    def work():
+        signal.raise_signal(signal.SIGINT)
+        steps.append("done")
+        inner()
+        steps.append("inner done as well")
+
+    @uninterrupted()
+    def inner():
+        steps.append("inner")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert steps == ["done", "inner", "inner done as well"]
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt), uninterrupted() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        interrupts.check()
+        raise AssertionError("not reached")
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        steps.append("never")
+    assert steps[-1] != "never", "twice is meant"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # --- under its name
