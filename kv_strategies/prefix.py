@@ -76,12 +76,17 @@ class PrefixCache(Sharing):
     # --- sharing
 
     def match(self, token_ids: Sequence[int], salt: str) -> tuple[list[int], int]:
-        path = self._path(token_ids, salt)
-        for node in path:
-            self.pool.share(node.block)
-        root = self.root(salt_digest(self._fingerprint, salt))
-        path += self._promote(path[-1] if path else root, token_ids, len(path))
-        return [node.block for node in path], len(path) * self.pool.block_size
+        held: list[Node] = []
+        try:
+            with uninterrupted():
+                for node in self._path(token_ids, salt):
+                    self.pool.share(node.block)
+                    held.append(node)
+            self._promote(held, token_ids, salt)
+            return [node.block for node in held], len(held) * self.pool.block_size
+        except BaseException:
+            self._release([node.block for node in held])
+            raise
 
     @uninterrupted()
     def publish(self, token_ids: Sequence[int], table: BlockTable, salt: str) -> None:
@@ -121,7 +126,7 @@ class PrefixCache(Sharing):
             node = self._by_block[next(iter(self.pool.idle))]
             while idle := [child for child in node.children.values() if child.block in self.pool.idle]:
                 node = idle[0]  # a leaf goes before what it hangs on, though it may have been idle for less long
-            self.drop(node, self._tiers.demote)
+            self.drop(node, lambda *content: self._tiers.attempt(self._tiers.demote, *content))
         return self.pool.num_free - before
 
     def num_evictable(self) -> int:
@@ -281,30 +286,35 @@ class PrefixCache(Sharing):
         data, size = np.asarray(token_ids, dtype="<i4").tobytes(), 4 * self.pool.block_size
         return (data[begin : begin + size] for begin in range(0, len(data) - size + 1, size))
 
-    def _promote(self, parent: Node, token_ids: Sequence[int], num_known: int) -> list[Node]:
-        """The blocks behind the first `num_known` that a lower tier holds, one reference each to the caller."""
-        wanted, promoted = [], []
+    def _promote(self, held: list[Node], token_ids: Sequence[int], salt: str) -> None:
+        """Add the blocks behind `held` that a lower tier has to it, one reference each to the caller."""
+        wanted = []
+        parent = held[-1] if held else self.root(salt_digest(self._fingerprint, salt))
 
         def wants() -> Iterator[tuple[bytes, bytes]]:
             """Hashed as far as somebody looks: mostly not at all."""
             digest = parent.digest
-            for tokens in islice(self._split(token_ids), num_known, None):
+            for tokens in islice(self._split(token_ids), len(held), None):
                 digest = block_digest(digest, tokens)
                 wanted.append((digest, tokens))
                 yield digest, tokens
 
-        count = self._tiers.num_promotable(wants())
+        count = self._tiers.attempt(self._tiers.num_promotable, wants()) or 0
         for digest, tokens in wanted[:count]:
-            if not self.pool.num_free and not self.evict(1):
-                break
-            block = self.pool.allocate()
-            node = self.insert(parent, tokens, block) if self._tiers.promote(digest, block) else None
-            if node is None:
-                self.pool.release(block)
-                break
-            promoted.append(node)
-            parent = node
-        return promoted
+            with uninterrupted():
+                if not self.pool.num_free and not self.evict(1):
+                    break
+                block, node = self.pool.allocate(), None
+                try:
+                    if self._tiers.attempt(self._tiers.promote, digest, block):
+                        node = self.insert(parent, tokens, block)
+                finally:
+                    if node is None:
+                        self.pool.release(block)
+                if node is None:
+                    break
+                held.append(node)
+                parent = node
 
     @uninterrupted()
     def _release(self, blocks: list[int]) -> None:
@@ -312,18 +322,20 @@ class PrefixCache(Sharing):
         for block in reversed(blocks):
             self.pool.release(block)
 
-    def drop(self, node: Node, keep: Callable[[bytes, int, bytes], None] = lambda *_: None) -> None:
-        """Let go of a block and of all behind it, which nobody could reach any more; `keep` may copy them first."""
+    def drop(self, node: Node, keep: Callable[[bytes, int, bytes], object] = lambda *_: None) -> None:
+        """Let go of a block and of all behind it, which nobody could reach any more; `keep` may copy them then, before
+        anybody else writes to them.
+        """
         del node.parent.children[node.tokens]
         if node.parent.parent is None and not node.parent.children:
             del self._roots[node.parent.digest]
-        below = [node]
-        while below:
-            node = below.pop()
-            below += node.children.values()
-            keep(node.digest, node.block, node.tokens)
+        dropped = [node]
+        for node in dropped:
+            dropped += node.children.values()
             del self._nodes[node.digest], self._by_block[node.block]
             self.pool.discard(node.block)
+        for node in dropped:
+            keep(node.digest, node.block, node.tokens)
 
     def check_integrity(self) -> None:
         size, reached, pins = 4 * self.pool.block_size, 0, Counter()

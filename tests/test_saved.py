@@ -393,7 +393,7 @@ def test_a_new_file_is_the_users_own(tmp_path, umask):
     finally:
         os.umask(before)
     assert mode(tmp_path / "saved") == 0o600
-    assert mode(strategy.placement.tiers._disk._handle) & 0o077 == 0
+    assert mode(strategy.placement.tiers._disk._file.handle) & 0o077 == 0
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
