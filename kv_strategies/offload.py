@@ -237,14 +237,16 @@ class Offload(Placement):
     def write_blocks(self, blocks: list[int], data: Tensor) -> None:
         for home in self._devices:
             home.synchronize()
-        for name in self._names:
+        try:
+            for name in self._names:
+                for home in self._devices:
+                    plane = home.planes[name].view(torch.uint8)
+                    piece, data = data[:, : plane[0].numel()], data[:, plane[0].numel() :]
+                    index = torch.tensor(blocks, device=plane.device)
+                    plane[index] = piece.to(plane.device).view(-1, *plane.shape[1:])
+        finally:
             for home in self._devices:
-                plane = home.planes[name].view(torch.uint8)
-                piece, data = data[:, : plane[0].numel()], data[:, plane[0].numel() :]
-                index = torch.tensor(blocks, device=plane.device)
-                plane[index] = piece.to(plane.device).view(-1, *plane.shape[1:])
-        for home in self._devices:
-            home.touched()
+                home.touched()
 
     # --- figures
 

@@ -51,7 +51,7 @@ class BlockPool:
         self.ref_counts = [0] * num_blocks
         self.tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
         self.idle: dict[int, None] = {}  # an ordered set: longest idle first
-        self._kept: set[int] = set()
+        self.kept: set[int] = set()  # for later requests
         self._free = dict.fromkeys(range(num_blocks))  # an ordered set: first in, first out
 
     @property
@@ -93,17 +93,17 @@ class BlockPool:
         self.ref_counts[block] -= 1
         if self.ref_counts[block] == 0:
             self._free[block] = None
-        elif self.ref_counts[block] == 1 and block in self._kept:
+        elif self.ref_counts[block] == 1 and block in self.kept:
             self.idle[block] = None
 
     def keep(self, block: int) -> None:
         """Hold a block for later requests: one more reference."""
         self.share(block)
-        self._kept.add(block)
+        self.kept.add(block)
 
     def discard(self, block: int) -> None:
         """Stop keeping a block."""
-        self._kept.remove(block)
+        self.kept.remove(block)
         self.idle.pop(block, None)
         self.release(block)
 
@@ -119,14 +119,16 @@ class BlockPool:
         counts = [0] * self.num_blocks
         for table in self.tables:
             assert len(table.blocks) == -(-table.num_tokens // self.block_size), "a table is longer than its tokens"
-            for block in table.blocks:
-                if block != NULL_BLOCK:
-                    counts[block] += 1
+            held = [block for block in table.blocks.tolist() if block != NULL_BLOCK]
+            assert all(0 <= block < self.num_blocks for block in held), "a table names blocks that there are not"
+            assert len(set(held)) == len(held), "a table holds a block twice"
+            for block in held:
+                counts[block] += 1
         for block in other_holders:
             counts[block] += 1
         assert counts == self.ref_counts, "reference counts differ from the references held"
         assert set(self._free) == {b for b, count in enumerate(counts) if count == 0}, "the free list is wrong"
-        assert set(self.idle) == {b for b in self._kept if counts[b] == 1}, "the idle list is wrong"
+        assert set(self.idle) == {b for b in self.kept if counts[b] == 1}, "the idle list is wrong"
 
 
 class BlockTable:

@@ -123,7 +123,11 @@ class Strategy:
         table = BlockTable(self.pool, *self.sharing.match(token_ids[:-1], salt))
         if suspended is None or table.num_tokens + self.block_size > suspended.table.num_seen:
             return table
-        return self._resume(suspended, beside=table) or table
+        try:
+            return self._resume(suspended, beside=table) or table
+        except BaseException:
+            table.release()
+            raise
 
     def suspend(self, table: BlockTable) -> Suspended | None:
         """Copy the contents of a table to a lower tier, if there is room: its blocks may be given back then."""
@@ -133,7 +137,8 @@ class Strategy:
             return None
         suspended = Suspended(table.hollow(), {index: uuid.uuid4().bytes for index in held}, tiers)
         for index, key in suspended.keys.items():
-            tiers.demote(key, int(table.blocks[index]))
+            if not tiers.attempt(tiers.demote, key, int(table.blocks[index])):
+                return None
         return suspended
 
     def _resume(self, suspended: Suspended, beside: BlockTable) -> BlockTable | None:
@@ -142,17 +147,21 @@ class Strategy:
         needed = len(keys) + 1
         if needed > self.pool.num_free + self.sharing.num_evictable():
             return None
-        if tiers.num_promotable([(key, b"") for key in keys.values()]) < len(keys):
+        if (tiers.attempt(tiers.num_promotable, [(key, b"") for key in keys.values()]) or 0) < len(keys):
             return None
         beside.release()
         if needed > self.pool.num_free:
             self.num_evictions += self.sharing.evict(needed - self.pool.num_free)
-        table = suspended.table
+        if needed > self.pool.num_free:
+            return None
+        table, is_back = suspended.table, False
         table.fill(keys)
-        if all(tiers.promote(key, int(table.blocks[index])) for index, key in keys.items()):
-            return table
-        table.release()
-        return None
+        try:
+            is_back = all(tiers.attempt(tiers.promote, key, int(table.blocks[index])) for index, key in keys.items())
+        finally:
+            if not is_back:  # it is computed again
+                table.release()
+        return table if is_back else None
 
     def count_hit(self, token_ids: Sequence[int], table: BlockTable) -> None:
         """A request was admitted with a table that `open_table` gave."""
@@ -377,7 +386,7 @@ class Strategy:
             return self.door.preload(self, token_ids, salt)
 
     def forget(self, token_ids: Sequence[int], salt: str = "") -> None:
-        """Undo `preload`: the blocks stay cached until their room is needed."""
+        """Undo one `preload`: after the last, the blocks stay cached until their room is needed."""
         with self.lock:
             self.sharing.forget(token_ids, salt)
 
@@ -426,9 +435,11 @@ class Strategy:
         }
 
     def check_integrity(self) -> None:
-        """Raises AssertionError where the books of the pool do not balance (a bug of ours)."""
+        """Raises AssertionError where the books of pool, tables, sharing and tiers do not balance (a bug of ours)."""
         with self.lock:
             self.pool.check_integrity(self.sharing.held_blocks())
+            self.sharing.check_integrity()
+            self.placement.tiers.check_integrity()
 
     def reset(self) -> None:
         """Forget everything that is cached. Requests and caches in use must have ended.
