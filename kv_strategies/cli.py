@@ -1,4 +1,4 @@
-"""`kv-strategies generate | bench | report | explain`: the package from a shell."""
+"""`kv-strategies generate | bench | report | explain | explain-diff`: the package from a shell."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ def main(argv: list[str] | None = None) -> int:
     explain = commands.add_parser("explain", help="show how a strategy works on a small example")
     explain.add_argument("strategy", help="a name, as --strategy takes it")
     explain.set_defaults(run=_explain)
+
+    diff = commands.add_parser("explain-diff", help="where two strategies first part, and whether rounding explains it")
+    diff.add_argument("a", help="a strategy, as --strategy takes it")
+    diff.add_argument("b", help="another one; `baseline` is the native cache")
+    diff.add_argument("prompt", nargs="+", help="one or more prompts")
+    diff.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of whichever takes it")
+    diff.add_argument("--model", help="as of generate")
+    diff.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model (default: its own)")
+    diff.add_argument("--max-new-tokens", type=int, default=64)
+    diff.set_defaults(run=_explain_diff)
 
     options, rest = parser.parse_known_args(argv)
     if options.command in ("bench", "report"):
@@ -133,6 +143,38 @@ def _bench(options: argparse.Namespace) -> int:
     path = os.pathsep.join(filter(None, [str(roots[0]), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-P", "-m", "bench", *options.extra]
     os.execve(sys.executable, command, os.environ | {"PYTHONPATH": path})
+
+
+def _explain_diff(options: argparse.Namespace) -> int:
+    import torch
+
+    from . import STRATEGIES, build
+    from .compare import first_difference
+    from .models import load_model
+    from .registry import parts_of
+
+    model, tokenizer = load_model(options.model, dtype=getattr(torch, options.dtype) if options.dtype else None)
+    given = dict(map(_parse_option, options.option))
+    pair = []
+    for name in (options.a, options.b):
+        own = {option for part in parts_of(name) for option in STRATEGIES[part].options}
+        known = {"num_blocks", "block_size", "kernels", *own} if name != "baseline" else set()
+        pair.append(build(name, model, **{option: value for option, value in given.items() if option in known}))
+    found = first_difference(*pair, [tokenizer(text).input_ids for text in options.prompt], options.max_new_tokens)
+    if found is None:
+        print(f"{options.a} and {options.b} give the same {options.max_new_tokens} tokens for every prompt")
+        return 0
+    shown = [repr(tokenizer.decode([token])) if token >= 0 else "the end" for token in found.tokens]
+    print(
+        f"they part at new token {found.token} of {options.prompt[found.prompt]!r}: {options.a} says {shown[0]}, "
+        f"{options.b} {shown[1]}\n"
+        f"margin of the two: {found.margin:+.5f} in {str(model.dtype).removeprefix('torch.')}, {found.exact:+.5f} in "
+        f"float32; the dtype moves a logit there by {found.rounding:.5f}"
+    )
+    print(
+        "rounding accounts for it" if found.is_rounding else "rounding does NOT account for it: an answer has changed"
+    )
+    return 0
 
 
 def _explain(options: argparse.Namespace) -> int:

@@ -57,3 +57,21 @@ def test_explain_takes_the_names_of_strategies(name, shown, capsys):
 def test_explain_names_what_there_is(capsys):
     assert main(["explain", "int9"]) == 1
     assert "known are baseline, contiguous, paged" in capsys.readouterr().err
+
+
+def test_explain_diff_says_where_two_part_and_why(capsys):
+    text = "The quick brown fox jumps over the lazy dog. The quick brown fox jumps"
+    small = ["--max-new-tokens", "24", "--option", "num_blocks=16"]
+    assert main(["explain-diff", "paged", "baseline", text, *small]) == 0
+    assert "paged and baseline give the same 24 tokens" in capsys.readouterr().out
+    assert main(["explain-diff", "window", "paged", text, *small, "--option", "window=16", "--option", "sinks=0"]) == 0
+    out = capsys.readouterr().out
+    assert "they part at new token" in out and "rounding does NOT account for it" in out
+
+
+def test_a_tie_of_bfloat16_is_rounding():
+    """Two candidates that float32 tells apart by less than bfloat16 moves a logit."""
+    from kv_strategies.compare import Difference
+
+    assert Difference(0, 3, (1, 2), 0.0, 0.004, 0.01).is_rounding
+    assert not Difference(0, 3, (1, 2), 0.5, 0.4, 0.01).is_rounding
