@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -99,6 +100,7 @@ class StrategyCache(AttendingCache):
         # The tables live in a list of their own, so that the finalizer does not keep the cache alive.
         weakref.finalize(self, _release, self.tables)
 
+        self._origins: Tensor | None = None  # [B] given positions of the first tokens, where they matter
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.num_columns
 
@@ -130,7 +132,8 @@ class StrategyCache(AttendingCache):
         is_step = num_columns == 1 and self._packing is None and self._replays
         graphs = self._door.graphs(self.strategy) if is_step else None
         planned = [table.row(num_new) for table, num_new in rows]
-        self._step = None if graphs is None else graphs.step(planned)
+        distances = self._distances(position_ids, query_lens, num_columns)
+        self._step = None if graphs is None else graphs.step(planned, distances)
         if self._step is not None:
             self.plan = self._step.plan
         else:
@@ -142,6 +145,7 @@ class StrategyCache(AttendingCache):
     @property
     def _replays(self) -> bool:
         """Whether a decode step may be a graph, in which `attend` is not called."""
+            self.plan.distances = distances
         return True
 
     def _stack(self) -> Callable[..., Tensor] | None:
@@ -189,12 +193,14 @@ class StrategyCache(AttendingCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(len(self.tables)).repeat_interleave(repeats))
+        if self._origins is not None:
+            self._origins = self._origins[indices.to(self._origins.device)]
 
     def __deepcopy__(self, memo: dict) -> StrategyCache:
         """Another cache that goes on from here: tables are forked, no K or V moves."""
         twin = StrategyCache(self.strategy, self._door)
         twin.tables.extend(table.fork() for table in self.tables)
-        twin.num_columns = self.num_columns
+        twin.num_columns, twin._origins = self.num_columns, self._origins
         return twin
 
     def __copy__(self) -> StrategyCache:
@@ -204,7 +210,7 @@ class StrategyCache(AttendingCache):
         """Give all blocks back; the cache can be used again."""
         _release(self.tables)
         self.tables.clear()
-        self.num_columns = 0
+        self.num_columns, self._origins = 0, None
 
     def _new_tokens(self, attention_mask: Tensor | None, num_rows: int, num_columns: int) -> Tensor | None:
         """[B, n] bool on the host: which of the new columns are tokens; None for all, and nothing is read back."""
@@ -229,6 +235,34 @@ class StrategyCache(AttendingCache):
         if model.training:
             raise ValueError(f"a {self.strategy.name!r} cache serves inference: call model.eval() first")
         if attention_mask is not None and (not torch.is_tensor(attention_mask) or attention_mask.dim() != 2):
+    def _distances(self, position_ids: Tensor, query_lens: list[int], num_columns: int) -> Tensor | None:
+        """[T] see `Plan`. Only sinks ask for them, as queries are turned by them; all else is in the keys as they come."""
+        if not self.strategy.retention.sinks:
+            return None
+        given = position_ids.expand(len(query_lens), num_columns).flatten()
+        given = given if self._packing is None else given[self._packing.to(given.device)]
+        if self._origins is None:  # of what others have computed, token 0 stands at 0
+            self._origins = given.new_zeros(len(query_lens))
+        ends = list(accumulate(query_lens))
+        begun = [row for row, table in enumerate(self.tables) if 0 < query_lens[row] == table.num_tokens]
+        if begun:
+            firsts = [ends[row] - query_lens[row] for row in begun]
+            begun, firsts = torch.tensor([begun, firsts], device=given.device)
+            self._origins = self._origins.index_copy(0, begun, given[firsts])
+        if ends[-1] == len(query_lens) * num_columns:
+            return given - self._origins.repeat_interleave(num_columns)
+        rows = [row for row, count in enumerate(query_lens) for _ in range(count)]
+        return given - self._origins[torch.tensor(rows, device=given.device, dtype=torch.int64)]
+
+    def _check_model(self, config) -> None:
+        """Two models may share a configuration, so the one that runs is asked for as well."""
+        model = self.strategy.model.model
+        if config is not model.config or running_model() not in (model, None):
+            raise ValueError(
+                f"this cache belongs to a {self.strategy.name!r} strategy that was built for another model than runs "
+                "here: its K and V, and the layers that it would run, are of that one. Build a strategy for each model"
+            )
+
             raise ValueError("a strategy takes a 2-D attention mask [B, columns] of tokens and padding")
         wanted = output_capturing._active_collector.get()  # set by upstream while a forward records outputs
         if wanted is not None and "attentions" in wanted:

@@ -88,8 +88,9 @@ class SlidingWindow(Retention):
             return None  # nothing lies between yet
 
         def behind() -> tuple[Tensor, Tensor]:
-            farthest = self.window + self.sinks - 1
-            return self._angles((farthest - plan.positions.to(query.device)).clamp(max=0))
+            index, farthest = plan.positions.to(query.device), self.window + self.sinks - 1
+            distance = index if plan.distances is None else plan.distances.to(query.device)
+            return self._angles(torch.where(index > farthest, farthest - distance, 0))
 
         return turn(query, *plan.once(("behind the sinks", query.device), behind))
 

@@ -131,12 +131,21 @@ class StackGraphs:
         self._steps: dict[tuple[int, int, int], StackStep] = {}
         self._stream = _stream(stack.device)
 
-    def step(self, rows: Sequence[Row]) -> StackStep:
-        """What stands in for the stack in a step over rows of one query each, its plan filled in."""
+    def step(self, rows: Sequence[Row], distances: Tensor | None = None) -> StackStep:
+        """What stands in for the stack in a step over rows of one query each, its plan filled in.
+
+        Args:
+            distances: [B] see `Plan`; there in all steps of a strategy, or in none.
+        """
         shape = len(rows), _bucket(max(row.num_tokens for row in rows))
         if shape not in self._buffers:
-            self._buffers[shape] = _buffer(self.stack.device, len(rows), *shape, self._block_size)
-        plan = self._buffers[shape].fill(rows)
+            self._buffers[shape] = _buffer(
+                self.stack.device, len(rows), *shape, self._block_size, {"distances": len(rows)}
+            )
+        buffer = self._buffers[shape]
+        plan = buffer.fill(rows, {"distances": [0]})
+        if distances is not None:
+            plan.distances = buffer.tensors["distances"].copy_(distances)
         bounds = _bounds(plan, shape[1])
         if (len(rows), *bounds) not in self._steps:
             self._steps[len(rows), *bounds] = StackStep(self.stack, bounds, self._stream)
