@@ -40,7 +40,7 @@ from .paged import BlockPool, BlockTable
 from .step.plan import NULL_BLOCK
 from .tiers import saved
 from .tiers.identity import fingerprint
-from .tiers.lower import LowerTiers
+from .tiers.lower import Chain, LowerTiers
 
 _BLOCKS_AT_ONCE = 256  # read from the pool for a file
 
@@ -56,6 +56,10 @@ class Node:
     children: dict[bytes, Node] = field(default_factory=dict)  # by their tokens
     num_hits: int = 0
     num_pins: int = 0  # preloaded prompts that run through it; each holds a reference
+    chain: Chain = field(init=False, repr=False)  # for lower tiers
+
+    def __post_init__(self) -> None:
+        self.chain = Chain(self.parent.chain if self.parent else None, self.tokens or self.digest)
 
 
 class PrefixCache(Sharing):
@@ -276,13 +280,13 @@ class PrefixCache(Sharing):
         """The blocks behind the first `num_known` that a lower tier holds, one reference each to the caller."""
         wanted, promoted = [], []
 
-        def wants() -> Iterator[tuple[bytes, bytes]]:
+        def wants() -> Iterator[tuple[bytes, Chain]]:
             """Hashed as far as somebody looks: mostly not at all."""
-            digest = parent.digest
+            digest, chain = parent.digest, parent.chain
             for tokens in islice(self._split(token_ids), num_known, None):
-                digest = block_digest(digest, tokens)
+                digest, chain = block_digest(digest, tokens), Chain(chain, tokens)
                 wanted.append((digest, tokens))
-                yield digest, tokens
+                yield digest, chain
 
         count = self._tiers.num_promotable(wants())
         for digest, tokens in wanted[:count]:
@@ -297,7 +301,7 @@ class PrefixCache(Sharing):
             parent = node
         return promoted
 
-    def drop(self, node: Node, keep: Callable[[bytes, int, bytes], None] = lambda *_: None) -> None:
+    def drop(self, node: Node, keep: Callable[[bytes, int, Chain], None] = lambda *_: None) -> None:
         """Let go of a block and of all behind it, which nobody could reach any more; `keep` may copy them first."""
         del node.parent.children[node.tokens]
         if node.parent.parent is None and not node.parent.children:
@@ -306,7 +310,7 @@ class PrefixCache(Sharing):
         while below:
             node = below.pop()
             below += node.children.values()
-            keep(node.digest, node.block, node.tokens)
+            keep(node.digest, node.block, node.chain)
             del self._nodes[node.digest], self._by_block[node.block]
             self.pool.discard(node.block)
 
