@@ -20,6 +20,7 @@ from .paged import BlockTable, OutOfBlocks
 from .step.forward import AttendingCache, forward
 from .step.graphs import StackGraphs, StackStep
 from .step.plan import PlanBuffer
+from .step.version import running_model
 from .strategy import Strategy
 
 _PRELOAD_CHUNK = 2048  # tokens in a forward
@@ -53,7 +54,7 @@ class Generation:
 
     def graphs(self, strategy: Strategy) -> StackGraphs | None:
         """Decode steps of the stack to replay, where they can be captured."""
-        stack = strategy.stack
+        stack = strategy.seen.stack
         if stack is None or stack.device.type != "cuda" or not strategy.capturable:
             return None
         if self._graphs is None or self._graphs.stack is not stack:
@@ -71,11 +72,13 @@ class Generation:
             raise ValueError(f"only full blocks are shared: a prompt to preload needs at least {size} tokens")
         if min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
             raise ValueError(f"token ids must be from 0 to {config.vocab_size - 1}")
+        strategy.follow()
         table = BlockTable(strategy.pool, *sharing.match(token_ids, salt))
         cache, device = AttendingCache(strategy), strategy.model.device
         try:
             while table.num_tokens < len(token_ids):
                 chunk = token_ids[table.num_tokens : table.num_tokens + _PRELOAD_CHUNK]
+                strategy.follow()
                 strategy.reserve([(table, len(chunk))])
                 buffer = PlanBuffer(device, 1, len(chunk), len(table.blocks), size, {"input_ids": len(chunk)})
                 plan = buffer.fill([table.row(len(chunk))], {"input_ids": chunk})
@@ -97,10 +100,10 @@ class StrategyCache(AttendingCache):
         self.num_columns = 0  # tokens and padding that generate() believes to be cached
         self._packing: Tensor | None = None  # [T] where the tokens stand among B * n columns, if there is padding
         self._step: StackStep | None = None  # what replays the stack in this forward
+        self._origins: Tensor | None = None  # [B] given positions of the first tokens, where they matter
         # The tables live in a list of their own, so that the finalizer does not keep the cache alive.
         weakref.finalize(self, _release, self.tables)
 
-        self._origins: Tensor | None = None  # [B] given positions of the first tokens, where they matter
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.num_columns
 
@@ -109,6 +112,8 @@ class StrategyCache(AttendingCache):
 
     def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
         """Find room for the new tokens and say where everything lives. Same keywords as `create_causal_mask`."""
+        self._check_model(config)
+        self.strategy.follow()
         self._check_supported(attention_mask)
         num_rows, num_columns = inputs_embeds.shape[:2]
         if not self.tables:
@@ -140,16 +145,16 @@ class StrategyCache(AttendingCache):
             max_blocks = max(1, *(len(table.blocks) for table in self.tables))
             buffer = PlanBuffer(inputs_embeds.device, num_rows, sum(query_lens), max_blocks, self.strategy.block_size)
             self.plan = buffer.fill(planned)
+            self.plan.distances = distances
         self.num_columns += num_columns
 
     @property
     def _replays(self) -> bool:
         """Whether a decode step may be a graph, in which `attend` is not called."""
-            self.plan.distances = distances
         return True
 
     def _stack(self) -> Callable[..., Tensor] | None:
-        return self._step or self.strategy.stack
+        return self._step or self.strategy.seen.stack
 
     def attend(
         self,
@@ -188,13 +193,13 @@ class StrategyCache(AttendingCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         chosen = [self.tables[index].fork() for index in indices.tolist()]
+        if self._origins is not None:
+            self._origins = self._origins[indices.to(self._origins.device)]
         _release(self.tables)
         self.tables[:] = chosen
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(len(self.tables)).repeat_interleave(repeats))
-        if self._origins is not None:
-            self._origins = self._origins[indices.to(self._origins.device)]
 
     def __deepcopy__(self, memo: dict) -> StrategyCache:
         """Another cache that goes on from here: tables are forked, no K or V moves."""
@@ -230,11 +235,6 @@ class StrategyCache(AttendingCache):
             raise ValueError("the attention mask shows or hides columns otherwise than when they were stored")
         return is_token
 
-    def _check_supported(self, attention_mask) -> None:
-        model = self.strategy.model
-        if model.training:
-            raise ValueError(f"a {self.strategy.name!r} cache serves inference: call model.eval() first")
-        if attention_mask is not None and (not torch.is_tensor(attention_mask) or attention_mask.dim() != 2):
     def _distances(self, position_ids: Tensor, query_lens: list[int], num_columns: int) -> Tensor | None:
         """[T] see `Plan`. Only sinks ask for them, as queries are turned by them; all else is in the keys as they come."""
         if not self.strategy.retention.sinks:
@@ -263,6 +263,11 @@ class StrategyCache(AttendingCache):
                 "here: its K and V, and the layers that it would run, are of that one. Build a strategy for each model"
             )
 
+    def _check_supported(self, attention_mask) -> None:
+        model = self.strategy.model
+        if model.training:
+            raise ValueError(f"a {self.strategy.name!r} cache serves inference: call model.eval() first")
+        if attention_mask is not None and (not torch.is_tensor(attention_mask) or attention_mask.dim() != 2):
             raise ValueError("a strategy takes a 2-D attention mask [B, columns] of tokens and padding")
         wanted = output_capturing._active_collector.get()  # set by upstream while a forward records outputs
         if wanted is not None and "attentions" in wanted:
@@ -305,6 +310,12 @@ class PromptCache(StrategyCache):
         self._is_first = True
 
     def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
+        self.strategy.follow()
+        if self._prompts and self._is_first and any(table.is_mixed for table in self.tables):
+            raise ValueError(
+                "the model has changed since cache() was given this prompt, and what others have computed of it is of "
+                "the model before: call cache() again"
+            )
         if self._prompts and self._is_first:
             self._start(*inputs_embeds.shape[:2])
         super().plan_forward(config, inputs_embeds, attention_mask, past_key_values, position_ids)
