@@ -236,7 +236,7 @@ class StrategyCache(AttendingCache):
         return is_token
 
     def _distances(self, position_ids: Tensor, query_lens: list[int], num_columns: int) -> Tensor | None:
-        """[T] see `Plan`. Only sinks ask for them, as queries are turned by them; all else is in the keys as they come."""
+        """[T] see `Plan`. Only sinks ask for them: queries are turned by them, and all else is in the keys as given."""
         if not self.strategy.retention.sinks:
             return None
         given = position_ids.expand(len(query_lens), num_columns).flatten()
