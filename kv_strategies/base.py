@@ -96,6 +96,11 @@ class Sharing(Policy):
         blocks may go.
         """
 
+    def follow(self, content: int) -> None:
+        """The model has changed, and what is published from here on belongs to its state of this number: `match` gives
+        nothing of another one, until the model is in that again.
+        """
+
     def match(self, token_ids: Sequence[int], salt: str) -> tuple[list[int], int]:
         """The blocks that hold the start of `token_ids`, one reference each to the caller, and how many tokens: all of
         full blocks. Only what was published with this salt. Where it raises, no reference has been given.
@@ -142,11 +147,11 @@ class Sharing(Policy):
         """Undo one `pin`."""
         raise self._refusal("forget")
 
-    def save(self, path: str | Path, placement: Placement) -> int:
-        """See `Strategy.save`."""
+    def save(self, path: str | Path, placement: Placement, weights: str = "") -> int:
+        """See `Strategy.save`. `weights` is the hash of the model's, which blocks in a file depend on as well."""
         raise self._refusal("save")
 
-    def load(self, path: str | Path, placement: Placement) -> Loaded:
+    def load(self, path: str | Path, placement: Placement, weights: str = "") -> Loaded:
         """See `Strategy.load`."""
         raise self._refusal("load")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from .step.forward import AttendingCache, forward
 from .step.graphs import StackGraphs, StackStep
 from .step.plan import PlanBuffer
 from .step.upstream import takes_cache
+from .step.version import running_model
 from .strategy import Reservation, Strategy
 
 _PRELOAD_CHUNK = 2048  # tokens in a forward
@@ -54,7 +56,7 @@ class Generation:
 
     def graphs(self, strategy: Strategy) -> StackGraphs | None:
         """Decode steps of the stack to replay, where they can be captured."""
-        stack = strategy.stack
+        stack = strategy.seen.stack
         if stack is None or stack.device.type != "cuda" or not strategy.capturable:
             return None
         if self._graphs is None or self._graphs.stack is not stack:
@@ -72,11 +74,13 @@ class Generation:
             raise ValueError(f"only full blocks are shared: a prompt to preload needs at least {size} tokens")
         if min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
             raise ValueError(f"token ids must be from 0 to {config.vocab_size - 1}")
+        strategy.follow()
         table = BlockTable(strategy.pool, *sharing.match(token_ids, salt))
         cache, device = AttendingCache(strategy), strategy.model.device
         try:
             while table.num_tokens < len(token_ids):
                 chunk = token_ids[table.num_tokens : table.num_tokens + _PRELOAD_CHUNK]
+                strategy.follow()
                 strategy.reserve([(table, len(chunk))])
                 buffer = PlanBuffer(device, 1, len(chunk), len(table.blocks), size, {"input_ids": len(chunk)})
                 plan = buffer.fill([table.row(len(chunk))], {"input_ids": chunk})
@@ -100,6 +104,7 @@ class StrategyCache(AttendingCache):
         self._pending: _Pending | None = None
         self._packing: Tensor | None = None  # [T] where the tokens stand among B * n columns, if there is padding
         self._step: StackStep | None = None  # what replays the stack in this forward
+        self._origins: Tensor | None = None  # [B] given positions of the first tokens, where they matter
         # The tables live in a list of their own, so that the finalizer does not keep the cache alive.
         weakref.finalize(self, strategy.lock.release_tables, self.tables)
 
@@ -118,6 +123,8 @@ class StrategyCache(AttendingCache):
         """
         with self.strategy.lock:
             self._undo()
+            self._check_model(config)
+            self.strategy.follow()
             self._reserve(inputs_embeds, attention_mask, position_ids)
 
     def _reserve(self, inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> None:
@@ -139,7 +146,7 @@ class StrategyCache(AttendingCache):
                 f"the pool of {self.strategy.max_tokens} tokens is too small: this call holds {held} tokens in "
                 f"{num_rows} rows and adds {sum(query_lens)}. Build the strategy with a larger num_blocks ({error})"
             ) from None
-        self._pending = _Pending(rows, num_columns, is_token, reservation)
+        self._pending = _Pending(rows, num_columns, is_token, position_ids, reservation)
 
     @property
     def decoder_layers(self) -> list[Callable[..., Tensor]]:
@@ -162,19 +169,22 @@ class StrategyCache(AttendingCache):
         return hidden_states
 
     def _plan_rows(self, device: torch.device) -> None:
-        rows, num_columns, is_token, _ = self._pending
+        rows, num_columns, is_token, position_ids, _ = self._pending
+        query_lens = [num_new for _, num_new in rows]
         self._packing = None
         if is_token is not None and not is_token.all():
             self._packing = is_token.flatten().nonzero().squeeze(1).to(device)
         is_step = num_columns == 1 and self._packing is None and not fused.is_observed()
         graphs = self._door.graphs(self.strategy) if is_step else None
         planned = [table.row(num_new) for table, num_new in rows]
-        self._step = None if graphs is None else graphs.step(planned)
+        distances = self._distances(position_ids, query_lens, num_columns)
+        self._step = None if graphs is None else graphs.step(planned, distances)
         if self._step is not None:
             self.plan = self._step.plan
             return
-        num_tokens, max_blocks = sum(row.num_new for row in planned), max(1, *(len(row.blocks) for row in planned))
+        num_tokens, max_blocks = sum(query_lens), max(1, *(len(row.blocks) for row in planned))
         self.plan = PlanBuffer(device, len(rows), num_tokens, max_blocks, self.strategy.block_size).fill(planned)
+        self.plan.distances = distances
 
     def _commit(self) -> None:
         """K and V of the new tokens have been computed, or their work is on its way."""
@@ -189,7 +199,7 @@ class StrategyCache(AttendingCache):
             pending.reservation.undo()
 
     def _stack(self) -> Callable[..., Tensor] | None:
-        return self._step or self.strategy.stack
+        return self._step or self.strategy.seen.stack
 
     def attend(
         self,
@@ -240,6 +250,8 @@ class StrategyCache(AttendingCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         with self.strategy.lock:
             chosen = [self.tables[index].fork() for index in indices.tolist()]
+            if self._origins is not None:
+                self._origins = self._origins[indices.to(self._origins.device)]
             _release(self.tables)
             self.tables[:] = chosen
             rows = indices.cpu()
@@ -252,7 +264,7 @@ class StrategyCache(AttendingCache):
         """Another cache that goes on from here: tables are forked, no K or V moves."""
         twin = StrategyCache(self.strategy, self._door)
         twin.tables.extend(table.fork() for table in self.tables)
-        twin.num_columns, twin._columns = self.num_columns, list(self._columns)
+        twin.num_columns, twin._columns, twin._origins = self.num_columns, list(self._columns), self._origins
         return twin
 
     def __copy__(self) -> StrategyCache:
@@ -264,7 +276,7 @@ class StrategyCache(AttendingCache):
             self._undo()
             _release(self.tables)
             self.tables.clear()
-            self.num_columns = 0
+            self.num_columns, self._origins = 0, None
             self._columns.clear()
 
     def _new_tokens(self, attention_mask: Tensor | None, num_rows: int, num_columns: int) -> Tensor | None:
@@ -313,6 +325,34 @@ class StrategyCache(AttendingCache):
                 f"the cache holds {self.num_columns} columns, and this forward begins again at position 0: generate() "
                 "feeds other tokens than those that follow, or an earlier call with this cache failed at its end; give "
                 "it a new one, strategy.cache()"
+            )
+
+    def _distances(self, position_ids: Tensor, query_lens: list[int], num_columns: int) -> Tensor | None:
+        """[T] see `Plan`. Only sinks ask for them: queries are turned by them, and all else is in the keys as given."""
+        if not self.strategy.retention.sinks:
+            return None
+        given = position_ids.expand(len(query_lens), num_columns).flatten()
+        given = given if self._packing is None else given[self._packing.to(given.device)]
+        if self._origins is None:  # of what others have computed, token 0 stands at 0
+            self._origins = given.new_zeros(len(query_lens))
+        ends = list(accumulate(query_lens))
+        begun = [row for row, table in enumerate(self.tables) if 0 < query_lens[row] == table.num_tokens]
+        if begun:
+            firsts = [ends[row] - query_lens[row] for row in begun]
+            begun, firsts = torch.tensor([begun, firsts], device=given.device)
+            self._origins = self._origins.index_copy(0, begun, given[firsts])
+        if ends[-1] == len(query_lens) * num_columns:
+            return given - self._origins.repeat_interleave(num_columns)
+        rows = [row for row, count in enumerate(query_lens) for _ in range(count)]
+        return given - self._origins[torch.tensor(rows, device=given.device, dtype=torch.int64)]
+
+    def _check_model(self, config) -> None:
+        """Two models may share a configuration, so the one that runs is asked for as well."""
+        model = self.strategy.model.model
+        if config is not model.config or running_model() not in (model, None):
+            raise ValueError(
+                f"this cache belongs to a {self.strategy.name!r} strategy that was built for another model than runs "
+                "here: its K and V, and the layers that it would run, are of that one. Build a strategy for each model"
             )
 
     def _check_supported(self, attention_mask) -> None:
@@ -364,6 +404,11 @@ class PromptCache(StrategyCache):
         self._is_first = True
 
     def _reserve(self, inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> None:
+        if self._prompts and self._is_first and any(table.is_mixed for table in self.tables):
+            raise ValueError(
+                "the model has changed since cache() was given this prompt, and what others have computed of it is of "
+                "the model before: call cache() again"
+            )
         if self._prompts and self._is_first:
             self._start(*inputs_embeds.shape[:2])
         super()._reserve(inputs_embeds, attention_mask, position_ids)
@@ -412,7 +457,7 @@ class PromptCache(StrategyCache):
         """Whether the layers are about to see the prompt: they see embeddings and positions, so these are compared."""
         if position_ids.shape[1] != inputs_embeds.shape[1]:
             return False
-        rows, _, is_token, _ = self._pending
+        rows, _, is_token, _, _ = self._pending
         tokens, positions, packed, begin = [], [], [], 0
         for (table, num_new), prompt in zip(rows, self._prompts, strict=True):
             first = table.num_tokens - num_new
@@ -435,6 +480,7 @@ class _Pending(NamedTuple):
     rows: list[tuple[BlockTable, int]]  # and how many tokens are new
     num_columns: int
     is_token: Tensor | None  # [B, num_columns] bool on the host; None for all
+    position_ids: Tensor  # [B or 1, num_columns] as given
     reservation: Reservation
 
 

@@ -141,6 +141,7 @@ class BlockTable:
         self._ids = np.array(list(blocks), dtype=np.int32)
         self._size = len(self._ids)
         self.num_cut = 0  # tokens that the row has seen and that no longer stand in this table (see `cut`)
+        self.is_mixed = False  # whether the model has changed since its first token was computed
         self._dropped: Ranges = ()  # the last that `drop` was given
         pool.tables.add(self)
 
@@ -290,11 +291,11 @@ class BlockTable:
     def release(self) -> None:
         """Give everything back. May be called twice."""
         self.truncate(0)
-        self.num_cut = 0
+        self.num_cut, self.is_mixed = 0, False
 
     def _twin(self, blocks: np.ndarray) -> BlockTable:
         twin = BlockTable(self.pool, blocks, self.num_tokens)
-        twin.num_cut, twin._dropped = self.num_cut, self._dropped
+        twin.num_cut, twin.is_mixed, twin._dropped = self.num_cut, self.is_mixed, self._dropped
         return twin
 
     def _must_copy_last(self) -> bool:

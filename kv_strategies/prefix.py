@@ -5,7 +5,7 @@ prompt, a chat so far, a document asked about twice) have the same K and V there
 the first instead of computing them: RadixAttention (Zheng et al., 2023, arXiv 2312.07104), automatic prefix caching in
 vLLM. Full blocks are published under a hash of everything that their content depends on:
 
-    root = H(model, dtype, policies; salt)            hash of a block = H(hash of the block before it; its tokens)
+    root = H(state of the model, policies; salt)      hash of a block = H(hash of the block before it; its tokens)
 
     root --- [You are a helpful] --- [assistant. Answer] -+- [in French: ...]        blocks form a radix tree,
                   block 4                block 7          +- [in verse: ...]         a request is a path from the root
@@ -41,22 +41,26 @@ from .step.interrupts import uninterrupted
 from .step.plan import NULL_BLOCK
 from .tiers import saved
 from .tiers.identity import fingerprint
-from .tiers.lower import LowerTiers
+from .tiers.lower import Chain, LowerTiers
 
 _BLOCKS_AT_ONCE = 256  # read from the pool for a file
 
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A published block in the tree; a root stands for a salt and has no block."""
+    """A published block in the tree; a root stands for a salt, and a state of the model, and has no block."""
 
     digest: bytes  # 256 bits
     parent: Node | None
-    tokens: bytes  # little-endian int32
+    tokens: bytes  # little-endian int32; of a root, the digest of its salt
     block: int
     children: dict[bytes, Node] = field(default_factory=dict)  # by their tokens
     num_hits: int = 0
     num_pins: int = 0  # prompts preloaded through it, as often as they were; each holds a reference
+    chain: Chain = field(init=False, repr=False)  # for lower tiers
+
+    def __post_init__(self) -> None:
+        self.chain = Chain(self.parent.chain if self.parent else None, self.tokens or self.digest)
 
 
 class PrefixCache(Sharing):
@@ -67,6 +71,7 @@ class PrefixCache(Sharing):
         self._tiers = tiers or LowerTiers()
         self.identity = identity
         self._fingerprint = fingerprint(identity)
+        self._content: int | None = None
         self._roots: dict[bytes, Node] = {}
         self._nodes: dict[bytes, Node] = {}
         self._by_block: dict[int, Node] = {}
@@ -74,6 +79,14 @@ class PrefixCache(Sharing):
         self.num_pinned = 0
 
     # --- sharing
+
+    def follow(self, content: int) -> None:
+        """Trees of other states of the model stay until their room is needed, but for what was preloaded: it may go."""
+        while self._preloaded:
+            self._unpin(next(iter(self._preloaded)))
+        for table in self.pool.tables:
+            table.is_mixed |= table.num_tokens > 0
+        self._content = content
 
     def match(self, token_ids: Sequence[int], salt: str) -> tuple[list[int], int]:
         held: list[Node] = []
@@ -90,10 +103,10 @@ class PrefixCache(Sharing):
 
     @uninterrupted()
     def publish(self, token_ids: Sequence[int], table: BlockTable, salt: str) -> None:
-        if table.num_cut:
-            return  # its keys are turned to other positions
+        if table.num_cut or table.is_mixed:
+            return  # its keys are turned to other positions, or the first were computed by another model
         num_tokens = min(len(token_ids), table.num_tokens)
-        node = self.root(salt_digest(self._fingerprint, salt))
+        node = self.root(self._salted(salt))
         for tokens, block in zip(self._split(token_ids[:num_tokens]), table.blocks.tolist(), strict=False):
             known = node.children.get(tokens)
             if known is None and block != NULL_BLOCK:  # a block out of the window has been given back
@@ -164,7 +177,7 @@ class PrefixCache(Sharing):
     def forget(self, token_ids: Sequence[int], salt: str) -> None:
         path = self._path(token_ids, salt)
         if not path or path[-1] not in self._preloaded:
-            raise ValueError("this prompt is not preloaded with this salt")
+            raise ValueError("this prompt is not preloaded with this salt, or the model has changed since it was")
         self._unpin(path[-1])
 
     def num_pinned_of(self, token_ids: Sequence[int], salt: str) -> int:
@@ -181,32 +194,33 @@ class PrefixCache(Sharing):
 
     # --- across restarts
 
-    def save(self, path: str | Path, placement: Placement) -> int:
-        nodes = list(self.ordered())
+    def save(self, path: str | Path, placement: Placement, weights: str = "") -> int:
+        nodes = list(self._current())
         numbers = {node: number for number, node in enumerate(nodes)}
         roots: dict[bytes, int] = {}
         for node in nodes:
             if node.parent not in numbers:
-                roots.setdefault(node.parent.digest, -1 - len(roots))
+                roots.setdefault(node.parent.tokens, -1 - len(roots))
 
         def records() -> Iterator[saved.Record]:
             for begin in range(0, len(nodes), _BLOCKS_AT_ONCE):
                 some = nodes[begin : begin + _BLOCKS_AT_ONCE]
                 for node, data in zip(some, placement.read_blocks([node.block for node in some]), strict=True):
-                    parent = numbers[node.parent] if node.parent in numbers else roots[node.parent.digest]
+                    parent = numbers[node.parent] if node.parent in numbers else roots[node.parent.tokens]
                     yield saved.Record(parent, node.tokens, data.numpy().tobytes())
 
-        saved.write(Path(path), self.identity, list(roots), len(nodes), records())
+        saved.write(Path(path), self.identity | {"weights": weights}, list(roots), len(nodes), records())
         return len(nodes)
 
-    def load(self, path: str | Path, placement: Placement) -> saved.Loaded:
+    def load(self, path: str | Path, placement: Placement, weights: str = "") -> saved.Loaded:
         """A batch is written to its blocks first, and is in the tree afterwards, or not at all."""
         fates: Counter[str] = Counter()
         taken: list[int] = []  # one reference each of our own, so that no block is idle until all are there
         block_bytes = placement.read_blocks([0]).shape[1]
+        identity = self.identity | {"weights": weights}
         with uninterrupted() as interrupts:
             try:
-                with saved.Reader(Path(path), self.identity, 4 * self.pool.block_size, block_bytes) as file:
+                with saved.Reader(Path(path), identity, 4 * self.pool.block_size, block_bytes) as file:
                     roots = {digest: self.root(digest) for digest in file.roots}
                     admission = _Admission(self, [roots[digest] for digest in file.roots], taken, fates)
                     for batch in file.batches():
@@ -235,8 +249,25 @@ class PrefixCache(Sharing):
                 done.add(step)
                 yield step
 
-    def root(self, digest: bytes) -> Node:
-        return self._roots.get(digest) or Node(digest, None, b"", NULL_BLOCK)
+    def _current(self) -> Iterator[Node]:
+        """Those of `ordered` that the model as it is has computed."""
+        current = {root for root in self._roots.values() if root.digest == self._root_digest(root.tokens)}
+        for node in self.ordered():
+            if node.parent in current:
+                current.add(node)
+                yield node
+
+    def root(self, salted: bytes) -> Node:
+        digest = self._root_digest(salted)
+        return self._roots.get(digest) or Node(digest, None, salted, NULL_BLOCK)
+
+    def _salted(self, salt: str) -> bytes:
+        return salt_digest(self._fingerprint, salt)
+
+    def _root_digest(self, salted: bytes) -> bytes:
+        if self._content is None:  # there is no model
+            return salted
+        return hashlib.blake2b(salted + self._content.to_bytes(8, "little"), digest_size=32).digest()
 
     # --- for people
 
@@ -274,7 +305,7 @@ class PrefixCache(Sharing):
 
     def _path(self, token_ids: Sequence[int], salt: str) -> list[Node]:
         """The published blocks that hold the start of `token_ids`."""
-        node, path = self._roots.get(salt_digest(self._fingerprint, salt)), []
+        node, path = self._roots.get(self._root_digest(self._salted(salt))), []
         for tokens in self._split(token_ids) if node else ():
             node = node.children.get(tokens)
             if node is None:
@@ -289,15 +320,15 @@ class PrefixCache(Sharing):
     def _promote(self, held: list[Node], token_ids: Sequence[int], salt: str) -> None:
         """Add the blocks behind `held` that a lower tier has to it, one reference each to the caller."""
         wanted = []
-        parent = held[-1] if held else self.root(salt_digest(self._fingerprint, salt))
+        parent = held[-1] if held else self.root(self._salted(salt))
 
-        def wants() -> Iterator[tuple[bytes, bytes]]:
+        def wants() -> Iterator[tuple[bytes, Chain]]:
             """Hashed as far as somebody looks: mostly not at all."""
-            digest = parent.digest
+            digest, chain = parent.digest, parent.chain
             for tokens in islice(self._split(token_ids), len(held), None):
-                digest = block_digest(digest, tokens)
+                digest, chain = block_digest(digest, tokens), Chain(chain, tokens)
                 wanted.append((digest, tokens))
-                yield digest, tokens
+                yield digest, chain
 
         count = self._tiers.attempt(self._tiers.num_promotable, wants()) or 0
         for digest, tokens in wanted[:count]:
@@ -322,7 +353,7 @@ class PrefixCache(Sharing):
         for block in reversed(blocks):
             self.pool.release(block)
 
-    def drop(self, node: Node, keep: Callable[[bytes, int, bytes], object] = lambda *_: None) -> None:
+    def drop(self, node: Node, keep: Callable[[bytes, int, Chain], object] = lambda *_: None) -> None:
         """Let go of a block and of all behind it, which nobody could reach any more; `keep` may copy them then, before
         anybody else writes to them.
         """
@@ -335,7 +366,7 @@ class PrefixCache(Sharing):
             del self._nodes[node.digest], self._by_block[node.block]
             self.pool.discard(node.block)
         for node in dropped:
-            keep(node.digest, node.block, node.tokens)
+            keep(node.digest, node.block, node.chain)
 
     def check_integrity(self) -> None:
         size, reached, pins = 4 * self.pool.block_size, 0, Counter()

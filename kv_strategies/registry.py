@@ -47,6 +47,11 @@ QUESTIONS = {
 }
 
 
+#: Rotary embeddings whose frequencies are the same at every length. Others follow the longest row of a forward: keys
+#: of one length would meet queries of another, and a row's answer would depend on its neighbours.
+CONSTANT_ROPE = ("default", "linear", "llama3", "yarn")
+
+
 @dataclass(frozen=True)
 class Preset:
     """One part of a name.
@@ -169,6 +174,7 @@ def build(
     check_model(model)
     if name == "baseline":
         return Baseline(model)
+    check_rope(name, model)
 
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
@@ -328,6 +334,18 @@ def check_model(model: LlamaForCausalLM) -> None:
                 f"{name} is on the meta device (weights that accelerate keeps elsewhere, or a model that was never "
                 "filled): load the model onto real devices, e.g. with device_map='auto' and enough memory for it"
             )
+
+
+def check_rope(name: str, model: LlamaForCausalLM) -> None:
+    """Raises where what is cached at one length would be wrong at another."""
+    rotary_emb = model.model.rotary_emb
+    kind = getattr(rotary_emb, "rope_type", type(rotary_emb).__name__)
+    if kind not in CONSTANT_ROPE:
+        raise ValueError(
+            f"rotary embeddings of type {kind!r} change their frequencies with the longest row of a forward, so the "
+            f"keys that {name!r} keeps of one length would be wrong at another, and a row beside a longer one as well: "
+            f"supported are {', '.join(CONSTANT_ROPE)}, and 'baseline' serves all"
+        )
 
 
 def _blocks_that_fit(model: LlamaForCausalLM, policies: Policies, site: Site, memory_fraction: float | None) -> int:

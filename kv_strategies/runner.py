@@ -248,6 +248,7 @@ class Runner:
 
     def _schedule(self) -> tuple[list[_Sequence], list[tuple[_Sequence, int]]]:
         """Who decodes, and who prefills how many tokens; with room reserved for all of them."""
+        self.strategy.follow()
         self.strategy.rebase([seq.table for seq in self._running])
         while True:
             decoding = [seq for seq in self._running if seq.is_decoding and seq.wants_more]
@@ -365,7 +366,7 @@ class Runner:
 
     def _replay(self, rows, decoding, prefilling) -> tuple[Tensor, Tensor] | None:
         """Logits [R, V] as `_forward` gives them, and the likeliest tokens [R]; None where no graph is for the step."""
-        if self._graphs is None:
+        if self._graphs is None or self.strategy.seen.is_hooked:
             return None
         if not prefilling:
             return self._graphs.decode([table.row(1) for table, _ in rows], [seq.seat for seq in decoding])

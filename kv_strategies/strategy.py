@@ -25,10 +25,12 @@ from .kernels import Kernels
 from .kernels.linear import Rotary
 from .paged import BlockPool, BlockTable, OutOfBlocks
 from .step.defaults import plain_defaults
+from .step.forward import Seen
 from .step.fused import FusedStack, stack_of
 from .step.plan import NULL_BLOCK, LayerStore, Plan
 from .step.store import KVShape, Planes
-from .tiers.identity import identity
+from .step.version import watch
+from .tiers.identity import identity, weights_hash
 from .tiers.lower import LowerTiers
 from .tiers.saved import Loaded
 
@@ -63,7 +65,7 @@ class Strategy:
         self.name, self.model, self.kernels, self.door = name, model, kernels, door
         self.sharing, self.retention = policies.sharing, policies.retention
         self.placement, self.codec = policies.placement, policies.codec
-        self.shape = KVShape.of(model)
+        self.shape, self._watch = KVShape.of(model), watch(model)
         self.pool = BlockPool(num_blocks, block_size)
         self._planes = planes_of(self.shape, policies, block_size)
         with self.lock, torch.inference_mode(False):  # blocks made in that mode could not be written outside of it
@@ -75,11 +77,52 @@ class Strategy:
         self._promises: dict[int, _Promise] = {}  # by the id of their owner
         #: Whether the layers run in one piece with fused kernels (`step/fused.py`) where the model allows it.
         self.fused = True
+        numbers = self._watch.numbers
+        self.seen = Seen(*numbers, None, self._watch.is_hooked)
+        self.sharing.follow(numbers.content)
+
+    def follow(self) -> None:
+        """Look whether the model is what it was (`step/version.py`): before blocks are looked up, and before a forward.
+
+        Where it has changed, what was cached is no longer given to anybody, what is preloaded may be evicted, and what
+        a row in flight has computed is its own: it goes on, as with the native cache, and is never published.
+
+        Raises:
+            ValueError: it has come to another dtype or device, or has more layers, than the pool was built for.
+        """
+        stack = stack_of(self.model) if self.fused else None
+        numbers = self._watch.numbers if stack is None else self._watch.last
+        before, self.seen = self.seen, Seen(*numbers, stack, self._watch.is_hooked)
+        if numbers.layout != before.layout:
+            try:
+                self._check_model()
+            except BaseException:
+                self.seen = before  # so that the next one is told as well
+                raise
+        if numbers.content != before.content:
+            self.sharing.follow(numbers.content)
+
+    def _check_model(self) -> None:
+        first = next(self.model.model.layers.parameters())
+        devices = [next(layer.self_attn.parameters()).device for layer in self.model.model.layers]
+        then, now = (self.shape.dtype, self.shape.layer_devices), (first.dtype, devices)
+        if now[0] == then[0] and devices == then[1][: len(devices)]:
+            return
+
+        def told(dtype: torch.dtype, devices: list[torch.device]) -> str:
+            where = ", ".join(map(str, dict.fromkeys(devices)))
+            return f"{str(dtype).removeprefix('torch.')} on {where}, {len(devices)} layers"
+
+        raise ValueError(
+            f"the model has been converted or moved since {self.name!r} was built for it: then {told(*then)}, now "
+            f"{told(*now)}. Build another strategy for the model as it is, or move it back"
+        )
 
     @property
     def stack(self) -> FusedStack | None:
         """What runs the decoder layers; None for the layers themselves."""
-        return stack_of(self.model) if self.fused else None
+        self.follow()
+        return self.seen.stack
 
     @property
     def capturable(self) -> bool:
@@ -120,6 +163,8 @@ class Strategy:
         Args:
             suspended: what `suspend` gave when the request was preempted; brought back where that pays.
         """
+        if len(token_ids):
+            self.follow()
         table = BlockTable(self.pool, *self.sharing.match(token_ids[:-1], salt))
         if suspended is None or table.num_tokens + self.block_size > suspended.table.num_seen:
             return table
@@ -393,12 +438,14 @@ class Strategy:
     def save(self, path: str | Path) -> int:
         """Write all blocks that are kept for later requests to a file. Returns how many. See `saved.save`."""
         with self.lock:
-            return self.sharing.save(path, self.placement)
+            self.follow()
+            return self.sharing.save(path, self.placement, weights_hash(self.model))
 
     def load(self, path: str | Path) -> Loaded:
         """Take in what `save` has written, as far as free blocks go. See `saved.load`."""
         with self.lock:
-            return self.sharing.load(path, self.placement)
+            self.follow()
+            return self.sharing.load(path, self.placement, weights_hash(self.model))
 
     # --- looking after it
 

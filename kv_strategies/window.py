@@ -36,9 +36,6 @@ from .base import Retention, Site
 from .paged import Ranges
 from .step.plan import NULL_BLOCK, Plan
 
-#: Rotary embeddings whose frequencies are the same at every length, so that turning by a difference is exact.
-_CONSTANT_ROPE = ("default", "linear", "llama3", "yarn")
-
 
 class SlidingWindow(Retention):
     """The last `window` tokens and the first `sinks`.
@@ -47,7 +44,7 @@ class SlidingWindow(Retention):
         rebase_at: token index at which a row is rebased; 4 times what is visible, and at least 8192, unless told.
 
     Raises:
-        ValueError: sizes that make no sense together, or a rotary embedding whose frequencies depend on the length.
+        ValueError: sizes that make no sense together.
     """
 
     def __init__(self, *, window: int = 2048, sinks: int = 4, rebase_at: int | None = None):
@@ -68,11 +65,6 @@ class SlidingWindow(Retention):
         shortest = 2 * (window + self.sinks + block_size)
         if self.rebase_at < shortest:
             raise ValueError(f"rebase_at must be at least {shortest}, twice what a row keeps, got {self.rebase_at}")
-        if site.rotary_emb.rope_type not in _CONSTANT_ROPE:
-            raise ValueError(
-                f"rotary embeddings of type {site.rotary_emb.rope_type!r} change their frequencies with the length, "
-                f"and a window turns queries by constant ones: supported are {', '.join(_CONSTANT_ROPE)}"
-            )
         self._rotary_emb = site.rotary_emb
 
     def identity(self) -> dict[str, object]:
@@ -96,8 +88,9 @@ class SlidingWindow(Retention):
             return None  # nothing lies between yet
 
         def behind() -> tuple[Tensor, Tensor]:
-            farthest = self.window + self.sinks - 1
-            return self._angles((farthest - plan.positions.to(query.device)).clamp(max=0))
+            index, farthest = plan.positions.to(query.device), self.window + self.sinks - 1
+            distance = index if plan.distances is None else plan.distances.to(query.device)
+            return self._angles(torch.where(index > farthest, farthest - distance, 0))
 
         return turn(query, *plan.once(("behind the sinks", query.device), behind))
 

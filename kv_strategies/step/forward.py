@@ -8,7 +8,7 @@ of it. The patched model asks differently, twice: `plan_forward` once a forward,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -21,6 +21,15 @@ from .plan import Plan
 from .upstream import takes_cache, with_cache
 
 
+class Seen(NamedTuple):
+    """A model as it was when somebody last looked, which whoever runs a forward does before (`Strategy.follow`)."""
+
+    layout: int  # see `version.py`
+    content: int
+    stack: FusedStack | None  # what runs its layers; None for the layers themselves
+    is_hooked: bool  # hooks want to be called, which no graph does
+
+
 class Attends(Protocol):
     """What stores K and V and computes the attention: a strategy."""
 
@@ -28,8 +37,9 @@ class Attends(Protocol):
     model: LlamaForCausalLM
     fused: bool
 
-    @property
-    def stack(self) -> FusedStack | None: ...
+    seen: Seen
+
+    def follow(self) -> None: ...
 
     def attend(
         self,
@@ -61,11 +71,12 @@ class AttendingCache(Cache):
 
     def _stack(self) -> Callable[..., Tensor] | None:
         """What stands in for the layers: the fused stack, or a captured step of it."""
-        return self.strategy.stack
+        return self.strategy.seen.stack
 
     @takes_cache
     def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, cache, position_ids) -> None:
-        """Called in place of `create_causal_mask`: nothing to do where the plan is there already."""
+        """Called in place of `create_causal_mask`. The plan is there already; the model may have changed."""
+        self.strategy.follow()
 
     def attend(
         self,

@@ -15,21 +15,27 @@ Costs: the weights are copied once, one layer at a time.
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaModel,
+    LlamaRMSNorm,
+)
 from transformers.utils import output_capturing
 
 from ..kernels.linear import Norm, Rotary, linear, rotates_later
 from .upstream import takes_cache
+from .version import has_upstream_functions, hooks_of, is_globally_hooked, is_upstream, watch
 
-#: What has been decided about a model, for all its strategies; None where the plain layers run.
-_STACKS: WeakKeyDictionary[LlamaForCausalLM, FusedStack | None] = WeakKeyDictionary()
+_KINDS = {LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, nn.Linear, SiLUActivation, nn.SiLU}
 
 
 class FusedStack:
@@ -37,23 +43,19 @@ class FusedStack:
 
     def __init__(self, model: LlamaForCausalLM):
         """Merges the weights of each layer, in place."""
-        attention = model.model.layers[0].self_attn
+        layers = _layers(model)
+        attention = layers[0].self_attn
         self.device = attention.q_proj.weight.device
-        self._head_dim, self._scaling = attention.head_dim, attention.scaling
-        self._layers = [_Layer(layer) for layer in model.model.layers]
-        modules = [module for layer in model.model.layers for module in layer.modules()]
-        members = [members for module in modules for members in (module._modules, module._parameters)]
-        self._members = [(members, name, member) for members in members for name, member in members.items()]
-        self._hooks = [(hooks, len(hooks)) for module in modules for hooks in _hooks(module)]
+        self._head_dim = attention.head_dim
+        self._layers = [_Layer(layer) for layer in layers]
+        self._model = weakref.ref(model)
+        self._read = _read(layers)
 
     @property
     def is_current(self) -> bool:
-        """Whether the modules are as they were when they were merged: none replaced, moved or hooked since."""
-        return (
-            all(members[name] is member for members, name, member in self._members)
-            and all(len(hooks) == count for hooks, count in self._hooks)
-            and all(layer.is_in_place for layer in self._layers)
-        )
+        """Whether the layers are upstream's own and read what was merged."""
+        model = self._model()
+        return model is not None and supports(model) and _read(_layers(model)) == self._read
 
     @takes_cache
     def __call__(self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], cache, **kwargs) -> Tensor:
@@ -70,13 +72,13 @@ class FusedStack:
             cos, sin = cos.float(), sin.float()  # once, not once a layer
         x = hidden_states.reshape(-1, hidden).clone()  # [T, hidden], changed in place from layer to layer
         product = partial(linear, is_replayed=cache.plan.is_replayed)
-        for layer_idx, layer in enumerate(self._layers):
+        for layer in self._layers:
             heads = [size // self._head_dim for size in layer.qkv_sizes]
             rotary = Rotary(cos, sin, heads[0] + heads[1])
             inside, later = (None, rotary) if rotates_later(x) else (rotary, None)
             qkv = product(x, *layer.qkv, norm=layer.input_norm, rotary=inside)
             qkv = qkv.view(num_rows, num_columns, -1, self._head_dim).transpose(1, 2)  # [B, Hq + 2 Hkv, n, D]
-            out = cache.attend(layer_idx, *qkv.split(heads, dim=1), self._scaling, later)  # [B, n, Hq * D]
+            out = cache.attend(layer.index, *qkv.split(heads, dim=1), layer.scaling, later)  # [B, n, Hq * D]
             product(out.flatten(0, 1), *layer.o, residual=x)
             gated = product(x, *layer.gate_up, norm=layer.mlp_norm, gated=True)
             product(gated, *layer.down, residual=x)
@@ -89,51 +91,79 @@ class _Layer:
     def __init__(self, layer: LlamaDecoderLayer):
         attention, mlp = layer.self_attn, layer.mlp
         qkv, gate_up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
-        self.qkv_sizes = [module.out_features for module in qkv]
+        self.index, self.scaling = attention.layer_idx, attention.scaling
+        self.qkv_sizes = [len(module.weight) for module in qkv]
         self.qkv, self.gate_up = _merge(qkv), _merge(gate_up)
         self.o, self.down = _weights(attention.o_proj), _weights(mlp.down_proj)
         self.input_norm, self.mlp_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
-        self._first = attention.q_proj.weight
 
-    @property
-    def is_in_place(self) -> bool:
-        """Whether the modules read the merged memory."""
-        return self._first.data_ptr() == self.qkv[0].data_ptr()
+
+class _Made:
+    """The stack of a model, and the number of the layout (`version.py`) that it was last seen to fit."""
+
+    def __init__(self) -> None:
+        self.layout, self.stack, self.is_used = -1, None, False
 
 
 def stack_of(model: LlamaForCausalLM) -> FusedStack | None:
-    """The stack that runs the layers of `model`, made when it is first asked for; None where they run by themselves."""
-    if model not in _STACKS:
-        _STACKS[model] = FusedStack(model) if supports(model) else None
-    stack = _STACKS[model]
-    if stack is None or stack.is_current:
-        return stack
-    if not supports(model):  # adapters or hooks have come, and may go again
-        return None
-    stack = _STACKS[model] = FusedStack(model)
-    return stack
+    """The stack that runs the layers of `model`, made when it is first asked for; None where they run by themselves.
+
+    It lives as long as somebody watches the model (`version.py`), as every strategy does.
+    """
+    watched = watch(model)
+    with watched.lock:
+        numbers = watched.numbers
+        made = watched.made.setdefault("stack", _Made())
+        if made.layout != numbers.layout:
+            made.is_used = supports(model)  # adapters or hooks come, and go again
+            if made.is_used and (made.stack is None or not made.stack.is_current):
+                made.stack = FusedStack(model)
+                watched.adopt()
+            made.layout = numbers.layout
+        return made.stack if made.is_used else None
 
 
 def supports(model: LlamaForCausalLM) -> bool:
     """Whether the layers are upstream's own, so that running them otherwise changes nothing that anyone could see.
 
-    Not so with quantised or adapted linear layers, tensor parallelism, hooks (offloading, probes), layers on several
-    devices, weights shared between layers, another activation, or replaced methods.
+    Not so with quantised or adapted linear layers, tensor parallelism, hooks (offloading, probes; also those of all
+    modules), layers on several devices, weights shared between layers, another activation, replaced methods, of one
+    module or of its class, or layers that disagree about a head.
     """
-    layers = list(model.model.layers)
-    kinds = {LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, nn.Linear, SiLUActivation, nn.SiLU}
+    layers = _layers(model)
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
     modules = [module for layer in layers for module in layer.modules()]
+    attentions = [getattr(layer, "self_attn", None) for layer in layers]
     return (
         bool(layers)
-        and all(type(module) in kinds for module in modules)
-        and not any("forward" in vars(module) or _has_hooks(module) for module in modules)
+        and all(type(module) in _KINDS for module in modules)
+        and all(type(layer) is LlamaDecoderLayer for layer in layers)
+        and all(map(is_upstream, {LlamaModel, *map(type, modules)}))
+        and has_upstream_functions()
+        and not is_globally_hooked()
+        and not any(_is_changed(module) for module in modules)
         and all(type(parameter) is nn.Parameter for parameter in parameters)  # a sharded one is of another type
         and len({(parameter.device, parameter.dtype, parameter.is_inference()) for parameter in parameters}) == 1
         and parameters[0].is_floating_point()
         and len({parameter.data_ptr() for parameter in parameters}) == len(parameters)
         and all(type(layer.mlp.act_fn) in (SiLUActivation, nn.SiLU) for layer in layers)
+        and len({attention.head_dim for attention in attentions}) == 1
+        and len({attention.layer_idx for attention in attentions}) == len(attentions)
     )
+
+
+def _layers(model: LlamaForCausalLM) -> list[LlamaDecoderLayer]:
+    return list(model.model.layers)[: model.config.num_hidden_layers]
+
+
+def _read(layers: list[LlamaDecoderLayer]) -> list[tuple]:
+    """What a stack takes from the layers, by which it is known again: where weights lie, and numbers."""
+    norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    return [
+        *((p.data_ptr(), p.shape, p.stride(), p.dtype) for layer in layers for p in layer.parameters()),
+        *((layer.self_attn.layer_idx, layer.self_attn.scaling, layer.self_attn.head_dim) for layer in layers),
+        *((norm.variance_epsilon,) for norm in norms),
+    ]
 
 
 def head_of(model: LlamaForCausalLM) -> tuple[Tensor, Tensor | None] | None:
@@ -145,8 +175,9 @@ def head_of(model: LlamaForCausalLM) -> tuple[Tensor, Tensor | None] | None:
         return None
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or not head.weight.is_contiguous():
         return None
-    modules = (model, head)
-    if any("forward" in vars(module) or module._compiled_call_impl or _has_hooks(module) for module in modules):
+    if is_globally_hooked() or not all(map(is_upstream, (LlamaForCausalLM, nn.Linear))):
+        return None
+    if any(map(_is_changed, (model, head))):
         return None
     return _weights(head)
 
@@ -156,13 +187,9 @@ def is_observed() -> bool:
     return bool(output_capturing._active_collector.get())
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = [hook for hooks in _hooks(module) for hook in hooks.values()]
-    return any(hook.__module__ != output_capturing.__name__ for hook in hooks)  # those wait until they are wanted
-
-
-def _hooks(module: nn.Module) -> tuple[dict, dict]:
-    return module._forward_pre_hooks, module._forward_hooks
+def _is_changed(module: nn.Module) -> bool:
+    """Whether calling it does something else than its class says."""
+    return "forward" in vars(module) or bool(module._compiled_call_impl or hooks_of(module))
 
 
 def _merge(modules: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
@@ -174,15 +201,30 @@ def _merge(modules: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
             merged.append(None)
             continue
         parts = [
-            module.weight.new_zeros(module.out_features) if part is None else part
+            module.weight.new_zeros(len(module.weight)) if part is None else part
             for part, module in zip(parts, modules, strict=True)
         ]
         with torch.inference_mode(modules[0].weight.is_inference()), torch.no_grad():  # what they were, they stay
-            whole = torch.cat([part.detach() for part in parts])
+            whole = _adjoining(parts)
+            if whole is None:
+                whole = torch.cat([part.detach() for part in parts])
             for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
                 part.data = rows
         merged.append(whole)
     return merged[0], merged[1]
+
+
+def _adjoining(parts: list[Tensor]) -> Tensor | None:
+    """The matrix whose rows these are already, one behind the other, as another stack has left them."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if not part.is_contiguous() or part.data_ptr() != end:
+            return None
+        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        end += part.numel() * part.element_size()
+    shape = sum(map(len, parts)), *first.shape[1:]
+    return first.detach().as_strided(shape, first.stride(), first.storage_offset())
 
 
 def _weights(module: nn.Linear) -> tuple[Tensor, Tensor | None]:

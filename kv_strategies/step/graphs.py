@@ -60,6 +60,7 @@ class StepGraphs:
         self._graphs: dict[tuple[int, int, int, int], _Graph] = {}
         self._memory = torch.cuda.graph_pool_handle()
         self._stream = _stream(last_token.device)
+        self._layout = strategy.seen.layout
 
     def decode(self, rows: Sequence[Row], seats: Sequence[int]) -> tuple[Tensor, Tensor]:
         """One step over rows of one query each. The likeliest tokens are the newest of their seats when it has run.
@@ -92,6 +93,11 @@ class StepGraphs:
     def _run(self, shape: tuple[int, int, int], rows, inputs: dict[str, Sequence[int]]) -> tuple[Tensor, Tensor]:
         """A step of at most so many rows, tokens, and tokens of a row's context."""
         num_rows, num_tokens, bucket = shape
+        if self._layout != self._strategy.seen.layout:  # weights lie elsewhere, or other code runs
+            torch.cuda.synchronize(self._last_token.device)  # the last step may still run
+            self._graphs.clear()
+            self._memory = torch.cuda.graph_pool_handle()
+            self._layout = self._strategy.seen.layout
         if shape not in self._buffers:
             sizes = {name: num_tokens if name == "input_ids" else num_rows for name in inputs}
             self._buffers[shape] = _buffer(self._last_token.device, *shape, self._block_size, sizes)
@@ -132,12 +138,21 @@ class StackGraphs:
         self._steps: dict[tuple[int, int, int], StackStep] = {}
         self._stream = _stream(stack.device)
 
-    def step(self, rows: Sequence[Row]) -> StackStep:
-        """What stands in for the stack in a step over rows of one query each, its plan filled in."""
+    def step(self, rows: Sequence[Row], distances: Tensor | None = None) -> StackStep:
+        """What stands in for the stack in a step over rows of one query each, its plan filled in.
+
+        Args:
+            distances: [B] see `Plan`; there in all steps of a strategy, or in none.
+        """
         shape = len(rows), _bucket(max(row.num_tokens for row in rows))
         if shape not in self._buffers:
-            self._buffers[shape] = _buffer(self.stack.device, len(rows), *shape, self._block_size)
-        plan = self._buffers[shape].fill(rows)
+            self._buffers[shape] = _buffer(
+                self.stack.device, len(rows), *shape, self._block_size, {"distances": len(rows)}
+            )
+        buffer = self._buffers[shape]
+        plan = buffer.fill(rows, {"distances": [0]})
+        if distances is not None:
+            plan.distances = buffer.tensors["distances"].copy_(distances)
         bounds = _bounds(plan, shape[1])
         if (len(rows), *bounds) not in self._steps:
             self._steps[len(rows), *bounds] = StackStep(self.stack, bounds, self._stream)

@@ -91,6 +91,9 @@ class Plan:
     groups: Tensor | None = None  # [B // 2 or 1, 3] int32, the same on the device, zeros where there are fewer
     shared_lens: Tensor | None = None  # [B] int32, num_tokens of the group that a row is in, 0 for none
     is_replayed: bool = False  # by a CUDA graph: what its launches cost the host does not matter
+    # [T] int64, how far each token stands from the first of its row by the positions that were given, which may jump;
+    # None where that is its index.
+    distances: Tensor | None = None
     host_tables: np.ndarray | None = None  # [B, max_blocks] the block tables on the host, for who moves blocks
     scratch: dict = field(default_factory=dict)  # what a kernel derives from the plan once and every layer uses
 

@@ -1,58 +1,44 @@
 """Identity: everything that stored K and V depend on, beside the tokens and their order.
 
 Two strategies may exchange blocks (a saved prefix cache, say) only where all of it is the same. It is a plain dict, so
-that an error can say what differs; its fingerprint goes into every hash of a block.
+that an error can say what differs. In the process, the state of the weights is a number (`step/version.py`); in a file
+it is a hash of all their bytes, computed when a file is first written or read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..step.store import Planes
+from ..step.version import CONFIG_KEYS, tensors_of, watch
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-#: What of a Llama configuration changes K and V. The rest (paths, versions, special tokens) may differ.
-_CONFIG_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "attention_bias",
-    "mlp_bias",
-    "rope_parameters",
-    "max_position_embeddings",  # some rotary embeddings scale with it
-)
+_CHUNK_BYTES = 16 << 20  # read at a time; on a GPU, copied to the host
 _SAMPLES = 64  # numbers read of each weight
 
 
 def identity(
     model: LlamaForCausalLM, planes: Planes, block_size: int, policies: dict[str, dict[str, object]]
 ) -> dict[str, object]:
-    """What the K and V of a strategy's blocks depend on: JSON values, comparable between processes.
+    """What the K and V of a strategy's blocks depend on beside the weights: JSON values, comparable between processes.
 
     Args:
         policies: question -> what the policy that answers it says of itself (`Policy.identity`).
-
-    The weights go in as a hash of numbers sampled from each of them, which tells models, fine-tunes and merged
-    adapters apart and takes milliseconds.
     """
     config = model.config.to_dict()
     return {
         "architecture": type(model).__name__,
-        "config": json.loads(json.dumps({key: config.get(key) for key in _CONFIG_KEYS}, default=str)),
-        "weights": _sample_of_weights(model),
+        "config": json.loads(json.dumps({key: config.get(key) for key in CONFIG_KEYS}, default=str)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "planes": {name: [*shape, str(dtype).removeprefix("torch.")] for name, (shape, dtype) in planes.items()},
         "block_size": block_size,
@@ -71,16 +57,55 @@ def differences(theirs: dict[str, object], ours: dict[str, object]) -> str:
     return ", ".join(f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in keys)
 
 
+def weights_hash(model: LlamaForCausalLM) -> str:
+    """A hash of all bytes of all parameters and buffers, with their names, shapes and dtypes.
+
+    Read once a state of the model, in chunks, by several threads, which hash 0.9 GB/s each. It is read again where a
+    few numbers of each weight are others, which a change that torch does not count would show.
+    """
+    watched = watch(model)
+    state = watched.numbers.content, _sample(model)
+    known = watched.made.get("weights")
+    if known is None or known[0] != state:
+        total = hashlib.blake2b(digest_size=32)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashlib works outside the interpreter's lock
+            named = list(tensors_of(model))
+            digests = threads.map(_digest, [weight for _, weight in named])
+            for (name, weight), digest in zip(named, digests, strict=True):
+                total.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode() + digest)
+        known = watched.made["weights"] = state, total.hexdigest()
+    return known[1]
+
+
+def _digest(weight: Tensor) -> bytes:
+    digest = hashlib.blake2b(digest_size=32)
+    for chunk in _chunks(weight):
+        digest.update(memoryview(chunk.view(torch.uint8).numpy()))
+    return digest.digest()
+
+
 @torch.no_grad()
-def _sample_of_weights(model: LlamaForCausalLM) -> str:
-    total = hashlib.blake2b(digest_size=32)
+def _chunks(weight: Tensor) -> Iterator[Tensor]:
+    """Contiguous pieces on the host, in order: [n] each, n > 0."""
+    weight = weight.detach()
+    size = max(1, _CHUNK_BYTES // weight.element_size())
+    if weight.is_contiguous():
+        pieces = weight.view(-1).split(size)
+    else:
+        pieces = (piece.reshape(-1) for row in weight for piece in row.reshape(-1).split(size))
+    for piece in pieces:
+        if piece.numel():
+            yield piece.cpu().contiguous()
+
+
+@torch.no_grad()
+def _sample(model: LlamaForCausalLM) -> bytes:
+    digest = hashlib.blake2b(digest_size=32)
     samples: dict[torch.device, list[Tensor]] = {}
-    for name, weight in model.named_parameters():
-        local = weight.to_local() if hasattr(weight, "to_local") else weight  # tensor parallelism: this rank's part
-        total.update(f"{name} {tuple(local.shape)} {local.dtype}".encode())
-        flat = local.detach().reshape(-1)
+    for _, weight in tensors_of(model):
+        flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)].float()
-        samples.setdefault(local.device, []).append(sample)
+        samples.setdefault(weight.device, []).append(sample)
     for per_device in samples.values():
-        total.update(torch.cat(per_device).cpu().numpy().tobytes())  # one wait a device
-    return total.hexdigest()
+        digest.update(torch.cat(per_device).cpu().numpy().tobytes())  # one wait a device
+    return digest.digest()

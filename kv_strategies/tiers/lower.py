@@ -9,6 +9,31 @@ from typing import TypeVar
 Found = TypeVar("Found")
 
 
+class Chain:
+    """What a block holds, with all that it continues: a tier that compares chains takes no block for another, whatever
+    their keys. Each holds the one before it; two that were found equal share what is before them, so that comparing
+    a row block by block looks at every block once.
+    """
+
+    __slots__ = ("before", "tokens")
+
+    def __init__(self, before: Chain | None, tokens: bytes):
+        self.before, self.tokens = before, tokens
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Chain):
+            return NotImplemented
+        one, two = self, other
+        while one is not two:
+            if one is None or two is None or one.tokens != two.tokens:
+                return False
+            one, two = one.before, two.before
+        self.before = other.before
+        return True
+
+    __hash__ = None
+
+
 class LowerTiers:
     """Where the contents of idle blocks go when a block is given to others. Here: nowhere, they are computed again.
 
@@ -19,13 +44,13 @@ class LowerTiers:
     num_places = 0  # blocks that can be kept at once
     num_failed = 0  # copies that raised
 
-    def demote(self, key: bytes, block: int, tokens: bytes = b"") -> bool:
+    def demote(self, key: bytes, block: int, tokens: Chain | bytes = b"") -> bool:
         """Keep a copy of `block`, which holds `tokens`, under `key`. It may be overwritten as soon as this returns.
         False where nothing is kept.
         """
         return False
 
-    def num_promotable(self, wanted: Iterable[tuple[bytes, bytes]]) -> int:
+    def num_promotable(self, wanted: Iterable[tuple[bytes, Chain | bytes]]) -> int:
         """How many of the first (key, tokens) of `wanted` are kept, and faster fetched than computed again."""
         return 0
 
