@@ -64,7 +64,9 @@ SUMS = [
     "+".join(parts)
     for count in range(1, len(_PARTS) + 1)
     for parts in combinations(_PARTS, count)
-    if len({STRATEGIES[part].answers for part in parts}) == len(parts) and len(set(parts) & set(OUTSIDE)) < 2
+    if len({STRATEGIES[part].answers for part in parts}) == len(parts)
+    and len(set(parts) & set(OUTSIDE)) < 2
+    and (len(parts) == 1 or "paged" not in parts)  # every other implies it
 ]
 #: What `make test` drives: every question answered, alone and beside each other.
 CHOSEN = [
@@ -202,11 +204,11 @@ class Oracle:
     A prompt whose next token is nearly a tie gives None: rounding may decide it otherwise.
     """
 
-    _all: dict[str, Oracle] = {}  # noqa: RUF012
+    _all: dict[tuple[str, int], Oracle] = {}  # noqa: RUF012
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, block_size: int):
         lossy = [part for part in name.split("+") if STRATEGIES[part].lossy is True]
-        self.strategy = build("+".join(lossy) or "baseline", MODEL, **self._options(lossy))
+        self.strategy = build("+".join(lossy) or "baseline", MODEL, **self._options(lossy, block_size))
         self.is_native = not lossy
         self._margin = 1e-3 if set(lossy) <= {"window", "every4"} else 2e-2  # a rounded code is further off
         self._runner = Runner(MODEL, self.strategy, **({} if self.is_native else {"max_num_seqs": 4}))
@@ -214,15 +216,17 @@ class Oracle:
         self._states: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @classmethod
-    def of(cls, name: str) -> Oracle:
+    def of(cls, name: str, block_size: int) -> Oracle:
         lossy = "+".join(part for part in name.split("+") if STRATEGIES[part].lossy is True) or "paged"
-        if lossy not in cls._all:
-            cls._all[lossy] = cls(lossy)
-        return cls._all[lossy]
+        if "every4" not in lossy:
+            block_size = 4  # what it keeps are blocks; for all others their size is no matter
+        if (lossy, block_size) not in cls._all:
+            cls._all[lossy, block_size] = cls(lossy, block_size)
+        return cls._all[lossy, block_size]
 
     @staticmethod
-    def _options(lossy: list[str]) -> dict:
-        options = {"num_blocks": 64, "block_size": 4} if lossy else {}
+    def _options(lossy: list[str], block_size: int) -> dict:
+        options = {"num_blocks": 64, "block_size": block_size} if lossy else {}
         return options | (options_of("+".join(lossy)) if lossy else {})
 
     def tokens(self, prompt: tuple[int, ...], temperature: float = 0.0, seed: int = 0) -> list[list[int]] | None:
@@ -379,10 +383,10 @@ class World:
         self.parts = self.name.split("+")
         rng = random.Random(f"{case}/{seed}")
         self.corpus = Corpus(seed // 50)
-        self.oracle = Oracle.of(self.name)
         self.can_share = "prefix" in self.parts
         self.can_keep = STRATEGIES[self.parts[0]].alone is False
         self.block_size, self.num_blocks = rng.choice([2, 3, 4]), rng.randint(10, 40)
+        self.oracle = Oracle.of(self.name, self.block_size)
         self.seats, self.chunk = rng.randint(3, 6), rng.choice([7, 11, 24])
         self.resident = rng.choice(["k", "none", "kv"]) if self.tier else rng.choice(["k", "none"])
         self.num_host, self.num_disk = rng.randint(1, 12), rng.randint(1, 24)
@@ -453,31 +457,34 @@ class World:
             Broken: says what does not hold.
         """
         self.faults = Faults(self.strategy)
-        advance = Runner._advance
-
-        def counted(runner):
-            self.counts["steps"] += 1
-            return advance(runner)
 
         def pays(rates, num_bytes, num_tokens, *, on_disk):
             return self.time.choice([1e-3, 1e-3, 1e-3, -1e-3])
 
         operations, weights = zip(*self.OPERATIONS.items(), strict=True)
-        with self.faults, mock.patch.object(Runner, "_advance", counted), warnings.catch_warnings():
+        with self.faults, self._counting(), warnings.catch_warnings(), mock.patch.object(Rates, "seconds_saved", pays):
             warnings.simplefilter("ignore")
-            with mock.patch.object(Rates, "seconds_saved", pays):
-                for index in range(num_ops):
-                    if only is not None and index not in only:
-                        continue
-                    rng = random.Random(f"{self.case}/{self.seed}/{index}")
-                    if rng.random() < (0.3 if self.faults.armed is None else 0.1):  # what is armed may never be called
-                        self.log.append(self.faults.arm(rng))
-                    if self.writer and rng.random() < 0.5:
-                        self.writer.run(rng.randint(1, 4))
-                    name = rng.choices(operations, weights)[0]
-                    self._operate(index, name, rng)
-                self.faults.armed = None
-                self._operate(num_ops, "drain", random.Random(0))
+            for index in range(num_ops):
+                if only is not None and index not in only:
+                    continue
+                rng = random.Random(f"{self.case}/{self.seed}/{index}")
+                if rng.random() < (0.3 if self.faults.armed is None else 0.1):  # what is armed may never be called
+                    self.log.append(self.faults.arm(rng))
+                if self.writer and rng.random() < 0.5:
+                    self.writer.run(rng.randint(1, 4))
+                self._operate(index, rng.choices(operations, weights)[0], rng)
+            self.faults.armed = None
+            self._operate(num_ops, "drain", random.Random(0))
+
+    def _counting(self):
+        launch = Runner._launch
+
+        def counted(runner, *args):
+            found = launch(runner, *args)
+            self.counts["steps"] += found
+            return found
+
+        return mock.patch.object(Runner, "_launch", counted)
 
     def _operate(self, index: int, name: str, rng: random.Random) -> None:
         self.log.append(f"{index}: {name}")
