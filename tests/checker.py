@@ -172,7 +172,8 @@ class Faults:
         self.armed = rng.choice(self.names)
         self._left = 1 + int(rng.expovariate(0.4))
         self._is_after = self.armed.rpartition(".")[2] in self.AFTER and rng.random() < 0.5
-        self._kind = rng.choice((Fault, Fault, Interrupt))
+        in_thread = self.armed.startswith("disk.")  # which no Ctrl-C reaches
+        self._kind = rng.choice((Fault, Fault, Fault if in_thread else Interrupt))
         return f"armed {self.armed} call {self._left}{' after' * self._is_after} {self._kind.__name__}"
 
     @contextlib.contextmanager
@@ -431,10 +432,9 @@ class World:
             self.writer = disk._writer = LateWriter()
 
     def _tiers(self, options: dict) -> dict:
-        probe = build(self.name, MODEL, **options | {"resident": "none" if self.resident == "kv" else self.resident})
-        one = probe.shape.block_bytes(probe._planes)
-        streamed = 0 if self.resident == "kv" else sum(home.host_bytes for home in probe.placement._devices)
-        found = {"host_bytes": streamed + self.num_host * one}
+        probe = build(self.name, MODEL, **options, host_bytes=1 << 24).placement
+        one = probe.tiers.block_bytes
+        found = {"host_bytes": sum(home.host_bytes for home in probe._devices) + self.num_host * one}
         if self.tier == "disk":
             found |= {"disk_path": self.folder.name, "disk_bytes": self.num_disk * one}
         return found
@@ -481,7 +481,7 @@ class World:
 
         def counted(runner, *args):
             found = launch(runner, *args)
-            self.counts["steps"] += found
+            self.counts["steps"] += found and runner in self.runners  # the oracle has one as well
             return found
 
         return mock.patch.object(Runner, "_launch", counted)
@@ -497,9 +497,9 @@ class World:
                     raise
                 self.log.append(f"   {type(error).__name__} at {error}")
             self.check()
-        except Exception as error:
-            if isinstance(error, Broken):
-                raise
+        except Broken:
+            raise
+        except (Exception, *FAULTS) as error:
             raise Broken(f"{type(error).__name__}: {error}") from error
 
     # --- what must hold at any time
@@ -564,6 +564,14 @@ class World:
 
     # --- requests
 
+    def alone(self, *request) -> list[list[int]] | None:
+        with self.faults.quiet():
+            return self.oracle.tokens(*request)
+
+    def beams(self, prompt: list[int], num_new: int) -> list[int]:
+        with self.faults.quiet():
+            return self.oracle.beams(tuple(prompt), num_new)
+
     def draw(self, rng: random.Random, longest: int | None = None) -> tuple[Asked, int] | None:
         """A request that no near tie decides."""
         if self.finished and rng.random() < 0.25:
@@ -572,7 +580,7 @@ class World:
         else:
             prompt, salt = rng.choice(self.corpus.prompts), rng.choice(SALTS)
         temperature, seed, n = rng.choice([0.0, 0.0, 0.0, 0.8]), rng.choice([1, 2]), rng.choice([1, 1, 1, 2, 3])
-        full = self.oracle.tokens(prompt, temperature, seed if temperature else 0)
+        full = self.alone(prompt, temperature, seed if temperature else 0)
         if full is None:
             return None
         max_new = rng.randint(1, MAX_NEW)
@@ -794,7 +802,7 @@ class World:
         """`model.generate()` with one or two prompts, cold or known, greedy or beams; the cache is kept or dropped."""
         num_rows, num_new, salt = rng.choice([1, 1, 2]), rng.randint(1, 6), rng.choice(SALTS)
         rows = [list(rng.choice(self.corpus.prompts)) for _ in range(num_rows)]
-        full = [self.oracle.tokens(tuple(row)) for row in rows]
+        full = [self.alone(tuple(row)) for row in rows]
         if any(tokens is None for tokens in full):
             return
         is_known, has_beams = rng.random() < 0.6, num_rows == 1 and rng.random() < 0.25 and not self._is_rounded
@@ -806,7 +814,7 @@ class World:
         wanted = [tokens[0][:num_new] for tokens in full]
         options = {}
         if has_beams:
-            wanted, options = [self.oracle.beams(tuple(rows[0]), num_new)], {"num_beams": 3}
+            wanted, options = [self.beams(rows[0], num_new)], {"num_beams": 3}
         cache = self._cache(rows, salt) if is_known else self.strategy.cache()
         kept = Kept(cache, [row + tokens for row, tokens in zip(rows, wanted, strict=True)])
         try:
@@ -861,7 +869,7 @@ class World:
                     tokens
                 ) else None
         tokens = tokens + list(rng.choice(self.corpus.extras))
-        full = self.oracle.tokens(tuple(tokens))
+        full = self.alone(tuple(tokens))
         if full is None or len(tokens) > 40:
             self.kept.remove(kept)
             return
@@ -878,7 +886,7 @@ class World:
 
     def _again(self, kept: Kept, rng: random.Random) -> None:
         tokens, num_new = kept.rows[0], rng.randint(1, 5)
-        full = self.oracle.tokens(tuple(tokens))
+        full = self.alone(tuple(tokens))
         self.kept.remove(kept)
         if full is None:
             return
@@ -900,8 +908,9 @@ class World:
     def evict(self, rng: random.Random) -> None:
         count = rng.randint(1, 12)
         with self.strategy.lock:
-            wanted = min(count, self.strategy.sharing.num_evictable())
-            expect(self.strategy.sharing.evict(count), wanted, "evicted blocks")
+            evictable = self.strategy.sharing.num_evictable()
+            found = self.strategy.sharing.evict(count)  # with a block goes what hangs on it, which may be idle as well
+            require(min(count, evictable) <= found <= evictable, f"{found} evicted for {count} of {evictable}")
 
     def preload(self, rng: random.Random) -> None:
         prompt, salt = rng.choice(self.corpus.prompts), rng.choice(SALTS)
