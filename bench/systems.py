@@ -311,7 +311,7 @@ def filled(strategy) -> Iterator[None]:
 
     def open_table(token_ids, salt="", suspended=None) -> BlockTable:
         table = BlockTable(strategy.pool)
-        strategy.reserve([(table, len(token_ids) - 1)])
+        table.append(len(token_ids) - 1)
         return table
 
     strategy.open_table = open_table
