@@ -3,6 +3,7 @@
 #   PYTHON=INTERPRETER  use this interpreter as it is, with the torch it has, in place of a virtual environment in .venv;
 #                       nothing is installed into it
 #   SDIST=FILE          the upstream archive, already on disk, in place of the package index
+#   UPSTREAM=VERSION    another tested release of Transformers than the pinned one, until `make patch` without it
 #   CONSTRAINTS=FILE    other versions than constraints.txt for what pip installs
 
 SHELL := bash
@@ -16,6 +17,8 @@ ARGS ?= tests
 CONSTRAINTS ?= constraints.txt
 # Two test processes on two cores: each keeps to one thread, or they take turns.
 TEST_THREADS ?= 1
+
+fork_options = $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(SDIST),--sdist '$(SDIST)')
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -35,26 +38,30 @@ else
     echo 'make: no Python 3.11 or later with venv found; install python3.11 and python3.11-venv, or set PYTHON=' >&2; exit 1
 endif
 
-.PHONY: help patch tree install model test test-upstreams lint bench report refresh bundle clean
+.PHONY: help patch tree install model test test-upstreams upstream-news lint bench report refresh bundle clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 	@sed -n '/^#   /p; /^SHELL/q' Makefile | cut -c 2-
 
-patch: $(venv)  ## unpack the pinned upstream into transformers-dev, apply the patches, install [SDIST=]
-	@$(python) patches/fork.py patch $(if $(SDIST),--sdist '$(SDIST)')
+patch: $(venv)  ## unpack the pinned upstream into transformers-dev, apply the patches, install [UPSTREAM=] [SDIST=]
+	@$(python) patches/fork.py patch $(fork_options)
 	@$(MAKE) install
 
 install: tree $(installed)  ## install the patched tree and the package into .venv (part of the others)
 
-# Like `patch`, but a tree with work of yours in it is used as it is.
+# Like `patch`, but a tree with work of yours in it, or on another release that you chose, is used as it is.
 tree: $(venv)
-	@$(python) patches/fork.py patch --keep-edits $(if $(SDIST),--sdist '$(SDIST)')
+	@$(python) patches/fork.py patch --keep-edits $(fork_options)
 
 .venv/bin/python:
 	@python=$$($(find_python)); echo "making .venv with $$python"; rm -rf .venv; $$python -m venv .venv
 
-.venv/.installed: pyproject.toml $(CONSTRAINTS) patches/upstream.txt | tree
+# What the tree was built on; `tree` writes it where that changes.
+.cache/built.txt: tree
+	@test -f $@ || touch $@
+
+.venv/.installed: pyproject.toml $(CONSTRAINTS) .cache/built.txt | tree
 	@echo 'installing transformers-dev and kv_strategies into .venv (a few minutes at first)'
 	@.venv/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) \
 	  --editable transformers-dev --editable '.[bench,lint,test]'
@@ -66,11 +73,14 @@ model: install  ## bring the default model and the text for the benches
 test: install model  ## run the tests [ARGS=tests/test_paged.py] [JOBS=2]
 	OMP_NUM_THREADS=$(TEST_THREADS) $(python) -m pytest $(if $(filter-out 0,$(JOBS)),-n $(JOBS) --dist worksteal) $(ARGS)
 
-test-upstreams: install model  ## run the equality tests on every upstream of patches/upstreams.txt
+test-upstreams: install model  ## run the equality tests on every release of patches/upstreams.txt
 	@$(python) patches/fork.py upstreams --into build/upstreams
 	@for tree in build/upstreams/*; do echo "== $$tree"; \
 	  PYTHONPATH=$(CURDIR)/$$tree/src:$${PYTHONPATH:-$(CURDIR)} OMP_NUM_THREADS=$(TEST_THREADS) \
 	    $(python) -m pytest -m upstream $(if $(filter-out 0,$(JOBS)),-n $(JOBS)) $(ARGS); done
+
+upstream-news: install  ## which releases are newer than the tested ones, and whether the patches and tests fit them
+	@$(python) patches/news.py
 
 lint: install  ## check style and the layers: who may import whom
 	@$(python) -m ruff check . && $(python) -m ruff format --check .

@@ -26,6 +26,7 @@ from kv_strategies.baseline import Baseline
 from kv_strategies.models.text import needle
 from kv_strategies.step.forward import AttendingCache, forward
 from kv_strategies.step.plan import PlanBuffer
+from kv_strategies.step.upstream import with_cache
 from kv_strategies.strategy import Strategy
 
 
@@ -99,10 +100,10 @@ def _pieces(model, strategy, token_ids: Tensor, num_prompt: int, chunk: int) -> 
     cache = strategy.cache()
     prompt, rest = token_ids.to(model.device).split((num_prompt, token_ids.shape[1] - num_prompt), dim=1)
     for piece in prompt.split(512, dim=1) if num_prompt else ():
-        model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=piece, **with_cache(cache), use_cache=True, logits_to_keep=1)
     begin = num_prompt
     for piece in rest.split(chunk, dim=1):
-        yield begin, model(input_ids=piece, past_key_values=cache, use_cache=True).logits
+        yield begin, model(input_ids=piece, **with_cache(cache), use_cache=True).logits
         begin += piece.shape[1]
 
 

@@ -10,7 +10,7 @@ One interface: `generate(prompts, new_tokens)` runs all prompts greedily, as one
 | quantized               | the same with the native 4-bit cache                                          |
 | generate_batch          | the native continuous batching, its pool as large as ours                     |
 | <strategy>              | this project's `Runner`                                                       |
-| <strategy>, generate()  | `model.generate(past_key_values=strategy.cache())`                            |
+| <strategy>, generate()  | `model.generate(cache=strategy.cache())`                                      |
 """
 
 from __future__ import annotations
@@ -131,6 +131,8 @@ class Native:
         self.model, self.cache, self.strategy = model, cache, strategy
 
     def __call__(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
+        from kv_strategies.step.upstream import cache_of, with_cache
+
         device, columns = self.model.device, max(map(len, prompts))
         ids = torch.zeros(len(prompts), columns, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -139,7 +141,7 @@ class Native:
             mask[row, columns - len(prompt) :] = 1
         options: dict[str, object] = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
         if self.strategy is not None:
-            options["past_key_values"] = self.strategy.cache()
+            options |= with_cache(self.strategy.cache())
         elif self.cache == "quantized":
             backend = "quanto" if importlib.util.find_spec("optimum") else "hqq"
             options |= {"cache_implementation": self.cache, "cache_config": {"backend": backend, "nbits": 4}}
@@ -154,7 +156,7 @@ class Native:
         seconds = time.perf_counter() - start
         times = [moment - start for moment in watch.moments]
         # At its end a native cache is fullest: [B, Hkv, columns, D] a layer, the padding included.
-        self.filling = self._fill(out.past_key_values, sum(map(len, prompts)) + (new_tokens - 1) * len(prompts))
+        self.filling = self._fill(cache_of(out), sum(map(len, prompts)) + (new_tokens - 1) * len(prompts))
         return Run(tokens, [times] * len(prompts), seconds)
 
     def warm_up(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:

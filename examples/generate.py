@@ -18,7 +18,7 @@ def main() -> None:
     for call in ("first", "second"):
         cache = strategy.cache(prompt)  # the prompt is given, so what an earlier call has computed of it is skipped
         skipped = cache.get_seq_length()
-        out = model.generate(**prompt, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        out = model.generate(**prompt, cache=cache, max_new_tokens=20, do_sample=False)
         print(f"{call} call: {skipped} of {prompt.input_ids.shape[1]} prompt tokens were there already")
         print("   the native cache's tokens" if torch.equal(out, native) else "   OTHER tokens than the native cache's")
     print(tokenizer.decode(out[0, prompt.input_ids.shape[1] :]))

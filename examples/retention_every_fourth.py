@@ -27,6 +27,10 @@ class EveryFourth(Retention):
         num_old = (num_tokens - self.recent) // block_size
         return tuple((first, min(first + 3, num_old)) for first in range(1, num_old, 4))
 
+    def num_blocks(self, num_tokens, chunk, block_size):  # all, but for three of four of the old before the last chunk
+        num_all, num_old = -(-num_tokens // block_size), max(0, (num_tokens - chunk - self.recent) // block_size)
+        return min(num_all, num_all - num_old + -(-num_old // 4) + 1)
+
 
 EVERY_FOURTH = Preset("every fourth of the old blocks, all recent ones; lossy", "retention", EveryFourth, lossy=True)
 
@@ -36,5 +40,5 @@ if __name__ == "__main__":
     strategy = build("every4", model, num_blocks=64, recent=24, block_size=8)
     ids = tokenizer("In the beginning God created the heaven and the earth.", return_tensors="pt").input_ids
     cache = strategy.cache()
-    out = model.generate(ids, past_key_values=cache, max_new_tokens=60, do_sample=False)
+    out = model.generate(ids, cache=cache, max_new_tokens=60, do_sample=False)
     print(tokenizer.decode(out[0]), f"\n{out.shape[1]} tokens, in the block table {cache.tables[0].blocks}")

@@ -127,6 +127,9 @@ class Sharing(Policy):
     def clear(self) -> None:
         """Forget everything, and give all held blocks back."""
 
+    def check_integrity(self) -> None:
+        """Raises AssertionError where the books do not balance (a bug of ours)."""
+
     def count_hit(self, blocks: Iterable[int]) -> None:
         """A request that begins with these shared blocks was admitted."""
 
@@ -135,11 +138,13 @@ class Sharing(Policy):
         return 0
 
     def pin(self, token_ids: Sequence[int], salt: str) -> int:
-        """Keep what is published of these tokens until `forget`. Returns how many tokens that are."""
+        """Keep what is published of these tokens until `forget` has been called as often. Returns how many tokens that
+        are.
+        """
         raise self._refusal("preload")
 
     def forget(self, token_ids: Sequence[int], salt: str) -> None:
-        """Undo `pin`."""
+        """Undo one `pin`."""
         raise self._refusal("forget")
 
     def save(self, path: str | Path, placement: Placement, weights: str = "") -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .step.requests import Event, Output, Request
 from .step.sampling import sample
+from .step.upstream import with_cache
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, LlamaForCausalLM
@@ -43,7 +44,7 @@ class Baseline:
         cache, event = self.cache(), None
         input_ids = torch.from_numpy(request.token_ids)[None].to(self.model.device)
         while event is None or event.result is None:
-            logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = self.model(input_ids=input_ids, **with_cache(cache), use_cache=True, logits_to_keep=1).logits
             input_ids = sample(logits[:, -1], [request.sampling(sample_index)], [len(output.token_ids)])[:, None]
             event = output.receive(int(input_ids), time.perf_counter())
             yield event

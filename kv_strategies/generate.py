@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from transformers.utils import output_capturing
 
 from .kernels.linear import Rotary
 from .paged import BlockTable, OutOfBlocks
+from .step import fused
 from .step.forward import AttendingCache, forward
 from .step.graphs import StackGraphs, StackStep
 from .step.plan import PlanBuffer
+from .step.upstream import takes_cache
 from .step.version import running_model
-from .strategy import Strategy
+from .strategy import Reservation, Strategy
 
 _PRELOAD_CHUNK = 2048  # tokens in a forward
 
@@ -98,11 +100,13 @@ class StrategyCache(AttendingCache):
         self._door = door
         self.tables: list[BlockTable] = []
         self.num_columns = 0  # tokens and padding that generate() believes to be cached
+        self._columns: list[tuple[int, Tensor | None]] = []  # how many were added at once, and which are tokens
+        self._pending: _Pending | None = None
         self._packing: Tensor | None = None  # [T] where the tokens stand among B * n columns, if there is padding
         self._step: StackStep | None = None  # what replays the stack in this forward
         self._origins: Tensor | None = None  # [B] given positions of the first tokens, where they matter
         # The tables live in a list of their own, so that the finalizer does not keep the cache alive.
-        weakref.finalize(self, _release, self.tables)
+        weakref.finalize(self, strategy.lock.release_tables, self.tables)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.num_columns
@@ -110,10 +114,20 @@ class StrategyCache(AttendingCache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
-    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
-        """Find room for the new tokens and say where everything lives. Same keywords as `create_causal_mask`."""
-        self._check_model(config)
-        self.strategy.follow()
+    @takes_cache
+    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, cache, position_ids) -> None:
+        """Find room for the new tokens. Same keywords as `create_causal_mask`.
+
+        Where they live is planned when the layers begin, and they count as cached when the layers have ended; a forward
+        that fails in between leaves the cache as it was.
+        """
+        with self.strategy.lock:
+            self._undo()
+            self._check_model(config)
+            self.strategy.follow()
+            self._reserve(inputs_embeds, attention_mask, position_ids)
+
+    def _reserve(self, inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> None:
         self._check_supported(attention_mask)
         num_rows, num_columns = inputs_embeds.shape[:2]
         if not self.tables:
@@ -122,36 +136,66 @@ class StrategyCache(AttendingCache):
             raise ValueError(f"the cache holds {len(self.tables)} rows and the input has {num_rows}")
         is_token = self._new_tokens(attention_mask, num_rows, num_columns)
         query_lens = [num_columns] * num_rows if is_token is None else is_token.sum(dim=1).tolist()
+        self._check_continues(position_ids, num_columns)
         rows = list(zip(self.tables, query_lens, strict=True))
         try:
-            self.strategy.reserve(rows)
+            reservation = self.strategy.reserve(rows, owner=self)
         except OutOfBlocks as error:
             held = sum(table.num_tokens for table in self.tables)
             raise OutOfBlocks(
                 f"the pool of {self.strategy.max_tokens} tokens is too small: this call holds {held} tokens in "
                 f"{num_rows} rows and adds {sum(query_lens)}. Build the strategy with a larger num_blocks ({error})"
             ) from None
+        self._pending = _Pending(rows, num_columns, is_token, position_ids, reservation)
+
+    @property
+    def decoder_layers(self) -> list[Callable[..., Tensor]]:
+        """What `LlamaModel` runs: all layers as one, so that what happens to them happens to all."""
+        return [self._run_layers]
+
+    def _run_layers(self, hidden_states: Tensor, **options) -> Tensor:
+        """The layers one after the other. Arguments as of `LlamaDecoderLayer.forward`."""
+        with self.strategy.lock:
+            if self._pending is None:
+                raise RuntimeError("another forward has begun with the same cache: one call of generate(), one cache")
+            try:
+                self._plan_rows(hidden_states.device)
+                for layer in super().decoder_layers:
+                    hidden_states = layer(hidden_states, **options)
+            except BaseException:
+                self._undo()
+                raise
+            self._commit()
+        return hidden_states
+
+    def _plan_rows(self, device: torch.device) -> None:
+        rows, num_columns, is_token, position_ids, _ = self._pending
         self._packing = None
         if is_token is not None and not is_token.all():
-            self._packing = is_token.flatten().nonzero().squeeze(1).to(inputs_embeds.device)
-        is_step = num_columns == 1 and self._packing is None and self._replays
+            self._packing = is_token.flatten().nonzero().squeeze(1).to(device)
+        is_step = num_columns == 1 and self._packing is None and not fused.is_observed()
         graphs = self._door.graphs(self.strategy) if is_step else None
         planned = [table.row(num_new) for table, num_new in rows]
-        distances = self._distances(position_ids, query_lens, num_columns)
+        distances = self._distances(position_ids, [num_new for _, num_new in rows], num_columns)
         self._step = None if graphs is None else graphs.step(planned, distances)
         if self._step is not None:
             self.plan = self._step.plan
-        else:
-            max_blocks = max(1, *(len(table.blocks) for table in self.tables))
-            buffer = PlanBuffer(inputs_embeds.device, num_rows, sum(query_lens), max_blocks, self.strategy.block_size)
-            self.plan = buffer.fill(planned)
-            self.plan.distances = distances
-        self.num_columns += num_columns
+            return
+        num_tokens, max_blocks = sum(row.num_new for row in planned), max(1, *(len(row.blocks) for row in planned))
+        self.plan = PlanBuffer(device, len(rows), num_tokens, max_blocks, self.strategy.block_size).fill(planned)
+        self.plan.distances = distances
 
-    @property
-    def _replays(self) -> bool:
-        """Whether a decode step may be a graph, in which `attend` is not called."""
-        return True
+    def _commit(self) -> None:
+        """K and V of the new tokens have been computed, or their work is on its way."""
+        pending, self._pending = self._pending, None
+        self.num_columns += pending.num_columns
+        self._columns.append((pending.num_columns, pending.is_token))
+
+    def _undo(self) -> None:
+        """A forward has failed: forget what it was to add. Nothing where none has."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.reservation.undo()
 
     def _stack(self) -> Callable[..., Tensor] | None:
         return self._step or self.strategy.seen.stack
@@ -183,20 +227,34 @@ class StrategyCache(AttendingCache):
         removed = self.num_columns - keep
         if removed <= 0:
             return
-        for table in self.tables:  # padding is on the left, so the newest columns are tokens
-            self.strategy.truncate(table, max(0, table.num_tokens - removed))
-        self.num_columns = max(0, keep)
+        kept = self._column_mask()[:, : max(0, keep)]
+        with self.strategy.lock:
+            for table, num_tokens in zip(self.tables, kept.sum(dim=1).tolist(), strict=True):
+                self.strategy.truncate(table, num_tokens)
+            self.num_columns = max(0, keep)
+            self._columns = [(self.num_columns, kept)] if self.num_columns else []
+
+    def _column_mask(self) -> Tensor:
+        """[B, columns] bool on the host: which of the cached columns are tokens."""
+        masks = [
+            torch.ones(len(self.tables), count, dtype=torch.bool, device="cpu") if is_token is None else is_token
+            for count, is_token in self._columns
+        ]
+        return torch.cat(masks, dim=1) if masks else torch.zeros(len(self.tables), 0, dtype=torch.bool, device="cpu")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i continues from row beam_idx[i]: tables are forked, no K or V moves."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        chosen = [self.tables[index].fork() for index in indices.tolist()]
-        if self._origins is not None:
-            self._origins = self._origins[indices.to(self._origins.device)]
-        _release(self.tables)
-        self.tables[:] = chosen
+        with self.strategy.lock:
+            chosen = [self.tables[index].fork() for index in indices.tolist()]
+            _release(self.tables)
+            self.tables[:] = chosen
+            rows = indices.cpu()
+            if self._origins is not None:
+                self._origins = self._origins[indices.to(self._origins.device)]
+            self._columns = [(n, None if is_token is None else is_token[rows]) for n, is_token in self._columns]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(len(self.tables)).repeat_interleave(repeats))
@@ -205,7 +263,8 @@ class StrategyCache(AttendingCache):
         """Another cache that goes on from here: tables are forked, no K or V moves."""
         twin = StrategyCache(self.strategy, self._door)
         twin.tables.extend(table.fork() for table in self.tables)
-        twin.num_columns, twin._origins = self.num_columns, self._origins
+        twin.num_columns, twin._columns = self.num_columns, list(self._columns)
+        twin._origins = self._origins
         return twin
 
     def __copy__(self) -> StrategyCache:
@@ -213,9 +272,12 @@ class StrategyCache(AttendingCache):
 
     def reset(self) -> None:
         """Give all blocks back; the cache can be used again."""
-        _release(self.tables)
-        self.tables.clear()
-        self.num_columns, self._origins = 0, None
+        with self.strategy.lock:
+            self._undo()
+            _release(self.tables)
+            self.tables.clear()
+            self.num_columns, self._origins = 0, None
+            self._columns.clear()
 
     def _new_tokens(self, attention_mask: Tensor | None, num_rows: int, num_columns: int) -> Tensor | None:
         """[B, n] bool on the host: which of the new columns are tokens; None for all, and nothing is read back."""
@@ -230,9 +292,9 @@ class StrategyCache(AttendingCache):
         seen = attention_mask != 0
         on_host = torch.cat([seen.sum(dim=1, keepdim=True), seen[:, self.num_columns :].long()], dim=1).cpu()
         is_token = on_host[:, 1:].bool()
-        stored = torch.tensor([table.num_tokens for table in self.tables])
+        stored = torch.tensor([table.num_tokens for table in self.tables], device="cpu")
         if not torch.equal(on_host[:, 0] - is_token.sum(dim=1), stored):
-            raise ValueError("the attention mask shows or hides columns otherwise than when they were stored")
+            self._hide(seen[:, : self.num_columns].cpu())
         return is_token
 
     def _distances(self, position_ids: Tensor, query_lens: list[int], num_columns: int) -> Tensor | None:
@@ -261,6 +323,36 @@ class StrategyCache(AttendingCache):
             raise ValueError(
                 f"this cache belongs to a {self.strategy.name!r} strategy that was built for another model than runs "
                 "here: its K and V, and the layers that it would run, are of that one. Build a strategy for each model"
+            )
+
+    def _hide(self, seen: Tensor) -> None:
+        """A mask [B, columns] that hides the newest tokens of some rows, what `generate()` put behind the end of a row
+        while others went on, say: these tokens are forgotten.
+
+        Raises:
+            ValueError: it hides other columns, or shows what never was a token.
+        """
+        stored = self._column_mask()
+        order = stored.cumsum(dim=1)  # [B, columns] number of a token in its row
+        kept = seen.sum(dim=1, keepdim=True)
+        if (seen & ~stored).any() or not torch.equal(seen, stored & (order <= kept)):
+            raise ValueError("the attention mask shows or hides columns otherwise than when they were stored")
+        for table, num_tokens in zip(self.tables, kept.flatten().tolist(), strict=True):
+            self.strategy.truncate(table, num_tokens)
+        self._columns = [(self.num_columns, seen)]
+
+    def _check_continues(self, position_ids: Tensor, num_columns: int) -> None:
+        """Raises ValueError where a prompt begins again behind the tokens that are cached: `generate()` does that when
+        all of a prompt is cached, as it is after a call that failed behind the layers.
+        """
+        if num_columns == 1 or not self.num_columns or position_ids is None:
+            return
+        newest = position_ids[:, -1].expand(len(self.tables)).tolist()
+        if any(last < table.num_tokens for last, table in zip(newest, self.tables, strict=True)):
+            raise ValueError(
+                f"the cache holds {self.num_columns} columns, and this forward begins again at position 0: generate() "
+                "feeds other tokens than those that follow, or an earlier call with this cache failed at its end; give "
+                "it a new one, strategy.cache()"
             )
 
     def _check_supported(self, attention_mask) -> None:
@@ -307,10 +399,11 @@ class PromptCache(StrategyCache):
         self.num_columns = max(0, min(int(fits.min()), self._width - 1))
         for table, seen in zip(self.tables, num_seen.tolist(), strict=True):
             strategy.truncate(table, seen[self.num_columns - 1] if self.num_columns else 0)
+        if self.num_columns:
+            self._columns.append((self.num_columns, is_token[:, : self.num_columns].bool()))
         self._is_first = True
 
-    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
-        self.strategy.follow()
+    def _reserve(self, inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> None:
         if self._prompts and self._is_first and any(table.is_mixed for table in self.tables):
             raise ValueError(
                 "the model has changed since cache() was given this prompt, and what others have computed of it is of "
@@ -318,7 +411,7 @@ class PromptCache(StrategyCache):
             )
         if self._prompts and self._is_first:
             self._start(*inputs_embeds.shape[:2])
-        super().plan_forward(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        super()._reserve(inputs_embeds, attention_mask, position_ids)
         if self._prompts and not self._is_fed(inputs_embeds, position_ids):
             self.reset()
             raise ValueError(
@@ -326,15 +419,12 @@ class PromptCache(StrategyCache):
                 "input_ids and attention_mask"
             )
 
-    @property
-    def _replays(self) -> bool:
-        return not self._prompts  # else the last layer publishes them
-
-    def attend(self, layer_idx: int, *args) -> Tensor:
-        out = super().attend(layer_idx, *args)
-        if self._prompts and layer_idx == len(self.strategy.shape.layer_devices) - 1:
-            self._publish()
-        return out
+    def _commit(self) -> None:
+        super()._commit()
+        for prompt, table in zip(self._prompts, self.tables, strict=bool(self._prompts)):
+            self.strategy.sharing.publish(prompt, table, self._salt)
+        if all(table.num_tokens >= len(prompt) for prompt, table in zip(self._prompts, self.tables, strict=False)):
+            self._prompts = []
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -354,6 +444,7 @@ class PromptCache(StrategyCache):
         if num_columns >= self._width:  # all of the prompt is fed, whatever is cached: assisted decoding does that
             _release(self.tables)
             self.num_columns = 0
+            self._columns.clear()
         for prompt, table in zip(self._prompts, self.tables, strict=True):
             self.strategy.count_hit(prompt, table)
         repeats, rest = divmod(num_rows, len(self.tables))
@@ -366,25 +457,31 @@ class PromptCache(StrategyCache):
         """Whether the layers are about to see the prompt: they see embeddings and positions, so these are compared."""
         if position_ids.shape[1] != inputs_embeds.shape[1]:
             return False
-        expected, places, begin = [], [], 0
-        for table, prompt, num_new in zip(self.tables, self._prompts, self.plan.query_lens, strict=True):
-            tokens = prompt[table.num_tokens - num_new : table.num_tokens]
-            expected += tokens
-            places += range(begin, begin + len(tokens))
+        rows, _, is_token, _, _ = self._pending
+        tokens, positions, packed, begin = [], [], [], 0
+        for (table, num_new), prompt in zip(rows, self._prompts, strict=True):
+            first = table.num_tokens - num_new
+            known = prompt[first : table.num_tokens]
+            tokens += known
+            positions += range(first, first + len(known))
+            packed += range(begin, begin + len(known))
             begin += num_new
         device = inputs_embeds.device
-        expected, places = torch.tensor([expected, places], device=device, dtype=torch.int64)
-        columns = places if self._packing is None else self._packing[places]
-        positions = position_ids.expand(inputs_embeds.shape[:2]).flatten()
-        same_tokens = self.strategy.model.get_input_embeddings()(expected) == inputs_embeds.flatten(0, 1)[columns]
-        same_places = positions[columns] == self.plan.positions[places]
-        return bool(same_tokens.all() & same_places.all())
+        tokens, positions, packed = torch.tensor([tokens, positions, packed], device=device, dtype=torch.int64)
+        columns = packed if is_token is None else is_token.flatten().nonzero()[:, 0].to(device)[packed]
+        fed = position_ids.expand(inputs_embeds.shape[:2]).flatten()[columns]
+        same_tokens = self.strategy.model.get_input_embeddings()(tokens) == inputs_embeds.flatten(0, 1)[columns]
+        return bool(same_tokens.all() & (fed == positions).all())
 
-    def _publish(self) -> None:
-        for prompt, table in zip(self._prompts, self.tables, strict=True):
-            self.strategy.sharing.publish(prompt, table, self._salt)
-        if all(table.num_tokens >= len(prompt) for prompt, table in zip(self._prompts, self.tables, strict=True)):
-            self._prompts = []
+
+class _Pending(NamedTuple):
+    """A forward that has room, and has not ended."""
+
+    rows: list[tuple[BlockTable, int]]  # and how many tokens are new
+    num_columns: int
+    is_token: Tensor | None  # [B, num_columns] bool on the host; None for all
+    position_ids: Tensor  # [B or 1, num_columns]
+    reservation: Reservation
 
 
 def _release(tables: list[BlockTable]) -> None:

@@ -17,7 +17,7 @@ A prompt's V goes out as it is computed, a step's V token by token. Three ways t
 
 The lossy reads are for decode steps, rows with one new token; longer ones always attend exactly. `resident` says what
 stays on the GPU: "k" is KCache, with "none" both K and V stream, with "kv" nothing does. With `host_bytes` idle blocks
-move to host memory, and with `disk_path` on to a disk, instead of being forgotten (`tiers.py`).
+move to host memory, and with `disk_path` on to a disk, instead of being evicted for good (`tiers/`).
 
 Saves: half of the KV memory of a GPU, or all but a few layers of it. Costs: exact, a step takes bytes / link rate,
 80 ms for 4 GB of V; top_n, what the dropped mass is worth, which the benchmark measures.
@@ -237,14 +237,16 @@ class Offload(Placement):
     def write_blocks(self, blocks: list[int], data: Tensor) -> None:
         for home in self._devices:
             home.synchronize()
-        for name in self._names:
+        try:
+            for name in self._names:
+                for home in self._devices:
+                    plane = home.planes[name].view(torch.uint8)
+                    piece, data = data[:, : plane[0].numel()], data[:, plane[0].numel() :]
+                    index = torch.tensor(blocks, device=plane.device)
+                    plane[index] = piece.to(plane.device).view(-1, *plane.shape[1:])
+        finally:
             for home in self._devices:
-                plane = home.planes[name].view(torch.uint8)
-                piece, data = data[:, : plane[0].numel()], data[:, plane[0].numel() :]
-                index = torch.tensor(blocks, device=plane.device)
-                plane[index] = piece.to(plane.device).view(-1, *plane.shape[1:])
-        for home in self._devices:
-            home.touched()
+                home.touched()
 
     # --- figures
 

@@ -51,7 +51,7 @@ class BlockPool:
         self.ref_counts = [0] * num_blocks
         self.tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
         self.idle: dict[int, None] = {}  # an ordered set: longest idle first
-        self._kept: set[int] = set()
+        self.kept: set[int] = set()  # for later requests
         self._free = dict.fromkeys(range(num_blocks))  # an ordered set: first in, first out
 
     @property
@@ -93,17 +93,17 @@ class BlockPool:
         self.ref_counts[block] -= 1
         if self.ref_counts[block] == 0:
             self._free[block] = None
-        elif self.ref_counts[block] == 1 and block in self._kept:
+        elif self.ref_counts[block] == 1 and block in self.kept:
             self.idle[block] = None
 
     def keep(self, block: int) -> None:
         """Hold a block for later requests: one more reference."""
         self.share(block)
-        self._kept.add(block)
+        self.kept.add(block)
 
     def discard(self, block: int) -> None:
         """Stop keeping a block."""
-        self._kept.remove(block)
+        self.kept.remove(block)
         self.idle.pop(block, None)
         self.release(block)
 
@@ -119,14 +119,16 @@ class BlockPool:
         counts = [0] * self.num_blocks
         for table in self.tables:
             assert len(table.blocks) == -(-table.num_tokens // self.block_size), "a table is longer than its tokens"
-            for block in table.blocks:
-                if block != NULL_BLOCK:
-                    counts[block] += 1
+            held = [block for block in table.blocks.tolist() if block != NULL_BLOCK]
+            assert all(0 <= block < self.num_blocks for block in held), "a table names blocks that there are not"
+            assert len(set(held)) == len(held), "a table holds a block twice"
+            for block in held:
+                counts[block] += 1
         for block in other_holders:
             counts[block] += 1
         assert counts == self.ref_counts, "reference counts differ from the references held"
         assert set(self._free) == {b for b, count in enumerate(counts) if count == 0}, "the free list is wrong"
-        assert set(self.idle) == {b for b in self._kept if counts[b] == 1}, "the idle list is wrong"
+        assert set(self.idle) == {b for b in self.kept if counts[b] == 1}, "the idle list is wrong"
 
 
 class BlockTable:
@@ -188,6 +190,14 @@ class BlockTable:
             self._size = wanted
         return copies
 
+    def retract(self, num_tokens: int, copies: Iterable[tuple[int, int]]) -> None:
+        """Undo an `append` to a table of `num_tokens` tokens whose copies, those that it returned, were not made."""
+        self.truncate(num_tokens)
+        for shared, own in copies:
+            self.pool.share(shared)
+            self.pool.release(own)
+            self._ids[self._size - 1] = shared
+
     def row(self, num_new: int) -> Row:
         """What a forward over the last `num_new` tokens has to know. Valid until the table changes."""
         return Row(self.blocks, self.num_tokens, num_new)
@@ -214,7 +224,7 @@ class BlockTable:
         self._ids[indices] = self.pool.allocate_run(len(indices))
 
     def truncate(self, num_tokens: int) -> None:
-        """Forget all tokens after the first `num_tokens`."""
+        """Take all tokens after the first `num_tokens` out of the table."""
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"cannot keep {num_tokens} of {self.num_tokens} tokens")
         wanted = -(-num_tokens // self.pool.block_size)
@@ -232,39 +242,40 @@ class BlockTable:
             self._ids[first:last] = NULL_BLOCK
         self._dropped = ranges
 
-    def cut(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Close the gap of the dropped blocks first..last - 1: the tokens behind it move down by as many places.
-
-        Their keys are about to be changed with their indices, so blocks that somebody else holds as well are replaced
-        by own ones.
+    def own_blocks(self, first: int) -> list[tuple[int, int]]:
+        """Take own blocks for those from index `first` on that somebody else holds as well. They are in the table once
+        their contents are copied, see `swap`.
 
         Returns:
-            (source, destination) blocks to copy.
+            (shared, own) blocks.
 
         Raises:
-            OutOfBlocks: not enough free blocks for the own ones; the table is as it was.
+            OutOfBlocks: there are fewer; nothing was changed.
         """
-        pool = self.pool
+        shared = [int(block) for block in self.blocks[first:] if block >= 0 and self.pool.ref_counts[block] > 1]
+        return list(zip(shared, self.pool.allocate_run(len(shared)), strict=True))
+
+    def swap(self, copies: Iterable[tuple[int, int]]) -> None:
+        """Put own blocks in the place of shared ones."""
+        for shared, own in copies:
+            self._ids[: self._size][self.blocks == shared] = own
+            self.pool.release(shared)
+
+    def cut(self, first: int, last: int) -> None:
+        """Close the gap of the dropped blocks first..last - 1: tokens behind it get indices lower by as many tokens.
+
+        Their keys are about to be changed with them, so no block behind the gap may be somebody else's as well.
+        """
         assert (self._ids[first:last] == NULL_BLOCK).all(), "only dropped blocks can be cut out"
-        if self.num_shared(last) > pool.num_free:
-            raise OutOfBlocks(f"{self.num_shared(last)} shared blocks must be copied and {pool.num_free} are free")
-        copies = []
-        for index in range(last, self._size):
-            source = int(self._ids[index])
-            if pool.ref_counts[source] == 1:
-                continue
-            self._ids[index] = pool.allocate(after=int(self._ids[index - 1]) if index else NULL_BLOCK)
-            pool.release(source)
-            copies.append((source, int(self._ids[index])))
+        assert not self.num_shared(last), "keys that somebody else reads would be turned"
         self._ids = np.delete(self._ids, slice(first, last))
         self._size -= last - first
-        self.num_tokens -= (last - first) * pool.block_size
-        self.num_cut += (last - first) * pool.block_size
+        self.num_tokens -= (last - first) * self.pool.block_size
+        self.num_cut += (last - first) * self.pool.block_size
         self._dropped = ()
-        return copies
 
     def num_shared(self, first: int) -> int:
-        """Blocks from table position `first` on that somebody else holds as well."""
+        """Blocks at index `first` of the table and behind it that somebody else holds as well."""
         return sum(self.pool.ref_counts[block] > 1 for block in self.blocks[first:] if block != NULL_BLOCK)
 
     @property
@@ -320,7 +331,7 @@ def main() -> None:
     a.release()
     show("A ends; B keeps the shared blocks", A=a, B=b)
     stored, reserved = b.num_tokens, len(b.blocks) * pool.block_size
-    print(f"\nWaste: {reserved - stored} of {reserved} token places, never more than a block less one token a request.")
+    print(f"\nWaste: {reserved - stored} of {reserved} slots, never more than a block less one token a request.")
     pool.check_integrity()
 
 

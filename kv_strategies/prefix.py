@@ -37,6 +37,7 @@ import torch
 
 from .base import Placement, Sharing
 from .paged import BlockPool, BlockTable
+from .step.interrupts import uninterrupted
 from .step.plan import NULL_BLOCK
 from .tiers import saved
 from .tiers.identity import fingerprint
@@ -55,7 +56,7 @@ class Node:
     block: int
     children: dict[bytes, Node] = field(default_factory=dict)  # by their tokens
     num_hits: int = 0
-    num_pins: int = 0  # preloaded prompts that run through it; each holds a reference
+    num_pins: int = 0  # prompts preloaded through it, as often as they were; each holds a reference
     chain: Chain = field(init=False, repr=False)  # for lower tiers
 
     def __post_init__(self) -> None:
@@ -74,7 +75,7 @@ class PrefixCache(Sharing):
         self._roots: dict[bytes, Node] = {}
         self._nodes: dict[bytes, Node] = {}
         self._by_block: dict[int, Node] = {}
-        self._preloaded: set[Node] = set()  # the last block of each prompt
+        self._preloaded: Counter[Node] = Counter()  # the last block of each prompt, and how often it was preloaded
         self.num_pinned = 0
 
     # --- sharing
@@ -88,13 +89,19 @@ class PrefixCache(Sharing):
         self._content = content
 
     def match(self, token_ids: Sequence[int], salt: str) -> tuple[list[int], int]:
-        path = self._path(token_ids, salt)
-        for node in path:
-            self.pool.share(node.block)
-        root = self.root(self._salted(salt))
-        path += self._promote(path[-1] if path else root, token_ids, len(path))
-        return [node.block for node in path], len(path) * self.pool.block_size
+        held: list[Node] = []
+        try:
+            with uninterrupted():
+                for node in self._path(token_ids, salt):
+                    self.pool.share(node.block)
+                    held.append(node)
+            self._promote(held, token_ids, salt)
+            return [node.block for node in held], len(held) * self.pool.block_size
+        except BaseException:
+            self._release([node.block for node in held])
+            raise
 
+    @uninterrupted()
     def publish(self, token_ids: Sequence[int], table: BlockTable, salt: str) -> None:
         if table.num_cut or table.is_mixed:
             return  # its keys are turned to other positions, or the first were computed by another model
@@ -119,19 +126,20 @@ class PrefixCache(Sharing):
     def _insert(self, node: Node) -> None:
         """Put a node whose hash is free into the tree, behind a parent that is there."""
         assert node.block not in self._by_block, "a block has two contents"
+        self.pool.keep(node.block)
         if node.parent.parent is None:
             self._roots[node.parent.digest] = node.parent
         self._nodes[node.digest] = node
         node.parent.children[node.tokens] = self._by_block[node.block] = node
-        self.pool.keep(node.block)
 
+    @uninterrupted()
     def evict(self, num_blocks: int) -> int:
         before = self.pool.num_free
         while self.pool.num_free < before + num_blocks and self.pool.idle:
             node = self._by_block[next(iter(self.pool.idle))]
             while idle := [child for child in node.children.values() if child.block in self.pool.idle]:
                 node = idle[0]  # a leaf goes before what it hangs on, though it may have been idle for less long
-            self.drop(node, self._tiers.demote)
+            self.drop(node, lambda *content: self._tiers.attempt(self._tiers.demote, *content))
         return self.pool.num_free - before
 
     def num_evictable(self) -> int:
@@ -140,8 +148,9 @@ class PrefixCache(Sharing):
     def held_blocks(self) -> list[int]:
         return [node.block for node in self._nodes.values() for _ in range(1 + node.num_pins)]
 
+    @uninterrupted()
     def clear(self) -> None:
-        for node in list(self._preloaded):
+        for node in list(self._preloaded.elements()):
             self._unpin(node)
         for root in list(self._roots.values()):
             for node in list(root.children.values()):
@@ -153,16 +162,18 @@ class PrefixCache(Sharing):
 
     # --- preloaded prompts
 
+    @uninterrupted()
     def pin(self, token_ids: Sequence[int], salt: str) -> int:
         path = self._path(token_ids, salt)
-        if path and path[-1] not in self._preloaded:
-            self._preloaded.add(path[-1])
+        if path:
+            self._preloaded[path[-1]] += 1
             for node in path:
                 self.pool.share(node.block)
                 self.num_pinned += node.num_pins == 0
                 node.num_pins += 1
         return len(path) * self.pool.block_size
 
+    @uninterrupted()
     def forget(self, token_ids: Sequence[int], salt: str) -> None:
         path = self._path(token_ids, salt)
         if not path or path[-1] not in self._preloaded:
@@ -173,7 +184,9 @@ class PrefixCache(Sharing):
         return sum(node.num_pins > 0 for node in self._path(token_ids, salt)) if self._preloaded else 0
 
     def _unpin(self, node: Node) -> None:
-        self._preloaded.remove(node)
+        self._preloaded[node] -= 1
+        if not self._preloaded[node]:
+            del self._preloaded[node]
         for step in lineage(node):
             step.num_pins -= 1
             self.num_pinned -= step.num_pins == 0
@@ -204,23 +217,24 @@ class PrefixCache(Sharing):
         fates: Counter[str] = Counter()
         taken: list[int] = []  # one reference each of our own, so that no block is idle until all are there
         block_bytes = placement.read_blocks([0]).shape[1]
-        try:
+        with uninterrupted() as interrupts:
             identity = self.identity | {"weights": weights}
-            with saved.Reader(Path(path), identity, 4 * self.pool.block_size, block_bytes) as file:
-                roots = {digest: self.root(digest) for digest in file.roots}
-                admission = _Admission(self, [roots[digest] for digest in file.roots], taken, fates)
-                for batch in file.batches():
-                    new = [found for record in batch if (found := admission.take(record)) is not None]
-                    if new:
-                        contents = torch.frombuffer(bytearray(b"".join(data for _, data in new)), dtype=torch.uint8)
-                        placement.write_blocks([node.block for node, _ in new], contents.view(len(new), -1))
-                    for node, _ in new:
-                        self._insert(node)
-                    fates["num_blocks"] += len(new)
-                fates["num_damaged"] += file.num_missing
-        finally:
-            for block in reversed(taken):  # so that the first, most recently used, are idle for the shortest time
-                self.pool.release(block)
+            try:
+                with saved.Reader(Path(path), identity, 4 * self.pool.block_size, block_bytes) as file:
+                    roots = {digest: self.root(digest) for digest in file.roots}
+                    admission = _Admission(self, [roots[digest] for digest in file.roots], taken, fates)
+                    for batch in file.batches():
+                        interrupts.check()
+                        new = [found for record in batch if (found := admission.take(record)) is not None]
+                        if new:
+                            contents = torch.frombuffer(bytearray(b"".join(data for _, data in new)), dtype=torch.uint8)
+                            placement.write_blocks([node.block for node, _ in new], contents.view(len(new), -1))
+                        for node, _ in new:
+                            self._insert(node)
+                        fates["num_blocks"] += len(new)
+                    fates["num_damaged"] += file.num_missing
+            finally:
+                self._release(taken)
         loaded = saved.Loaded(**fates)
         if loaded.num_damaged or loaded.num_unreachable or loaded.num_left_out:
             warnings.warn(f"{path}: {loaded}", stacklevel=3)
@@ -303,43 +317,79 @@ class PrefixCache(Sharing):
         data, size = np.asarray(token_ids, dtype="<i4").tobytes(), 4 * self.pool.block_size
         return (data[begin : begin + size] for begin in range(0, len(data) - size + 1, size))
 
-    def _promote(self, parent: Node, token_ids: Sequence[int], num_known: int) -> list[Node]:
-        """The blocks behind the first `num_known` that a lower tier holds, one reference each to the caller."""
-        wanted, promoted = [], []
+    def _promote(self, held: list[Node], token_ids: Sequence[int], salt: str) -> None:
+        """Add the blocks behind `held` that a lower tier has to it, one reference each to the caller."""
+        wanted = []
+        parent = held[-1] if held else self.root(self._salted(salt))
 
         def wants() -> Iterator[tuple[bytes, Chain]]:
             """Hashed as far as somebody looks: mostly not at all."""
             digest, chain = parent.digest, parent.chain
-            for tokens in islice(self._split(token_ids), num_known, None):
+            for tokens in islice(self._split(token_ids), len(held), None):
                 digest, chain = block_digest(digest, tokens), Chain(chain, tokens)
                 wanted.append((digest, tokens))
                 yield digest, chain
 
-        count = self._tiers.num_promotable(wants())
+        count = self._tiers.attempt(self._tiers.num_promotable, wants()) or 0
         for digest, tokens in wanted[:count]:
-            if not self.pool.num_free and not self.evict(1):
-                break
-            block = self.pool.allocate()
-            node = self.insert(parent, tokens, block) if self._tiers.promote(digest, block) else None
-            if node is None:
-                self.pool.release(block)
-                break
-            promoted.append(node)
-            parent = node
-        return promoted
+            with uninterrupted():
+                if not self.pool.num_free and not self.evict(1):
+                    break
+                block, node = self.pool.allocate(), None
+                try:
+                    if self._tiers.attempt(self._tiers.promote, digest, block):
+                        node = self.insert(parent, tokens, block)
+                finally:
+                    if node is None:
+                        self.pool.release(block)
+                if node is None:
+                    break
+                held.append(node)
+                parent = node
 
-    def drop(self, node: Node, keep: Callable[[bytes, int, Chain], None] = lambda *_: None) -> None:
-        """Let go of a block and of all behind it, which nobody could reach any more; `keep` may copy them first."""
+    @uninterrupted()
+    def _release(self, blocks: list[int]) -> None:
+        """The first, most recently used, are idle for the shortest time."""
+        for block in reversed(blocks):
+            self.pool.release(block)
+
+    def drop(self, node: Node, keep: Callable[[bytes, int, Chain], object] = lambda *_: None) -> None:
+        """Let go of a block and of all behind it, which nobody could reach any more; `keep` may copy them then, before
+        anybody else writes to them.
+        """
         del node.parent.children[node.tokens]
         if node.parent.parent is None and not node.parent.children:
             del self._roots[node.parent.digest]
-        below = [node]
-        while below:
-            node = below.pop()
-            below += node.children.values()
-            keep(node.digest, node.block, node.chain)
+        dropped = [node]
+        for node in dropped:
+            dropped += node.children.values()
             del self._nodes[node.digest], self._by_block[node.block]
             self.pool.discard(node.block)
+        for node in dropped:
+            keep(node.digest, node.block, node.chain)
+
+    def check_integrity(self) -> None:
+        size, reached, pins = 4 * self.pool.block_size, 0, Counter()
+        for node, count in self._preloaded.items():
+            assert count > 0, "a prompt is preloaded less than once"
+            pins.update({step: count for step in lineage(node)})
+        for digest, root in self._roots.items():
+            assert root.digest == digest and root.parent is None and root.children, "a root stands for nothing"
+            below = [root]
+            while below:
+                parent = below.pop()
+                below += parent.children.values()
+                for tokens, node in parent.children.items():
+                    reached += 1
+                    assert node.parent is parent and node.tokens == tokens, "a node is misplaced"
+                    assert len(tokens) == size, "a node is no full block"
+                    assert node.digest == block_digest(parent.digest, tokens), "a node has the hash of other tokens"
+                    assert self._nodes.get(node.digest) is node, "a node cannot be found by its hash"
+                    assert self._by_block.get(node.block) is node, "a node cannot be found by its block"
+                    assert node.num_pins == pins[node], "a node is pinned more or less often than it was preloaded"
+        assert reached == len(self._nodes) == len(self._by_block), "a node is out of reach"
+        assert self._by_block.keys() == self.pool.kept, "a block is kept for no node, or a node's block is not kept"
+        assert self.num_pinned == len(pins), "the number of pinned blocks is wrong"
 
 
 class _Admission:

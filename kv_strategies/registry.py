@@ -33,6 +33,7 @@ from .offload import Offload
 from .prefix import PrefixCache
 from .quantized import Fp8, Int8
 from .step.checked import checked
+from .step.defaults import plain_defaults
 from .step.store import KVShape
 from .strategy import Strategy, planes_of
 from .window import SlidingWindow
@@ -177,6 +178,22 @@ def build(
 
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
+    with plain_defaults():
+        policies, site = _put_together(model, parts, given, block_size)
+    chosen = _kernels_for(policies, kernels)
+    if num_blocks is None:
+        num_blocks = _blocks_that_fit(model, policies, site, memory_fraction)
+    elif memory_fraction is not None:
+        raise ValueError("give num_blocks or memory_fraction, not both")
+    elif num_blocks < 1:
+        raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+    return Strategy(name, model, policies, chosen, Generation(), num_blocks=num_blocks, block_size=site.block_size)
+
+
+def _put_together(
+    model: LlamaForCausalLM, parts: list[str], given: dict[str, dict[str, object]], block_size: int | None
+) -> tuple[Policies, Site]:
+    """The policies that the parts stand for, bound to the model and checked."""
     policies = Policies()
     for part in parts:
         _answer(policies, part, given[part])
@@ -189,14 +206,7 @@ def build(
             contract.check_codec(part, policies.codec, site)
         if STRATEGIES[part].answers == "retention":
             contract.check_retention(part, policies.retention, site)
-    chosen = _kernels_for(policies, kernels)
-    if num_blocks is None:
-        num_blocks = _blocks_that_fit(model, policies, site, memory_fraction)
-    elif memory_fraction is not None:
-        raise ValueError("give num_blocks or memory_fraction, not both")
-    elif num_blocks < 1:
-        raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
-    return Strategy(name, model, policies, chosen, Generation(), num_blocks=num_blocks, block_size=block_size)
+    return policies, site
 
 
 def parts_of(name: str) -> list[str]:
@@ -295,7 +305,7 @@ def check_model(model: LlamaForCausalLM) -> None:
             f"the model is of type {kind!r} ({type(model).__name__}), and only LlamaForCausalLM is patched; "
             "kv_strategies.models.load_model converts Qwen and Qwen2 weights"
         )
-    if "attend" not in LlamaAttention.forward.__code__.co_names:
+    if "attend" not in inspect.unwrap(LlamaAttention.forward).__code__.co_names:  # behind upstream's decorators
         raise RuntimeError(
             f"transformers {transformers.__version__} is installed without the patches; "
             "run `make patch`, or `pip install -e transformers-dev`"

@@ -14,6 +14,7 @@ hit, replays a CUDA graph.
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from .step.graphs import StepGraphs
 from .step.plan import PlanBuffer
 from .step.requests import Event, Output, Request, Result
 from .step.sampling import sample, to_device
-from .strategy import Strategy, Suspended
+from .strategy import Reservation, Strategy, Suspended
 
 
 class Runner:
@@ -70,13 +71,16 @@ class Runner:
         self._stop_token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []  # oldest first; at most the last one is still prefilling
-        self._in_flight: _Step | None = None
-        self._events: list[Event] = []
+        self._in_flight: deque[_Step] = deque()  # launched, their tokens not yet read; the oldest first
+        self._events: deque[Event] = deque()  # of requests that `submit` queued, for `step`
+        self._boxes: dict[str | int, deque[Event]] = {}  # request id -> where a call that asked for it finds its events
         if isinstance(strategy, Baseline):
             return
         on_gpu = self.device.type == "cuda"
         self._lookahead = on_gpu  # launch a step before reading the last one; on a CPU a launch is the work itself
+        weakref.finalize(self, _abandon, strategy, self._running)
         self._cache = AttendingCache(strategy)
+        self._reserved: list[Reservation] = []  # of the step that is being launched
         self._free_seats = list(range(max_num_seqs))
         # The newest token of each sequence, by seat; one more seat for the padding rows of a graph.
         self._last_token = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
@@ -115,7 +119,11 @@ class Runner:
 
     @torch.inference_mode()
     def stream(self, requests: Sequence[Request | Sequence[int]]) -> Iterator[Event]:
-        """Run all requests and yield their tokens as they come. Stopping early cancels what is left."""
+        """Run all requests and yield their tokens as they come. Stopping early cancels what is left.
+
+        Calls may be nested or come from several threads: each gets the events of its own requests, and whichever is
+        asked advances all of them.
+        """
         yield from self._stream(self._checked(requests))
 
     def _stream(self, requests: list[Request]) -> Iterator[Event]:
@@ -123,60 +131,110 @@ class Runner:
             self._check(requests)
             yield from self.strategy.stream(requests)
             return
-        self._submit(requests)
-        ids = {request.request_id for request in requests}
+        box: deque[Event] = deque()
+        ids = [request.request_id for request in requests]
         try:
-            while any(seq.request.request_id in ids for seq in self._unfinished()):
-                yield from (event for event in self.step() if event.request_id in ids)
+            with self.strategy.lock:
+                self._submit(requests)
+                self._boxes |= dict.fromkeys(ids, box)
+            while True:
+                while box:
+                    yield box.popleft()
+                with self.strategy.lock:
+                    if not box and not any(
+                        self._boxes.get(seq.request.request_id) is box for seq in self._unfinished()
+                    ):
+                        return
+                    if not box:
+                        self._advance()
         finally:
-            for request_id in ids:
-                self.cancel(request_id)
+            with self.strategy.lock:
+                for request_id in [request_id for request_id in ids if self._boxes.get(request_id) is box]:
+                    self.cancel(request_id)
+                    del self._boxes[request_id]
 
     # --- step by step
 
     def submit(self, requests: Sequence[Request | Sequence[int]]) -> None:
-        """Queue requests, all of them or, where one of them can never run, none.
+        """Queue requests, all of them or, where one of them can never run, none. Their events come from `step`.
 
         Raises:
             ValueError: says which request, why, and what would fit.
         """
-        self._submit(self._checked(requests))
+        if isinstance(self.strategy, Baseline):
+            raise ValueError("the baseline runs one request after the other: use generate or stream")
+        requests = self._checked(requests)
+        with self.strategy.lock:
+            self._submit(requests)
 
     def _submit(self, requests: list[Request]) -> None:
         self._check(requests)
         now = time.perf_counter()
-        self._waiting.extend(_Sequence(request, 0, now) for request in requests)
+        self._waiting.extend([_Sequence(request, 0, now) for request in requests])
+        self._promise()
+
+    def _promise(self) -> None:
+        """What the largest of the accepted requests takes is kept for this runner, so that all of them can finish."""
+        needed = max((seq.request.num_blocks for seq in self._unfinished()), default=0)
+        self.strategy.promise(self, needed, self._tables)
+
+    def _tables(self) -> list[BlockTable]:
+        return [seq.table for seq in self._running]
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One forward, if there is work. Returns the tokens that became known."""
-        if self._in_flight is not None and self._in_flight.is_first:
-            self._collect()
-            return self._take_events()
-        step = self._launch(*self._schedule())
-        if step is None and self._in_flight is None and self._waiting:
-            raise OutOfBlocks(
-                f"request {self._waiting[0].request.request_id!r} waits for blocks and nothing runs that could give "
-                f"some back: {self.strategy.stats()}"
-            )
-        self._collect()
-        self._in_flight = step
-        if not self._lookahead:
-            self._collect()
-        return self._take_events()
+        """One forward, if there is work. Returns the tokens of submitted requests that became known.
 
-    def _take_events(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
+        A step is done or it is not: where it raises, no token is lost and none counts as computed that was not, and the
+        next call tries again.
+        """
+        with self.strategy.lock:
+            self._advance()
+            return [self._events.popleft() for _ in range(len(self._events))]
+
+    def _advance(self) -> None:
+        if self.model.training:
+            raise ValueError("a runner serves inference: call model.eval() first")
+        if self._in_flight and self._in_flight[0].is_first:
+            self._collect()
+            return
+        try:
+            is_launched = self._launch(*self._schedule())
+        except BaseException:
+            self._recover()
+            raise
+        if not is_launched and not self._in_flight and self._waiting:
+            raise OutOfBlocks(
+                f"request {self._waiting[0].request.request_id!r} waits for blocks and nothing runs here that could "
+                f"give some back{self.strategy.holders(self)}; it stays queued. {self.strategy.stats()}"
+            )
+        self._collect(leave=1 if is_launched and self._lookahead else 0)
+
+    def _recover(self) -> None:
+        """After a step that failed: the newest tokens are once more those that the host knows, and rows whose keys
+        could not all be turned are computed again.
+        """
+        for reservation in self._reserved:
+            reservation.undo()
+        self._reserved.clear()
+        self._collect()
+        for seq in [seq for seq in self._running if seq.table.num_tokens == 0 and seq.num_issued]:
+            self._requeue(seq)
+        rows = [(seq.seat, seq.output.token_ids[-1]) for seq in self._running if seq.output.token_ids]
+        if rows:
+            seats, tokens = torch.tensor(rows, device=self.device).T
+            self._last_token[seats] = tokens
 
     def cancel(self, request_id: str | int) -> None:
         """Drop a request and give its blocks back. Unknown or finished ids are ignored."""
-        for seq in [seq for seq in self._unfinished() if seq.request.request_id == request_id]:
-            if seq in self._running:
-                self._leave(seq)
-            else:
-                self._waiting.remove(seq)
-            seq.finished = True
+        with self.strategy.lock:
+            for seq in [seq for seq in self._unfinished() if seq.request.request_id == request_id]:
+                if seq in self._running:
+                    self._leave(seq)
+                else:
+                    self._waiting.remove(seq)
+                seq.finished = True
+            self._promise()
 
     @property
     def num_running(self) -> int:
@@ -195,15 +253,13 @@ class Runner:
         while True:
             decoding = [seq for seq in self._running if seq.is_decoding and seq.wants_more]
             try:
-                self.strategy.reserve([(seq.table, 1) for seq in decoding])
+                self._reserved = [self.strategy.reserve([(seq.table, 1) for seq in decoding], self)]
                 break
             except OutOfBlocks:
-                if self._in_flight is not None:  # a sequence may have ended, and a preempted one must know its tokens
+                if self._in_flight:  # a sequence may have ended, and a preempted one must know its tokens
                     self._collect()
-                elif len(self._running) > 1:
+                else:  # the last one as well: others hold what it lacks, and it waits for them
                     self._preempt(self._running[-1])
-                else:
-                    raise
         decoding.sort(key=lambda seq: int(seq.table.blocks[0]))  # who begins alike form a group
         budget = self.max_batch_tokens - len(decoding)
         prefilling = []
@@ -213,11 +269,11 @@ class Runner:
                 break
             num_tokens = min(seq.num_uncomputed, budget)
             try:
-                self.strategy.reserve([(seq.table, num_tokens)])
+                self._reserved.append(self.strategy.reserve([(seq.table, num_tokens)], self))
             except OutOfBlocks:  # the decoding ones are ahead of it; it goes on when they give blocks back
-                if decoding or prefilling or self._in_flight is not None:
-                    break
-                raise
+                if not decoding and not prefilling and not self._in_flight:
+                    self._preempt(seq)
+                break
             prefilling.append((seq, num_tokens))
             budget -= num_tokens
         return decoding, prefilling
@@ -232,7 +288,7 @@ class Runner:
             return None
         seq = self._waiting[0]
         table = self.strategy.open_table(seq.tokens, seq.request.salt, seq.suspended)
-        if not self.strategy.has_room(table, len(seq.tokens) - table.num_tokens, self.max_batch_tokens):
+        if not self.strategy.has_room(table, len(seq.tokens) - table.num_tokens, self.max_batch_tokens, self):
             table.release()
             return None
         if seq.suspended is None or table is not seq.suspended.table:
@@ -249,6 +305,9 @@ class Runner:
         self.num_preemptions += 1
         seq.suspended = self.strategy.suspend(seq.table)
         self.strategy.sharing.publish(seq.tokens, seq.table, seq.request.salt)
+        self._requeue(seq)
+
+    def _requeue(self, seq: _Sequence) -> None:
         self._leave(seq)
         self._waiting.appendleft(seq)
 
@@ -260,32 +319,50 @@ class Runner:
 
     # --- launching: everything the forward needs in one upload
 
-    def _launch(self, decoding: list[_Sequence], prefilling: list[tuple[_Sequence, int]]) -> _Step | None:
+    def _launch(self, decoding: list[_Sequence], prefilling: list[tuple[_Sequence, int]]) -> bool:
+        """Whether there was something to launch."""
         if not decoding and not prefilling:
-            return None
+            return False
         rows = [(seq.table, 1) for seq in decoding] + [(seq.table, n) for seq, n in prefilling]
         launched = [*decoding, *(seq for seq, _ in prefilling)]
         sequences = [seq for seq in launched if seq.is_decoding]  # those that have computed all their tokens
         replayed = self._replay(rows, decoding, prefilling)
         logits, drawn = replayed or (self._forward(rows, decoding, prefilling), None)
-        source = list(range(len(sequences)))
-        for row, seq in enumerate(list(sequences)):  # a prompt with n samples: its siblings start from the same logits
-            for sibling in self._fork(seq):
-                sequences.append(sibling)
-                source.append(row)
+        drawn = self._draw(sequences, logits, drawn)
+        copied = _start_copy(drawn) if sequences else (None, None)
+        # The step is done, but for books that are kept on the host.
+        self._reserved.clear()
+        for seq in list(sequences):
+            sequences += self._fork(seq)
+        for seq in sequences:
+            seq.num_issued += 1
+        self._in_flight.append(_Step(sequences, bool(sequences) and not decoding, *copied))
         for seq, _ in prefilling:
             self.strategy.sharing.publish(seq.tokens, seq.table, seq.request.salt)
         self.strategy.retire([table for table, _ in rows])
+        return True
+
+    def _draw(self, sequences: list[_Sequence], logits: Tensor, drawn: Tensor | None) -> Tensor | None:
+        """The next token of each sequence, and of the other samples of a request whose prompt has just been computed.
+
+        Args:
+            logits: [R, V]; drawn: [R] the likeliest tokens, in their seats already, where a graph has found them.
+        """
         if not sequences:
-            return _Step([], False, None, None)
-        if len(source) > logits.shape[0]:
-            logits, drawn = logits[to_device(source, self.device)], None
-        if drawn is None or any(seq.sampling.temperature for seq in sequences):
-            drawn = sample(logits, [seq.sampling for seq in sequences], [seq.num_issued for seq in sequences])
-            self._last_token[to_device([seq.seat for seq in sequences], self.device)] = drawn
-        for seq in sequences:
-            seq.num_issued += 1
-        return _Step(sequences, not decoding, *_start_copy(drawn))
+            return None
+        samples = [(row, index, seq.seats[-index]) for row, seq in enumerate(sequences) for index in seq.other_samples]
+        if samples:
+            source = to_device([*range(len(sequences)), *(row for row, _, _ in samples)], self.device)
+            logits, drawn = logits[source], None
+        if drawn is not None and not any(seq.sampling.temperature for seq in sequences):
+            return drawn
+        params = [seq.sampling for seq in sequences]
+        params += [sequences[row].request.sampling(index) for row, index, _ in samples]
+        steps = [seq.num_issued for seq in sequences] + [0] * len(samples)
+        drawn = sample(logits, params, steps)
+        seats = [seq.seat for seq in sequences] + [seat for _, _, seat in samples]
+        self._last_token[to_device(seats, self.device)] = drawn.clamp(min=0)  # a failed row looks up some embedding
+        return drawn
 
     def _replay(self, rows, decoding, prefilling) -> tuple[Tensor, Tensor] | None:
         """Logits [R, V] as `_forward` gives them, and the likeliest tokens [R]; None where no graph is for the step."""
@@ -325,36 +402,47 @@ class Runner:
 
     def _fork(self, seq: _Sequence) -> list[_Sequence]:
         """The other samples of a request whose prompt has just been computed: same blocks, own seeds."""
-        if len(seq.seats) == 1:
-            return []
         siblings = []
-        while len(seq.seats) > 1:
-            index = len(seq.seats) - 1
+        for index in seq.other_samples:
             sibling = _Sequence(seq.request, index, seq.submitted)
-            sibling.admit(seq.table.fork(), [seq.seats.pop()])
+            sibling.admit(seq.table.fork(), [seq.seats[-index]])
             siblings.append(sibling)
+        del seq.seats[1:]
         at = self._running.index(seq) + 1
         self._running[at:at] = siblings
         return siblings
 
     # --- reading tokens back
 
-    def _collect(self) -> None:
-        """Wait for the tokens of the step in flight, and end the sequences that are done."""
-        step, self._in_flight = self._in_flight, None
-        if step is None:
-            return
-        tokens = step.tokens()
+    def _collect(self, leave: int = 0) -> None:
+        """Wait for the tokens of the steps in flight but for the last `leave`, and end the sequences that are done."""
+        while len(self._in_flight) > leave:
+            tokens = self._in_flight[0].tokens()
+            self._receive(self._in_flight.popleft(), tokens)
+
+    def _receive(self, step: _Step, tokens: list[int]) -> None:
         now = time.perf_counter()
+        ended = []
         for seq, token in zip(step.sequences, tokens, strict=True):
             if seq.finished:
                 continue
             event = seq.output.receive(token, now)
-            self._events.append(event)
+            self._boxes.get(event.request_id, self._events).append(event)
             if event.result is not None:
                 seq.finished = True
-                self.strategy.sharing.publish(seq.tokens[:-1], seq.table, seq.request.salt)  # the last was never fed
-                self._leave(seq)
+                ended.append((seq, seq.table, event.result.finish_reason != "error"))
+                self._running.remove(seq)
+                self._free_seats += seq.seats
+        try:
+            for seq, table, is_sound in ended:
+                if is_sound:
+                    self.strategy.sharing.publish(seq.tokens[:-1], table, seq.request.salt)  # the last was never fed
+        finally:
+            for seq, table, _ in ended:
+                table.release()
+                seq.table = None
+            if ended:
+                self._promise()
 
     def _checked(self, requests: Sequence[Request | Sequence[int]]) -> list[Request]:
         return [Request.of(request, index, self._stop_token_ids) for index, request in enumerate(requests)]
@@ -384,23 +472,40 @@ class Runner:
                 )
             if request.n > self.max_num_seqs:
                 raise ValueError(f"{name}: n must be from 1 to max_num_seqs = {self.max_num_seqs}, got {request.n}")
-            total, strategy = num_prompt + num_new - 1, self.strategy
-            limits = [("the model's context", max_context, total)]  # what, tokens it takes, tokens it has to take
-            if isinstance(strategy, Strategy):
-                visible = strategy.retention.num_visible(total)
-                num_blocks = strategy.num_blocks_for(request.token_ids, total, self.max_batch_tokens, request.salt)
-                limits = [("the model's context", max_context, visible)]
-                limits += [("the pool", strategy.max_tokens, num_blocks * strategy.block_size)]
-            for what, limit, needed in limits:
-                if needed > limit:
-                    fits = (
-                        f"with this prompt at most {limit - num_prompt + 1} new tokens fit"
-                        if num_prompt <= limit
-                        else "the prompt alone does not fit"
-                    )
-                    raise ValueError(
-                        f"{name}: {num_prompt} prompt and {num_new} new tokens exceed {what} of {limit} tokens; {fits}"
-                    )
+            total = num_prompt + num_new - 1
+            if isinstance(self.strategy, Baseline):
+                self._refuse(request, "the model's context", max_context, total)
+                continue
+            visible = self.strategy.retention.num_visible(total)
+            self._refuse(request, "the model's context", max_context, visible)
+            request.num_blocks = self._num_blocks(request, total)
+            size = self.strategy.block_size
+            self._refuse(request, "the pool", self.strategy.max_tokens, request.num_blocks * size)
+            within_reach = self.strategy.num_within_reach(self)
+            if request.num_blocks > within_reach:
+                raise ValueError(
+                    f"{name}: needs {request.num_blocks} blocks at once, and {max(0, within_reach)} of "
+                    f"{self.strategy.pool.num_blocks} could come to be its own{self.strategy.holders(self)}"
+                )
+
+    def _num_blocks(self, request: Request, total: int) -> int:
+        tokens = request.token_ids
+        return self.strategy.num_blocks_for(tokens, total, self.max_batch_tokens, request.salt)
+
+    def _refuse(self, request: Request, what: str, limit: int, needed: int) -> None:
+        """Raises ValueError where a request takes more than `limit` tokens of something."""
+        if needed <= limit:
+            return
+        num_prompt, num_new = len(request.token_ids), request.max_new_tokens
+        fits = (
+            f"with this prompt at most {limit - num_prompt + 1} new tokens fit"
+            if num_prompt <= limit
+            else "the prompt alone does not fit"
+        )
+        raise ValueError(
+            f"request {request.request_id!r}: {num_prompt} prompt and {num_new} new tokens exceed {what} of {limit} "
+            f"tokens; {fits}"
+        )
 
 
 class _Sequence:
@@ -442,6 +547,11 @@ class _Sequence:
             self.output.num_cached_tokens = table.num_tokens
 
     @property
+    def other_samples(self) -> range:
+        """The samples beside this one that start when its prompt is computed."""
+        return range(1, len(self.seats))
+
+    @property
     def num_uncomputed(self) -> int:
         """Tokens to prefill before the next one can be drawn."""
         return self.num_to_prefill - self.table.num_seen
@@ -454,6 +564,11 @@ class _Sequence:
     @property
     def wants_more(self) -> bool:
         return self.num_issued < self.request.max_new_tokens
+
+
+def _abandon(strategy: Strategy, running: list[_Sequence]) -> None:
+    """A runner is gone, and what it had not finished with it."""
+    strategy.lock.release_tables([seq.table for seq in running])
 
 
 def _new_tokens(seq: _Sequence, count: int) -> np.ndarray:

@@ -6,11 +6,14 @@ Once a layer, on tensors: `attend` stores the new K and V and attends to the blo
 
 from __future__ import annotations
 
+import threading
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ from .base import Policies
 from .kernels import Kernels
 from .kernels.linear import Rotary
 from .paged import BlockPool, BlockTable, OutOfBlocks
+from .step.defaults import plain_defaults
 from .step.forward import Seen
 from .step.fused import FusedStack, stack_of
 from .step.plan import NULL_BLOCK, LayerStore, Plan
@@ -56,17 +60,21 @@ class Strategy:
         num_blocks: int,
         block_size: int,
     ):
+        #: Held while tables change and while a forward runs: other threads wait.
+        self.lock = Lock()
         self.name, self.model, self.kernels, self.door = name, model, kernels, door
         self.sharing, self.retention = policies.sharing, policies.retention
         self.placement, self.codec = policies.placement, policies.codec
         self.shape, self._watch = KVShape.of(model), watch(model)
         self.pool = BlockPool(num_blocks, block_size)
         self._planes = planes_of(self.shape, policies, block_size)
-        self.placement.allocate(num_blocks, self._planes, self.shape.layer_devices)
+        with self.lock, torch.inference_mode(False):  # blocks made in that mode could not be written outside of it
+            self.placement.allocate(num_blocks, self._planes, self.shape.layer_devices)
         said = {policy.question: policy.identity() for policy in (self.retention, self.placement, self.codec)}
         self.sharing.open(self.pool, identity(model, self._planes, block_size, said), self.placement.tiers)
         self.num_prompt_tokens = self.num_hit_tokens = 0
         self.num_evictions = 0
+        self._promises: dict[int, _Promise] = {}  # by the id of their owner
         #: Whether the layers run in one piece with fused kernels (`step/fused.py`) where the model allows it.
         self.fused = True
         numbers = self._watch.numbers
@@ -133,9 +141,10 @@ class Strategy:
     # --- the doors
 
     def cache(self, input_ids: Any = None, attention_mask: Tensor | None = None, salt: str = "") -> Cache:
-        """A cache for one call of `generate()`: `model.generate(ids, past_key_values=strategy.cache())`.
+        """A cache for one call of `generate()`: `model.generate(ids, cache=strategy.cache())`.
 
-        It gives its blocks back when it is no longer referenced.
+        It gives its blocks back when it is no longer referenced. Before Transformers 5.24 the keyword is
+        `past_key_values`.
 
         Args:
             input_ids: [B, n] the prompt, so that tokens another request has computed are skipped; or what a tokenizer
@@ -143,7 +152,8 @@ class Strategy:
             attention_mask: [B, n] 1 for a token, 0 for padding; as given to `generate()`.
             salt: only calls with the same salt share.
         """
-        return self.door.cache(self, input_ids, attention_mask, salt)
+        with self.lock:
+            return self.door.cache(self, input_ids, attention_mask, salt)
 
     def open_table(self, token_ids: Sequence[int], salt: str = "", suspended: Suspended | None = None) -> BlockTable:
         """A block table for a new request, with the blocks that already hold the start of `token_ids`.
@@ -158,7 +168,11 @@ class Strategy:
         table = BlockTable(self.pool, *self.sharing.match(token_ids[:-1], salt))
         if suspended is None or table.num_tokens + self.block_size > suspended.table.num_seen:
             return table
-        return self._resume(suspended, beside=table) or table
+        try:
+            return self._resume(suspended, beside=table) or table
+        except BaseException:
+            table.release()
+            raise
 
     def suspend(self, table: BlockTable) -> Suspended | None:
         """Copy the contents of a table to a lower tier, if there is room: its blocks may be given back then."""
@@ -168,7 +182,8 @@ class Strategy:
             return None
         suspended = Suspended(table.hollow(), {index: uuid.uuid4().bytes for index in held}, tiers)
         for index, key in suspended.keys.items():
-            tiers.demote(key, int(table.blocks[index]))
+            if not tiers.attempt(tiers.demote, key, int(table.blocks[index])):
+                return None
         return suspended
 
     def _resume(self, suspended: Suspended, beside: BlockTable) -> BlockTable | None:
@@ -177,17 +192,21 @@ class Strategy:
         needed = len(keys) + 1
         if needed > self.pool.num_free + self.sharing.num_evictable():
             return None
-        if tiers.num_promotable([(key, b"") for key in keys.values()]) < len(keys):
+        if (tiers.attempt(tiers.num_promotable, [(key, b"") for key in keys.values()]) or 0) < len(keys):
             return None
         beside.release()
         if needed > self.pool.num_free:
             self.num_evictions += self.sharing.evict(needed - self.pool.num_free)
-        table = suspended.table
+        if needed > self.pool.num_free:
+            return None
+        table, is_back = suspended.table, False
         table.fill(keys)
-        if all(tiers.promote(key, int(table.blocks[index])) for index, key in keys.items()):
-            return table
-        table.release()
-        return None
+        try:
+            is_back = all(tiers.attempt(tiers.promote, key, int(table.blocks[index])) for index, key in keys.items())
+        finally:
+            if not is_back:  # it is computed again
+                table.release()
+        return table if is_back else None
 
     def count_hit(self, token_ids: Sequence[int], table: BlockTable) -> None:
         """A request was admitted with a table that `open_table` gave."""
@@ -202,31 +221,97 @@ class Strategy:
             return needed  # it lets go of blocks on the way, and those may be the pinned ones
         return needed - self.sharing.num_pinned_of(token_ids[:-1], salt)
 
-    def has_room(self, table: BlockTable, num_tokens: int, chunk: int) -> bool:
+    def has_room(self, table: BlockTable, num_tokens: int, chunk: int, owner: object = None) -> bool:
         """Whether `reserve` would find room for `num_tokens` more tokens, `chunk` at a time, in this table alone."""
         total = table.num_tokens + num_tokens
         needed = table.num_new_blocks(num_tokens) - -(-total // self.block_size)
         needed += self.retention.num_blocks(total, chunk, self.block_size)
-        return needed <= self.pool.num_free or needed <= self.pool.num_free + self.sharing.num_evictable()
+        return needed <= self.pool.num_free + self.sharing.num_evictable() - self._promised_to_others(owner)
 
-    def reserve(self, rows: Sequence[tuple[BlockTable, int]]) -> None:
+    def reserve(self, rows: Sequence[tuple[BlockTable, int]], owner: object = None) -> Reservation:
         """Make room in each table for so many more tokens: free dead blocks, evict, allocate, copy on write.
 
+        Args:
+            owner: who asks, as `promise` knows it.
+
+        Returns:
+            what undoes it, should the forward that was to fill the room not run to its end.
+
         Raises:
-            OutOfBlocks: there is not enough room, and no table was changed but for its dead blocks.
+            OutOfBlocks: there is not enough room. Whatever is raised, no table was changed but for its dead blocks.
         """
         self.retire([table for table, _ in rows])
         needed = sum(table.num_new_blocks(num_tokens) for table, num_tokens in rows)
-        if needed > self.pool.num_free:
+        within_reach = self.pool.num_free + self.sharing.num_evictable() - self._promised_to_others(owner)
+        if self.pool.num_free < needed <= within_reach:
             self.num_evictions += self.sharing.evict(needed - self.pool.num_free)
-        if needed > self.pool.num_free:
+        if needed > min(within_reach, self.pool.num_free):
             raise OutOfBlocks(
                 f"{needed} more blocks of {self.block_size} tokens are needed and {self.pool.num_free} of "
-                f"{self.pool.num_blocks} are free"
+                f"{self.pool.num_blocks} are free{self.holders(owner)}"
             )
-        copies = [copy for table, num_tokens in rows for copy in table.append(num_tokens)]
-        if copies:
-            self.placement.copy_blocks(copies)
+        done: list[tuple[BlockTable, int, list[tuple[int, int]]]] = []
+        try:
+            for table, num_tokens in rows:
+                before = table.num_tokens
+                done.append((table, before, table.append(num_tokens)))
+            if copies := [copy for _, _, copied in done for copy in copied]:
+                self.placement.copy_blocks(copies)
+        except BaseException:
+            for table, before, copies in reversed(done):
+                table.retract(before, copies)
+            raise
+        return Reservation([(table, before) for table, before, _ in done])
+
+    # --- who was promised what
+
+    def promise(self, owner: object, num_blocks: int, tables: Callable[[], Iterable[BlockTable]]) -> None:
+        """Keep so many blocks within reach of `owner`, those that its `tables` hold counted in; 0 ends the promise.
+
+        What was promised nobody else is given, so a runner that was promised what its largest request takes can finish
+        all of them, one at a time if need be.
+        """
+        old = self._promises.get(id(owner))
+        if old and old.num_blocks == num_blocks:
+            return
+        if old:
+            old.ended.detach()
+            del self._promises[id(owner)]
+        if num_blocks:
+            ended = weakref.finalize(owner, self._promises.pop, id(owner), None)
+            ended.atexit = False
+            self._promises[id(owner)] = _Promise(num_blocks, weakref.WeakMethod(tables), ended)
+
+    def num_within_reach(self, owner: object) -> int:
+        """Blocks that `owner` could come to hold at once, beside what others hold and were promised."""
+        others = _held(self.pool.tables) - self._held_by(owner)
+        return self.pool.num_blocks - self.sharing.num_pinned - len(others) - self._promised_to_others(owner)
+
+    def _promised_to_others(self, owner: object) -> int:
+        """Blocks that others were promised and do not hold yet."""
+        others = [promise for key, promise in self._promises.items() if key != id(owner)]
+        return sum(max(0, promise.num_blocks - len(_held(promise.own_tables))) for promise in others)
+
+    def _held_by(self, owner: object) -> set[int]:
+        promise = self._promises.get(id(owner))
+        return _held(promise.own_tables) if promise else set()
+
+    def holders(self, owner: object = None) -> str:
+        """Who else holds blocks, in words that follow a number of blocks; "" for nobody."""
+        promise = self._promises.get(id(owner))
+        mine = {id(table) for table in promise.own_tables} if promise else set()
+        tables = [table for table in self.pool.tables if id(table) not in mine and (table.blocks != NULL_BLOCK).any()]
+        said = []
+        if tables:
+            count = len(_held(tables))
+            said.append(
+                f"{count} are held by {len(tables)} rows of generate() caches or other runners, of "
+                f"{' + '.join(str(table.num_tokens) for table in tables[:8])}{' + ..' * (len(tables) > 8)} tokens "
+                "(a cache holds its blocks until nothing refers to it, a kept output or traceback included)"
+            )
+        if promised := self._promised_to_others(owner):
+            said.append(f"{promised} are promised to accepted requests of other runners")
+        return "".join(f"; {text}" for text in said)
 
     def retire(self, tables: Sequence[BlockTable]) -> None:
         """Give back the blocks that no further query of these tables can see."""
@@ -237,7 +322,8 @@ class Strategy:
         """Cut dead blocks out of long rows and turn the keys behind them, so that token indices stay small.
 
         For those who take positions from the plan: afterwards a token stands at another index of its row. A table whose
-        shared blocks find no room to be copied is left for a later step.
+        shared blocks find no room to be copied is left for a later step; one whose keys could not all be turned is
+        empty when this raises.
         """
         for table in tables:
             first, last = self.retention.stale(table.num_tokens, self.block_size)
@@ -247,13 +333,24 @@ class Strategy:
             lacking = table.num_shared(last) - self.pool.num_free
             if lacking > 0 and self.sharing.evict(lacking) < lacking:
                 continue
-            copies = table.cut(first, last)
-            if copies:
-                self.placement.copy_blocks(copies)
+            copies = table.own_blocks(last)
+            try:
+                if copies:
+                    self.placement.copy_blocks(copies)
+            except BaseException:
+                for _, own in copies:
+                    self.pool.release(own)
+                raise
+            table.swap(copies)
+            table.cut(first, last)
             live = table.blocks[first:]
             blocks = torch.from_numpy(live[live != NULL_BLOCK].astype("int64"))
-            for layer in self.placement.key_layers():
-                self._turn_keys(layer, blocks.to(layer.k.device), (first - last) * self.block_size)
+            try:
+                for layer in self.placement.key_layers():
+                    self._turn_keys(layer, blocks.to(layer.k.device), (first - last) * self.block_size)
+            except BaseException:
+                table.release()  # some keys are turned and some are not: the row has to be computed again
+                raise
 
     def _turn_keys(self, layer: LayerStore, blocks: Tensor, num_tokens: int) -> None:
         scale = None if layer.k_scale is None else layer.k_scale[blocks]
@@ -330,26 +427,34 @@ class Strategy:
             ValueError: shorter than a block, or the strategy keeps nothing for later.
             OutOfBlocks: it does not fit; what was computed of it is cached as usual.
         """
-        return self.door.preload(self, token_ids, salt)
+        with self.lock:
+            return self.door.preload(self, token_ids, salt)
 
     def forget(self, token_ids: Sequence[int], salt: str = "") -> None:
-        """Undo `preload`: the blocks stay cached until their room is needed."""
-        self.sharing.forget(token_ids, salt)
+        """Undo one `preload`: after the last, the blocks stay cached until their room is needed."""
+        with self.lock:
+            self.sharing.forget(token_ids, salt)
 
     def save(self, path: str | Path) -> int:
         """Write all blocks that are kept for later requests to a file. Returns how many. See `saved.save`."""
-        self.follow()
-        return self.sharing.save(path, self.placement, weights_hash(self.model))
+        with self.lock:
+            self.follow()
+            return self.sharing.save(path, self.placement, weights_hash(self.model))
 
     def load(self, path: str | Path) -> Loaded:
         """Take in what `save` has written, as far as free blocks go. See `saved.load`."""
-        self.follow()
-        return self.sharing.load(path, self.placement, weights_hash(self.model))
+        with self.lock:
+            self.follow()
+            return self.sharing.load(path, self.placement, weights_hash(self.model))
 
     # --- looking after it
 
     def stats(self) -> dict[str, object]:
         """What the pool holds and what has moved. Bytes are what the allocators have set aside for blocks."""
+        with self.lock:
+            return self._stats()
+
+    def _stats(self) -> dict[str, object]:
         held = self.sharing.held_blocks()
         num_cached = sum(self.pool.ref_counts[block] == 1 for block in set(held))
         live = [table for table in self.pool.tables if (table.blocks != NULL_BLOCK).any()]
@@ -377,8 +482,11 @@ class Strategy:
         }
 
     def check_integrity(self) -> None:
-        """Raises AssertionError where the books of the pool do not balance (a bug of ours)."""
-        self.pool.check_integrity(self.sharing.held_blocks())
+        """Raises AssertionError where the books of pool, tables, sharing and tiers do not balance (a bug of ours)."""
+        with self.lock:
+            self.pool.check_integrity(self.sharing.held_blocks())
+            self.sharing.check_integrity()
+            self.placement.tiers.check_integrity()
 
     def reset(self) -> None:
         """Forget everything that is cached. Requests and caches in use must have ended.
@@ -386,17 +494,92 @@ class Strategy:
         Raises:
             RuntimeError: some are still in use.
         """
-        in_use = sum(table.num_tokens > 0 for table in self.pool.tables)
-        if in_use:
-            raise RuntimeError(f"{in_use} block tables are in use; finish their requests or drop their caches first")
-        self.sharing.clear()
-        self.placement.tiers.clear()
-        self.num_prompt_tokens = self.num_hit_tokens = self.num_evictions = 0
+        with self.lock:
+            in_use = sum(table.num_tokens > 0 for table in self.pool.tables)
+            if in_use:
+                raise RuntimeError(
+                    f"{in_use} block tables are in use; finish their requests or drop their caches first"
+                )
+            self.sharing.clear()
+            self.placement.tiers.clear()
+            self.num_prompt_tokens = self.num_hit_tokens = self.num_evictions = 0
 
 
 def planes_of(shape: KVShape, policies: Policies, block_size: int) -> Planes:
     """What a layer stores of a block, see `BlockStore`."""
     return policies.codec.planes(shape.num_kv_heads, block_size, shape.head_dim, shape.dtype)
+
+
+class Lock:
+    """One thread at a time changes tables or runs a forward; the others wait. It may enter again.
+
+    Tables that nobody refers to any more are released when it is safe: the garbage collector may find them in the
+    middle of anything. Meanwhile torch has its own default dtype and device, whatever the user has set.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._depth = threading.RLock(), 0
+        self._orphans: deque[list[BlockTable]] = deque()
+        self._defaults = ExitStack()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+        if self._depth == 1:
+            self._defaults = plain_defaults()
+
+    def __exit__(self, *error: object) -> None:
+        if self._depth == 1:
+            while self._orphans:
+                _release(self._orphans.popleft())
+            self._defaults.close()
+        self._depth -= 1
+        self._lock.release()
+
+    def release_tables(self, tables: list[BlockTable]) -> None:
+        """Give back what these tables hold, at once or as soon as nobody is at work."""
+        self._orphans.append(tables)
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._depth:
+                    with self:
+                        pass
+            finally:
+                self._lock.release()
+
+
+def _release(tables: Iterable[BlockTable]) -> None:
+    for table in tables:
+        table.release()
+
+
+class Reservation:
+    """Room for the new tokens of a forward, theirs when it has run to its end."""
+
+    def __init__(self, rows: list[tuple[BlockTable, int]]):
+        self._rows = rows
+
+    def undo(self) -> None:
+        """The forward has failed: the tables hold as many tokens as before. May be called twice."""
+        for table, num_tokens in self._rows:
+            if table.num_tokens > num_tokens:
+                table.truncate(num_tokens)
+
+
+class _Promise(NamedTuple):
+    num_blocks: int
+    tables: weakref.WeakMethod  # the owner may be dropped, promise and all
+    ended: weakref.finalize
+
+    @property
+    def own_tables(self) -> Iterable[BlockTable]:
+        tables = self.tables()
+        return tables() if tables else ()
+
+
+def _held(tables: Iterable[BlockTable]) -> set[int]:
+    """The blocks of some tables."""
+    return {int(block) for table in tables for block in table.blocks if block != NULL_BLOCK}
 
 
 class Suspended:

@@ -41,7 +41,7 @@ class SlidingWindow(Retention):
     """The last `window` tokens and the first `sinks`.
 
     Args:
-        rebase_at: token index at which a row is renumbered; 4 times what is visible, and at least 8192, unless told.
+        rebase_at: token index at which a row is rebased; 4 times what is visible, and at least 8192, unless told.
 
     Raises:
         ValueError: sizes that make no sense together.

@@ -1,9 +1,10 @@
 """The fork as a short patch series: build the patched tree, and export it again.
 
-`patches/` is the whole fork. `upstream.txt` pins one source archive by its hash, `series` lists the patches in order.
+`patches/` is the whole fork. `upstream.txt` pins one source archive by its hash; `upstreams.txt` lists the tested
+releases and the folder of patches that each takes. There `series` gives their order.
 
     upstream.txt ──fetch──> archive ──unpack──> commit, tag `upstream` ──git am──> one commit a patch
-         patches/*.patch, series  <──────────────refresh (git format-patch)──────────────┘
+     patches/RELEASES/*.patch, series  <─────────refresh (git format-patch)──────────────┘
 
 The tree, `transformers-dev/`, has a git repository of its own. It is built beside its place and moved there whole, so
 an interrupted run leaves what was there before. A tree that holds work of yours (an uncommitted edit, a commit that the
@@ -77,17 +78,37 @@ class Pin:
             )
 
 
+@dataclass(frozen=True)
+class Release:
+    """A release of upstream to build on, and the folder in `patches/` with the series it takes."""
+
+    pin: Pin
+    folder: str
+
+
 def read_pins(path: Path) -> list[Pin]:
     """The pins of a file of pip requirements, one a line, each with one sha256."""
-    pins = []
+    form = r"([A-Za-z0-9._-]+)==(\S+) --hash=sha256:([0-9a-f]{64})"
+    return [Pin(*row) for row in read_rows(path, form, "NAME==VERSION --hash=sha256:(64 hex digits)")]
+
+
+def read_releases(path: Path) -> list[Release]:
+    """The releases of a file of pip requirements, each behind the folder of its series."""
+    form = r"([A-Za-z0-9._-]+) +([A-Za-z0-9._-]+)==(\S+) --hash=sha256:([0-9a-f]{64})"
+    rows = read_rows(path, form, "FOLDER NAME==VERSION --hash=sha256:(64 hex digits)")
+    return [Release(Pin(*pin), folder) for folder, *pin in rows]
+
+
+def read_rows(path: Path, form: str, wanted: str) -> list[tuple[str, ...]]:
+    rows = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
-        match = re.fullmatch(r"([A-Za-z0-9._-]+)==(\S+) --hash=sha256:([0-9a-f]{64})", line.strip())
+        match = re.fullmatch(form, line.strip())
         if match is None:
-            raise ForkError(f"{path}:{number}: expected NAME==VERSION --hash=sha256:(64 hex digits), found: {line}")
-        pins.append(Pin(*match.groups()))
-    return pins
+            raise ForkError(f"{path}:{number}: expected {wanted}, found: {line}")
+        rows.append(match.groups())
+    return rows
 
 
 class Fork:
@@ -109,35 +130,70 @@ class Fork:
             raise ForkError(f"patches/upstream.txt names {len(pins)} archives; it pins exactly one")
         return pins[0]
 
-    def series(self) -> list[Path]:
-        names = [line.strip() for line in (self.patches / "series").read_text().splitlines()]
-        paths = [self.patches / name for name in names if name and not name.startswith("#")]
+    def tested(self) -> list[Release]:
+        """The releases of `upstreams.txt`, newest first."""
+        if not (releases := read_releases(self.patches / "upstreams.txt")):
+            raise ForkError("patches/upstreams.txt lists no release")
+        return releases
+
+    def release(self, version: str | None = None) -> Release:
+        """The release that is pinned, or the tested one of that version."""
+        pin, tested = self.pin(), self.tested()
+        if version in (None, pin.version):
+            # A pin that is not among the tested ones is on its way there: the newest patches are tried on it.
+            return next((release for release in tested if release.pin == pin), Release(pin, tested[0].folder))
+        for release in tested:
+            if release.pin.version == version:
+                return release
+        raise ForkError(
+            f"{pin.name} {version} is not a tested release; UPSTREAM= takes one of "
+            f"{', '.join(release.pin.version for release in tested)}. `make patch` alone builds on {pin.version}"
+        )
+
+    def series(self, release: Release) -> list[Path]:
+        folder = self.patches / release.folder
+        if not (folder / "series").is_file():
+            raise ForkError(f"patches/{release.folder}/series is missing; it lists the patches for {release.pin}")
+        names = [line.strip() for line in (folder / "series").read_text().splitlines()]
+        paths = [folder / name for name in names if name and not name.startswith("#")]
         for path in paths:
             if not path.is_file():
-                raise ForkError(f"patches/series lists {path.name}, which is not in patches/")
+                raise ForkError(f"patches/{release.folder}/series lists {path.name}, which is not there")
         return paths
 
-    def inputs(self) -> str:
-        """A fingerprint of the pin and the series: a tree built from the same needs no rebuilding."""
-        digest = hashlib.sha256(self.pin().requirement.encode())
-        for path in self.series():
+    def inputs(self, release: Release) -> str:
+        """A fingerprint of a pin and its series: a tree built from the same needs no rebuilding."""
+        digest = hashlib.sha256(release.pin.requirement.encode())
+        for path in self.series(release):
             digest.update(b"\0" + path.read_bytes())
         return digest.hexdigest()
 
+    def places_of(self, release: Release) -> Release:
+        """The release whose line numbers and file ids the series has: the newest of those that share it."""
+        tested = self.tested()
+        return next(one for one in tested if one.folder == release.folder) if release in tested else release
+
+    def built_on(self) -> Release:
+        """What the tree was built on."""
+        return self.release(self.recorded("upstream") or None)
+
     # The verbs
 
-    def patch(self, sdist: Path | None = None, keep_edits: bool = False) -> None:
-        """Bring `transformers-dev` to the pin and the series; a second run changes nothing.
+    def patch(self, sdist: Path | None = None, keep_edits: bool = False, upstream: str | None = None) -> None:
+        """Bring `transformers-dev` to the pin, or to the tested release `upstream`; a second run changes nothing.
 
-        Raises ForkError, and leaves the tree as it is, where it holds work of the user's; with `keep_edits` such a
-        tree is used as it stands (what `make test` wants while a patch is being written).
+        Raises ForkError, and leaves the tree as it is, where it holds work of the user's. With `keep_edits` a tree is
+        used as it stands: with such work (what `make test` wants while a patch is being written), and on the release
+        that was last chosen.
         """
         with self.locked():
-            pin = self.pin()
+            chosen = upstream or (self.recorded("chosen") if keep_edits else "")
+            release = self.release(chosen or None)
+            pin = release.pin
             if sdist is not None:
                 pin.verify(sdist)
             work = self.work_in_tree()
-            if work and keep_edits:
+            if work and keep_edits and upstream in (None, self.recorded("upstream")):
                 print(f"{TREE}: used as it is, with work that the series lacks (make refresh exports commits)")
                 return
             if work:
@@ -146,12 +202,12 @@ class Fork:
                     "Nothing was changed. To keep it: commit it there, then `make refresh`.\n"
                     f"To drop it: `rm -rf {TREE}/.git {TREE}/[!.]*`, then `make patch`."
                 )
-            if self.recorded("inputs") == self.inputs():
-                if not keep_edits:
-                    print(f"{TREE}: {pin} with {len(self.series())} patches, up to date")
+            if self.recorded("inputs") == self.inputs(release):
+                self.choose(self.tree, release)
+                if not keep_edits or (chosen and not upstream):
+                    print(f"{self.describe(release)}, up to date")
                 return
-            archive = self.fetch(pin, sdist)
-            self.build(pin, archive)
+            self.build(release, self.fetch(pin, sdist))
 
     def refresh(self, check: bool = False, force: bool = False) -> None:
         """Export the commits of `transformers-dev` above `upstream` into `patches/`; with `check` only compare."""
@@ -164,38 +220,47 @@ class Fork:
                     f"{TREE} has edits that are not committed, so no patch would hold them:\n{indent(uncommitted)}\n"
                     "Commit them there (or amend the commit they belong to), then run this again."
                 )
+            release = self.built_on()
+            folder = self.patches / release.folder
             exported = self.export()
-            present = {path.name: path.read_bytes() for path in sorted(self.patches.glob("[0-9]*.patch"))}
-            present["series"] = (self.patches / "series").read_bytes()
+            present = {path.name: path.read_bytes() for path in sorted(folder.glob("[0-9]*.patch"))}
+            present["series"] = (folder / "series").read_bytes()
+            but = "byte for byte"
+            if (places_of := self.places_of(release)) != release:
+                exported = {name: keep_places(present.get(name), text) for name, text in exported.items()}
+                but = f"but for line numbers, which are those of {places_of.pin}"
             if exported == present:
-                print(f"patches/ holds the {len(exported) - 1} commits of {TREE}, byte for byte")
+                print(f"patches/{folder.name} holds the {len(exported) - 1} commits of {TREE}, {but}")
             elif check:
-                sys.stdout.write(difference(present, exported))
-                raise ForkError(f"patches/ and the commits of {TREE} differ, as shown; `make refresh` exports them")
-            elif self.recorded("inputs") != self.inputs() and not force:
+                sys.stdout.write(difference(f"patches/{folder.name}", present, exported))
+                raise ForkError(
+                    f"patches/{folder.name} and the commits of {TREE} differ, as shown; `make refresh` exports them"
+                )
+            elif self.recorded("inputs") != self.inputs(release) and not force:
                 raise ForkError(
                     f"patches/ has changed since {TREE} was built, and an export would overwrite that change.\n"
                     "Run `make patch` first to build the tree from it, or `make refresh FORCE=1` to overwrite it."
                 )
             else:
-                self.write(exported, present)
+                self.write(folder, exported, present)
             if not check:
-                self.record(self.tree)
+                self.record(self.tree, release)
 
     def upstreams(self, into: Path) -> list[Path]:
-        """Unpack every archive of `upstreams.txt` under `into`, apply the series with no fuzz; return the trees."""
-        trees = []
-        for pin in read_pins(self.patches / "upstreams.txt"):
-            tree = into / f"{pin.name}-{pin.version}"
-            shutil.rmtree(tree, ignore_errors=True)
-            unpack(self.fetch(pin), tree)
-            for path in self.series():
-                # Its own ceiling, or git would take the tree for a part of the repository around it.
-                done = run_git(tree, "apply", str(path), env={"GIT_CEILING_DIRECTORIES": str(into)})
-                if done.returncode:
-                    raise ForkError(f"patches/{path.name} does not apply to {pin}:\n{indent(done.stderr)}")
-            trees.append(tree)
-        return trees
+        """Unpack every archive of `upstreams.txt` under `into`, apply its series with no fuzz; return the trees."""
+        return [self.unpack_patched(release, self.fetch(release.pin), into) for release in self.tested()]
+
+    def unpack_patched(self, release: Release, archive: Path, into: Path) -> Path:
+        """A tree under `into`, without a history, patched with no fuzz; ForkError where a patch does not apply."""
+        tree = into / f"{release.pin.name}-{release.pin.version}"
+        shutil.rmtree(tree, ignore_errors=True)
+        unpack(archive, tree)
+        for path in self.series(release):
+            # Its own ceiling, or git would take the tree for a part of the repository around it.
+            done = run_git(tree, "apply", str(path), env={"GIT_CEILING_DIRECTORIES": str(into)})
+            if done.returncode:
+                raise ForkError(does_not_apply(path, release, done.stderr))
+        return tree
 
     def clean(self) -> None:
         """Remove the tree, unless it holds work of the user's."""
@@ -241,9 +306,9 @@ class Fork:
 
     # The tree
 
-    def build(self, pin: Pin, archive: Path) -> None:
+    def build(self, release: Release, archive: Path) -> None:
         """Build the tree beside its place, then move it there."""
-        new = self.new
+        new, pin = self.new, release.pin
         print(f"unpacking {pin} into {TREE}", flush=True)
         try:
             unpack(archive, new)
@@ -257,16 +322,17 @@ class Fork:
             message = f"{pin}, as published\n\n{pin.archive}\nsha256 {pin.sha256}\n"
             git(new, "commit", "--quiet", "--no-verify", "--no-gpg-sign", "-m", message)
             git(new, "tag", "upstream")
-            stopped = self.apply(new)
+            stopped = self.apply(new, release)
             if stopped and (self.tree / ".git").is_dir():
                 # The old tree has the files the patches were made for, which a three-way merge needs.
                 git(new, "am", "--abort")
                 git(new, "fetch", "--quiet", "--no-tags", str(self.tree), "HEAD")
-                stopped = self.apply(new)
+                stopped = self.apply(new, release)
             resolvable = stopped and git(new, "ls-files", "--unmerged")
             if stopped and not resolvable:
                 raise ForkError(f"{stopped}\nNothing was changed. Mend the patch, or see `Upgrading` in the README.")
-            self.record(new, finished=not stopped)
+            self.record(new, release, finished=not stopped)
+            self.choose(new, release)
             self.swap()
         finally:
             shutil.rmtree(new, ignore_errors=True)
@@ -275,11 +341,15 @@ class Fork:
                 f"{stopped}\nThe three-way merge left conflicts in {TREE}. Resolve them there, `git add` the files,\n"
                 "`git am --continue`, then `make refresh` and `make test`."
             )
-        print(f"{TREE}: {pin} with {len(self.series())} patches")
+        print(self.describe(release))
 
-    def apply(self, tree: Path) -> str:
+    def describe(self, release: Release) -> str:
+        other = "" if release.pin == self.pin() else f" (UPSTREAM=; the pin is {self.pin().version})"
+        return f"{TREE}: {release.pin}{other} with the {len(self.series(release))} patches of patches/{release.folder}"
+
+    def apply(self, tree: Path, release: Release) -> str:
         """`git am` the series, one commit a patch; the reason where it stopped, else an empty string."""
-        series = self.series()
+        series = self.series(release)
         if not series:
             return ""
         flags = ["--3way", "--quiet", "--committer-date-is-author-date", "--no-gpg-sign"]
@@ -291,10 +361,7 @@ class Fork:
         index = {"GIT_INDEX_FILE": str(tree / ".git/dry-run")}
         git(tree, "read-tree", "HEAD", env=index)
         dry = run_git(tree, "apply", "--check", "--cached", str(path), env=index)
-        said = (dry.stderr or done.stderr + done.stdout).strip()
-        where = re.search(r"patch failed: (.+):(\d+)", said)
-        place = f" at {where[1]}, line {where[2]}" if where else ""
-        return f"patches/{path.name} does not apply to {self.pin()}{place}:\n{indent(said)}"
+        return does_not_apply(path, release, dry.stderr or done.stderr + done.stdout)
 
     def swap(self) -> None:
         if self.tree.exists():
@@ -302,11 +369,19 @@ class Fork:
         self.new.rename(self.tree)
         shutil.rmtree(self.old, ignore_errors=True)
 
-    def record(self, tree: Path, finished: bool = True) -> None:
+    def record(self, tree: Path, release: Release, finished: bool = True) -> None:
         """Note in the tree's repository what it was built from, and which commit the series ends at."""
-        git(tree, "config", "fork.inputs", self.inputs())
+        git(tree, "config", "fork.inputs", self.inputs(release))
+        git(tree, "config", "fork.upstream", release.pin.version)
         if finished:
             git(tree, "config", "fork.head", git(tree, "rev-parse", "HEAD"))
+
+    def choose(self, tree: Path, release: Release) -> None:
+        """Note that the tree stays on this release until another is asked for; one on the pin follows the pin."""
+        git(tree, "config", "fork.chosen", "" if release.pin == self.pin() else release.pin.version)
+        built = self.cache / "built.txt"  # changes when the release does: what is installed in .venv depends on it
+        if not built.is_file() or built.read_text() != f"{release.pin.requirement}\n":
+            built.write_text(f"{release.pin.requirement}\n")
 
     def recorded(self, key: str) -> str:
         return run_git(self.tree, "config", "--local", f"fork.{key}").stdout.strip()
@@ -343,16 +418,16 @@ class Fork:
         files["series"] = "".join(f"{name}\n" for name in files).encode()
         return files
 
-    def write(self, exported: dict[str, bytes], present: dict[str, bytes]) -> None:
+    def write(self, folder: Path, exported: dict[str, bytes], present: dict[str, bytes]) -> None:
         for name, text in exported.items():
             if present.get(name) != text:
-                temporary = self.patches / f".{name}.new"
+                temporary = folder / f".{name}.new"
                 temporary.write_bytes(text)
-                os.replace(temporary, self.patches / name)
-                print(f"wrote patches/{name}")
+                os.replace(temporary, folder / name)
+                print(f"wrote patches/{folder.name}/{name}")
         for name in present.keys() - exported.keys():
-            (self.patches / name).unlink()
-            print(f"removed patches/{name}")
+            (folder / name).unlink()
+            print(f"removed patches/{folder.name}/{name}")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -430,13 +505,30 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def difference(present: dict[str, bytes], exported: dict[str, bytes]) -> str:
+def does_not_apply(path: Path, release: Release, said: str) -> str:
+    """The error for a patch that git refuses, from what git said: its first line tells which and where."""
+    where = re.search(r"patch failed: (.+):(\d+)", said)
+    place = f" at {where[1]}, line {where[2]}" if where else ""
+    return f"patches/{path.parent.name}/{path.name} does not apply to {release.pin}{place}:\n{indent(said.strip())}"
+
+
+def keep_places(present: bytes | None, exported: bytes) -> bytes:
+    """The patch as it is present, where the exported one differs from it in line numbers and file ids alone."""
+
+    def without_places(patch: bytes) -> bytes:
+        patch = re.sub(rb"^index [0-9a-f]+\.\.[0-9a-f]+", b"index", patch, flags=re.MULTILINE)
+        return re.sub(rb"^@@ -\d+(,\d+)? \+\d+(,\d+)? @@", rb"@@ -0\1 +0\2 @@", patch, flags=re.MULTILINE)
+
+    return present if present and without_places(present) == without_places(exported) else exported
+
+
+def difference(folder: str, present: dict[str, bytes], exported: dict[str, bytes]) -> str:
     lines: list[str] = []
     for name in sorted(present.keys() | exported.keys()):
         before, after = (
             side.get(name, b"").decode(errors="replace").splitlines(keepends=True) for side in (present, exported)
         )
-        lines += difflib.unified_diff(before, after, f"patches/{name}", f"{TREE}: {name}")
+        lines += difflib.unified_diff(before, after, f"{folder}/{name}", f"{TREE}: {name}")
     return "".join(line if line.endswith("\n") else line + "\n" for line in lines)
 
 
@@ -448,20 +540,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fork.py", description="Build and export the patched tree.")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    patch = verbs.add_parser("patch", help="bring transformers-dev to the pin and the series")
+    patch = verbs.add_parser("patch", help="bring transformers-dev to a release and its series")
     patch.add_argument("--sdist", type=Path, metavar="FILE", help="the pinned archive, already on disk")
     patch.add_argument("--keep-edits", action="store_true", help="use a tree that holds work of yours as it is")
+    patch.add_argument("--upstream", metavar="VERSION", help="a tested release to build on in place of the pin")
     refresh = verbs.add_parser("refresh", help="export the commits of transformers-dev into patches/")
     refresh.add_argument("--check", action="store_true", help="only compare; fail where they differ")
     refresh.add_argument("--force", action="store_true", help="overwrite patches that changed since the build")
-    upstreams = verbs.add_parser("upstreams", help="apply the series to every archive of upstreams.txt")
+    upstreams = verbs.add_parser("upstreams", help="unpack and patch every release of upstreams.txt")
     upstreams.add_argument("--into", type=Path, required=True, metavar="DIR")
     verbs.add_parser("clean", help="remove transformers-dev, unless it holds work of yours")
     args = parser.parse_args(argv)
     fork = Fork(args.root)
     try:
         if args.verb == "patch":
-            fork.patch(args.sdist, args.keep_edits)
+            fork.patch(args.sdist, args.keep_edits, args.upstream or None)
         elif args.verb == "refresh":
             fork.refresh(args.check, args.force)
         elif args.verb == "upstreams":

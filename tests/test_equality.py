@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from kv_strategies import Request, Runner, build
 from kv_strategies.models import load_model
 from kv_strategies.models.text import prompts
+from kv_strategies.step.upstream import with_cache
 
 LENGTHS = [1, 2, 15, 16, 17, 31, 63, 100, 257, 480]
 NEW_TOKENS = 24
@@ -36,7 +37,7 @@ def generate(model, ragged: list[list[int]], cache) -> list[list[int]]:
     ids = torch.tensor([[0] * (columns - len(prompt)) + prompt for prompt in ragged])
     mask = torch.tensor([[0] * (columns - len(prompt)) + [1] * len(prompt) for prompt in ragged])
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)[:, columns:].tolist()
+    return model.generate(ids, attention_mask=mask, **with_cache(cache), **options)[:, columns:].tolist()
 
 
 @pytest.mark.upstream

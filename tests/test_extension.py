@@ -15,6 +15,7 @@ from common import OUTSIDE, VOCAB, tiny_llama
 from kv_strategies import STRATEGIES, Preset, Request, Runner, build, register, registry
 from kv_strategies.base import Codec, Placement, Plain, Retention, Sharing
 from kv_strategies.quantized import Int8
+from kv_strategies.step.upstream import with_cache
 
 MODEL = tiny_llama()
 PROMPTS = [torch.randint(1, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 23, 38)]
@@ -30,7 +31,7 @@ def generated(name: str, **options) -> list[list[int]]:
     for prompt, expected in zip(PROMPTS, tokens, strict=True):
         ids = torch.tensor([prompt])
         for cache in (strategy.cache(), strategy.cache(ids)):
-            out = MODEL.generate(ids, past_key_values=cache, max_new_tokens=14, do_sample=False)
+            out = MODEL.generate(ids, **with_cache(cache), max_new_tokens=14, do_sample=False)
             assert out[0, len(prompt) :].tolist() == expected
     strategy.check_integrity()
     return tokens

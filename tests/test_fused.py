@@ -20,6 +20,7 @@ from kv_strategies.kernels.linear.triton_one_row import Tuning
 from kv_strategies.step import fused, graphs
 from kv_strategies.step.fused import FusedStack
 from kv_strategies.step.graphs import StackGraphs, StackStep
+from kv_strategies.step.upstream import with_cache
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 LOGITS = {"atol": 1e-4, "rtol": 1e-5}  # those of either side are 2e-5 off float64
@@ -62,17 +63,17 @@ def test_the_stack_computes_what_the_layers_do(kind, rotates_later, device, forw
     before = {name: weight.clone() for name, weight in before.items()}
     cache = build("baseline", model).cache()
     for ids in steps:
-        expected.append(model(ids, past_key_values=cache).logits)
+        expected.append(model(ids, **with_cache(cache)).logits)
     strategy = fused_strategy(model)
     assert strategy.stack is not None
     cache = strategy.cache()
     for ids, logits in zip(steps, expected, strict=True):
-        torch.testing.assert_close(model(ids, past_key_values=cache).logits, logits, **LOGITS)
+        torch.testing.assert_close(model(ids, **with_cache(cache)).logits, logits, **LOGITS)
     assert len(forwards) == 4
     strategy.fused = False
     cache = strategy.cache()
     for ids, logits in zip(steps, expected, strict=True):  # the plain layers, over the merged weights
-        torch.testing.assert_close(model(ids, past_key_values=cache).logits, logits, **LOGITS)
+        torch.testing.assert_close(model(ids, **with_cache(cache)).logits, logits, **LOGITS)
     assert len(forwards) == 4
     after = model.state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
@@ -85,9 +86,9 @@ def test_models_made_for_inference_only(mode):
         model = model_of("biased")
     ids = torch.randint(VOCAB, (1, 5))
     with mode():
-        expected = model(ids, past_key_values=build("baseline", model).cache()).logits
+        expected = model(ids, **with_cache(build("baseline", model).cache())).logits
         assert fused_strategy(model).stack is not None
-        got = model(ids, past_key_values=fused_strategy(model).cache()).logits  # a second one reads merged weights
+        got = model(ids, **with_cache(fused_strategy(model).cache())).logits  # a second one reads merged weights
     torch.testing.assert_close(got, expected, **LOGITS)
     assert all(parameter.is_inference() for parameter in model.parameters())
 
@@ -105,11 +106,11 @@ def test_weights_are_held_once():
     first, last = attention.q_proj.weight, attention.v_proj.weight
     assert first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
     ids = torch.randint(VOCAB, (1, 5))
-    was = model(ids, past_key_values=strategies[0].cache()).logits
+    was = model(ids, **with_cache(strategies[0].cache())).logits
     model.load_state_dict({name: weight * 1.5 for name, weight in model.state_dict().items()})  # into the same memory
-    now = model(ids, past_key_values=strategies[0].cache()).logits
+    now = model(ids, **with_cache(strategies[0].cache())).logits
     assert not torch.allclose(was, now)
-    torch.testing.assert_close(now, model(ids, past_key_values=build("baseline", model).cache()).logits, **LOGITS)
+    torch.testing.assert_close(now, model(ids, **with_cache(build("baseline", model).cache())).logits, **LOGITS)
 
 
 @pytest.mark.parametrize("rotates_later", [False, True])
@@ -123,8 +124,8 @@ def test_padded_generate_and_runner_run_through_the_stack(rotates_later, device,
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
     expected = model.generate(ids, **options)
     strategy = fused_strategy(model)
-    assert torch.equal(model.generate(ids, past_key_values=strategy.cache(), **options), expected)
-    assert torch.equal(model.generate(ids, past_key_values=strategy.cache(ids, mask), **options), expected)
+    assert torch.equal(model.generate(ids, **with_cache(strategy.cache()), **options), expected)
+    assert torch.equal(model.generate(ids, **with_cache(strategy.cache(ids, mask)), **options), expected)
     results = Runner(model, strategy).generate([Request(prompt, max_new_tokens=6) for prompt in prompts])
     assert [result.token_ids for result in results] == expected[:, 5:].tolist()
     assert len(forwards) >= 18 or device.type == "cuda"  # of which replays are none
@@ -161,7 +162,7 @@ def test_generate_replays_the_stack(mode, monkeypatch):
             expected = model.generate(prompts, **options, return_dict_in_generate=True).sequences
         for cache in (strategy.cache(), strategy.cache(prompts, mask), strategy.cache(prompts, mask)):
             with torch.no_grad():  # the other mode, over the same buffers
-                got = model.generate(prompts, past_key_values=cache, **options, return_dict_in_generate=True).sequences
+                got = model.generate(prompts, **with_cache(cache), **options, return_dict_in_generate=True).sequences
             assert torch.equal(got, expected)
     assert strategy.num_hit_tokens > 0
     assert {bucket for _, bucket, _ in replayed._steps} == {8, 16, 32, 64}
@@ -174,7 +175,7 @@ def test_what_asks_for_the_layers_gets_them(forwards):
     strategy = fused_strategy(model)
     ids = torch.randint(VOCAB, (1, 5))
     expected = model(ids, output_hidden_states=True)
-    output = model(ids, past_key_values=strategy.cache(), output_hidden_states=True)
+    output = model(ids, **with_cache(strategy.cache()), output_hidden_states=True)
     for states, wanted in zip(output.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(states, wanted, **EXACT)
     assert not forwards
@@ -183,7 +184,7 @@ def test_what_asks_for_the_layers_gets_them(forwards):
     seen = []
     handle = model.model.layers[0].mlp.register_forward_hook(lambda *args: seen.append(1))
     assert strategy.stack is None
-    model(ids, past_key_values=strategy.cache())
+    model(ids, **with_cache(strategy.cache()))
     assert seen
     handle.remove()
     assert strategy.stack is not None
@@ -512,7 +513,7 @@ def test_gpu_generate_replays_the_stack(name, device):
     expected = model.generate(prompts, attention_mask=mask, max_new_tokens=40, do_sample=False)
     strategy = build(name, model, num_blocks=64)
     for cache in (strategy.cache(), strategy.cache(prompts, mask), strategy.cache(prompts, mask)):
-        got = model.generate(prompts, attention_mask=mask, max_new_tokens=40, do_sample=False, past_key_values=cache)
+        got = model.generate(prompts, attention_mask=mask, max_new_tokens=40, do_sample=False, **with_cache(cache))
         assert torch.equal(got, expected)
     assert strategy.door.graphs(strategy)._steps[2, 1024, 0]._replay is not None
 

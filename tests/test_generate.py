@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from kv_strategies import build
 from kv_strategies.kernels.blocks import cpu
 from kv_strategies.paged import OutOfBlocks
+from kv_strategies.step.upstream import with_cache
 
 MODEL = tiny_llama()
 LENGTHS = (37, 32, 17)
@@ -28,7 +29,7 @@ def batch(lengths=LENGTHS):
 def run(cache, model=MODEL, inputs=None, **options):
     torch.manual_seed(7)
     inputs = batch() if inputs is None else inputs
-    return model.generate(**inputs, past_key_values=cache, max_new_tokens=24, **options)
+    return model.generate(**inputs, **with_cache(cache), max_new_tokens=24, **options)
 
 
 SIZES = {
@@ -82,7 +83,7 @@ def test_head_sizes_and_dtypes(head_dim, dtype):
     inputs = {key: value[:, -9:] for key, value in batch((9, 9)).items()}
     with torch.no_grad():
         expected = model(**inputs).logits.float()
-        logits = model(**inputs, past_key_values=strategy.cache()).logits.float()
+        logits = model(**inputs, **with_cache(strategy.cache())).logits.float()
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]
     assert (logits - expected).norm() / expected.norm() < tolerance
 
@@ -92,10 +93,10 @@ def test_a_second_turn_continues_the_cache():
     strategy, turns = build("paged", MODEL, num_blocks=100, block_size=5), []
     more = torch.randint(0, VOCAB, (2, 6))
     for cache in (DynamicCache(config=MODEL.config), strategy.cache()):
-        first = MODEL.generate(**batch((20, 20)), past_key_values=cache, max_new_tokens=8)
+        first = MODEL.generate(**batch((20, 20)), **with_cache(cache), max_new_tokens=8)
         ids = torch.cat([first, more], dim=1)
         mask = torch.ones_like(ids)
-        turns.append(MODEL.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=8))
+        turns.append(MODEL.generate(ids, attention_mask=mask, **with_cache(cache), max_new_tokens=8))
     assert torch.equal(*turns)
 
 
@@ -106,10 +107,10 @@ def test_crop_takes_both_sign_conventions():
     for remove in (-7, 23):  # seven columns off, or 23 left
         cache = strategy.cache()
         with torch.no_grad():
-            MODEL(ids, past_key_values=cache)
+            MODEL(ids, **with_cache(cache))
             cache.crop(remove)
             assert cache.get_seq_length() == 23
-            again = MODEL(ids[:, 23:], past_key_values=cache).logits
+            again = MODEL(ids[:, 23:], **with_cache(cache)).logits
             torch.testing.assert_close(again, MODEL(ids).logits[:, 23:], rtol=1e-4, atol=1e-4)
         cache.crop(0)
         cache.crop(100)
@@ -125,14 +126,14 @@ def test_a_mask_with_holes_hides_what_it_says():
     strategy = build("paged", MODEL, num_blocks=20, block_size=4)
     with torch.no_grad():
         expected = MODEL(ids, attention_mask=mask, position_ids=positions).logits
-        logits = MODEL(ids, attention_mask=mask, position_ids=positions, past_key_values=strategy.cache()).logits
+        logits = MODEL(ids, attention_mask=mask, position_ids=positions, **with_cache(strategy.cache())).logits
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
 
 
 def test_beams_share_their_prompt():
     strategy = build("paged", MODEL, num_blocks=100, block_size=4)
     cache = strategy.cache()
-    MODEL.generate(batch((40,))["input_ids"], past_key_values=cache, max_new_tokens=3, num_beams=4)
+    MODEL.generate(batch((40,))["input_ids"], **with_cache(cache), max_new_tokens=3, num_beams=4)
     assert strategy.stats()["blocks_used"] <= 10 + 4, "four beams of 42 tokens, ten blocks of prompt in common"
     del cache
     gc.collect()
@@ -153,12 +154,12 @@ def test_no_dense_mask_and_no_copy_of_the_past(monkeypatch):
     ids = torch.randint(0, VOCAB, (1, 4096))
     with torch.no_grad():
         with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as prefill:
-            model(ids, past_key_values=cache, logits_to_keep=1)
+            model(ids, **with_cache(cache), logits_to_keep=1)
         largest = max(event.self_cpu_memory_usage for event in prefill.events())
         assert largest < 4096 * 4096 / 4, f"one operation allocated {largest} bytes"
         monkeypatch.setattr(cpu, "copied", refuse)
         with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as decode:
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **with_cache(cache))
         allocated = sum(max(0, event.self_cpu_memory_usage) for event in decode.events())
         past = 4096 * strategy.stats()["bytes_per_token"]
         assert allocated < past / 8, f"a decode step allocated {allocated} bytes beside {past} bytes of K and V"
@@ -180,7 +181,7 @@ def test_output_attentions_is_refused(implementation):
     model.set_attn_implementation(implementation)
     strategy = build("paged", model, num_blocks=40)
     with pytest.raises(ValueError, match="output_attentions"):
-        model(**batch(), past_key_values=strategy.cache(), output_attentions=True)
+        model(**batch(), **with_cache(strategy.cache()), output_attentions=True)
 
 
 def test_training_mode_is_refused():
@@ -188,7 +189,7 @@ def test_training_mode_is_refused():
     strategy = build("paged", model, num_blocks=40)
     model.train()
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
-        model(**batch(), past_key_values=strategy.cache())
+        model(**batch(), **with_cache(strategy.cache()))
 
 
 def test_unsupported_layer_types_are_refused():
@@ -200,17 +201,17 @@ def test_masks_that_cannot_be_honoured_are_refused():
     strategy = build("paged", MODEL, num_blocks=100)
     inputs = batch()
     with pytest.raises(ValueError, match="2-D attention mask"):
-        MODEL(inputs["input_ids"], attention_mask=torch.zeros(3, 1, 37, 37), past_key_values=strategy.cache())
+        MODEL(inputs["input_ids"], attention_mask=torch.zeros(3, 1, 37, 37), **with_cache(strategy.cache()))
     cache = strategy.cache()
     with torch.no_grad():
-        MODEL(**inputs, past_key_values=cache)
+        MODEL(**inputs, **with_cache(cache))
         with pytest.raises(ValueError, match="must be"):
-            MODEL(inputs["input_ids"][:, :1], attention_mask=inputs["attention_mask"], past_key_values=cache)
+            MODEL(inputs["input_ids"][:, :1], attention_mask=inputs["attention_mask"], **with_cache(cache))
         longer = torch.ones(3, 38, dtype=torch.long)
         with pytest.raises(ValueError, match="shows or hides"):
-            MODEL(inputs["input_ids"][:, :1], attention_mask=longer, past_key_values=cache)
+            MODEL(inputs["input_ids"][:, :1], attention_mask=longer, **with_cache(cache))
         with pytest.raises(ValueError, match="3 rows"):
-            MODEL(inputs["input_ids"][:2, :1], past_key_values=cache)
+            MODEL(inputs["input_ids"][:2, :1], **with_cache(cache))
 
 
 def test_an_unpatched_model_gets_an_error_not_wrong_tokens():
@@ -227,7 +228,7 @@ def test_an_unpatched_model_gets_an_error_not_wrong_tokens():
     )
     other = Qwen2ForCausalLM(config).eval()
     with pytest.raises(RuntimeError, match="not patched"):
-        other(batch()["input_ids"], past_key_values=strategy.cache())
+        other(batch()["input_ids"], **with_cache(strategy.cache()))
     with pytest.raises(ValueError, match=r"'qwen2'.*LlamaForCausalLM"):
         build("paged", other, num_blocks=4)
 
@@ -247,7 +248,7 @@ def test_stock_behaviour_is_unchanged():
             config=MODEL.config,
             inputs_embeds=states,
             attention_mask=inputs["attention_mask"],
-            past_key_values=None,
+            **with_cache(None),
             position_ids=positions,
         )
         cos, sin = body.rotary_emb(states, position_ids=positions)

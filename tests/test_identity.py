@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from kv_strategies import Request, Runner, build, prefix
 from kv_strategies.step import fused, version
+from kv_strategies.step.upstream import with_cache
 from kv_strategies.tiers import identity
 from kv_strategies.tiers.lower import Chain
 from kv_strategies.tiers.rates import Rates
@@ -193,8 +194,8 @@ def logits_of(model, strategy):
     with torch.no_grad():
         cache = strategy.cache(IDS) if strategy.name != "baseline" else strategy.cache()
         skipped = cache.get_seq_length()
-        first = model(IDS[:, skipped:], past_key_values=cache).logits[:, -1]
-        return torch.stack([first, model(IDS[:, :1], past_key_values=cache).logits[:, -1]])
+        first = model(IDS[:, skipped:], **with_cache(cache)).logits[:, -1]
+        return torch.stack([first, model(IDS[:, :1], **with_cache(cache)).logits[:, -1]])
 
 
 def served(runner):
@@ -328,7 +329,7 @@ def test_rollouts_of_a_training_loop_are_right_in_every_step():
         got = [result.token_ids for result in runner.generate(requests)]
         assert got == baseline_tokens(model, requests)
         ids = torch.tensor([PROMPT + got[0]])
-        assert model.generate(IDS, past_key_values=strategy.cache(IDS), max_new_tokens=8)[0, 29:].tolist() == got[0]
+        assert model.generate(IDS, **with_cache(strategy.cache(IDS)), max_new_tokens=8)[0, 29:].tolist() == got[0]
         seen.add(tuple(got[0]))
         model(ids, labels=ids).loss.backward()
         optimizer.step()
@@ -355,7 +356,7 @@ def test_a_row_whose_model_changes_is_not_published():
     assert cache.get_seq_length()
     load_weights(model)
     with pytest.raises(ValueError, match="the model has changed since cache"):
-        model.generate(IDS, past_key_values=cache, max_new_tokens=2)
+        model.generate(IDS, **with_cache(cache), max_new_tokens=2)
 
 
 def test_a_model_is_let_go():
@@ -377,7 +378,7 @@ def test_looking_costs_little(monkeypatch):
     monkeypatch.setattr(version, "_Description", lambda model: pytest.fail("described anew"))
     logits_of(model, strategy)
     served(Runner(model, strategy))
-    model.generate(IDS, past_key_values=strategy.cache(IDS), max_new_tokens=3)
+    model.generate(IDS, **with_cache(strategy.cache(IDS)), max_new_tokens=3)
 
 
 # --- files
@@ -456,10 +457,10 @@ def test_a_cache_given_to_another_model_is_told(name, kind):
     strategy = build(name, model, num_blocks=64)
     for cache in (strategy.cache(), strategy.cache(IDS)):
         with pytest.raises(ValueError, match="built for another model"):
-            other.generate(IDS, past_key_values=cache, max_new_tokens=2)
+            other.generate(IDS, **with_cache(cache), max_new_tokens=2)
     with pytest.raises(ValueError, match="built for another model"):
         Runner(other, strategy)
-    model.generate(IDS, past_key_values=strategy.cache(IDS), max_new_tokens=2)
+    model.generate(IDS, **with_cache(strategy.cache(IDS)), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("name", ["paged", "prefix", "int8"])
@@ -471,7 +472,7 @@ def test_a_model_converted_after_build_is_told(name):
     model.to(torch.bfloat16)
     for _ in range(2):
         with pytest.raises(ValueError, match="then float32 on cpu, 2 layers, now bfloat16 on cpu"):
-            model.generate(IDS, past_key_values=cache, max_new_tokens=2)
+            model.generate(IDS, **with_cache(cache), max_new_tokens=2)
         with pytest.raises(ValueError, match="converted or moved"):
             served(runner)
         runner.cancel(0)
@@ -564,7 +565,7 @@ def test_sinks_are_as_far_as_the_positions_given(chunk, is_fused, monkeypatch):
     cache, logits = strategy.cache(), []
     for begin in range(0, 60, chunk):
         part = slice(begin, begin + chunk)
-        logits.append(model(ids[:, part], position_ids=positions[:, part], past_key_values=cache).logits)
+        logits.append(model(ids[:, part], position_ids=positions[:, part], **with_cache(cache)).logits)
     torch.testing.assert_close(torch.cat(logits, 1), expected, atol=2e-4, rtol=1e-4)
 
 

@@ -14,6 +14,7 @@ from kv_strategies import Request, Runner, build
 from kv_strategies.kernels.blocks import triton_rows
 from kv_strategies.offload import Offload
 from kv_strategies.step import plan
+from kv_strategies.step.upstream import with_cache
 
 MODEL = tiny_llama(num_layers=3)
 RESIDENT = ["k", "none"]
@@ -21,7 +22,7 @@ RESIDENT = ["k", "none"]
 
 def generate(strategy, ids, **options):
     cache = strategy.cache() if strategy.name != "baseline" else None
-    return MODEL.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False, **options).tolist()
+    return MODEL.generate(ids, **with_cache(cache), max_new_tokens=9, do_sample=False, **options).tolist()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -262,7 +263,7 @@ def test_beams_and_samples_on_a_gpu():
         strategy = build("offload", model, num_blocks=120, block_size=4, **options)
         for extra in ({}, {"num_beams": 3}):
             both = [
-                model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False, pad_token_id=0, **extra)
+                model.generate(ids, **with_cache(cache), max_new_tokens=12, do_sample=False, pad_token_id=0, **extra)
                 for cache in (None, strategy.cache())
             ]
             assert torch.equal(*both)

@@ -17,6 +17,7 @@ from kv_strategies.base import Plain, Site
 from kv_strategies.kernels.reference import gather, store_kv
 from kv_strategies.quantized import Fp8, Int8, bytes_per_token
 from kv_strategies.step.store import BlockStore, KVShape
+from kv_strategies.step.upstream import with_cache
 
 MODEL = tiny_llama()
 CODECS = {"int8": Int8, "fp8": Fp8}
@@ -101,7 +102,7 @@ def test_the_result_does_not_depend_on_how_a_text_is_cut(name, cuts):
     cache, logits = strategy.cache(), []
     for begin, end in zip([0, *cuts], [*cuts, 40], strict=True):
         with torch.no_grad():
-            logits.append(MODEL(ids[None, begin:end], past_key_values=cache).logits[0])
+            logits.append(MODEL(ids[None, begin:end], **with_cache(cache)).logits[0])
     whole = torch.cat([out for _, out in stream_logits(MODEL, build(name, MODEL, num_blocks=20), ids, 40)])
     assert (torch.cat(logits) - whole).norm() / whole.norm() < 0.02
 
@@ -140,7 +141,7 @@ def test_generate(name, mode):
     outs = []
     for block_size in (3, 64):
         strategy = build(name, MODEL, num_blocks=60, block_size=block_size)
-        options = {"past_key_values": strategy.cache(), "max_new_tokens": 12, "do_sample": False, **mode}
+        options = {**with_cache(strategy.cache()), "max_new_tokens": 12, "do_sample": False, **mode}
         outs.append(MODEL.generate(ids, **options))
         del options
         strategy.check_integrity()

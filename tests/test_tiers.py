@@ -2,37 +2,169 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import os
 import random
+import subprocess
+import sys
 import tempfile
+import threading
+import time
+import typing
 import warnings
+from collections import deque
+from concurrent.futures import Future
 
+import numpy as np
 import pytest
 import torch
 from common import baseline_tokens, random_requests, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kv_strategies import Request, Runner, build
 from kv_strategies.tiers import disk as disk_module
+from kv_strategies.tiers import host as host_module
 from kv_strategies.tiers.host import Disk, Rates, Tiers
+from kv_strategies.tiers.transfer import Lane
 
 MODEL = tiny_llama(num_layers=2)
 ROW = 64  # bytes
 
 
+class Fault(RuntimeError):
+    """As if the device, the disk or memory had failed."""
+
+
+class Faults:
+    """Fails where it is told to: at the n-th call from now on, once."""
+
+    def __init__(self):
+        self.calls_left, self.error, self.num_raised = -1, Fault, 0
+
+    def call(self):
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            self.num_raised += 1
+            raise self.error("as if")
+
+
+class LateLane(Lane):
+    """Copies that are under way until they are waited for, or told to arrive. The model's lane waits at once."""
+
+    lanes: typing.ClassVar[list] = []
+    faults = Faults()
+    is_beside = True
+
+    def __init__(self, device, *, main=False):
+        super().__init__(device, main=main)
+        self._is_main, self._todo, self.num_done, self.num_given = main, deque(), 0, 0
+        self.lanes.append(self)
+
+    def give(self, work):
+        self._todo.append(work)
+        self.num_given += 1
+
+    def arrive(self, count=1):
+        for _ in range(min(count, len(self._todo))):
+            self._todo.popleft()()
+            self.num_done += 1
+
+    def copy(self, source, target):
+        self.faults.call()
+        self.give(lambda: target.copy_(source))
+
+    def mark(self, *, timed=False):
+        self.faults.call()
+        return LateMark(self, self.num_given)
+
+    def wait(self, *marks):
+        self.faults.call()
+        for mark in marks:
+            if mark is not None:
+                mark.synchronize() if self._is_main else self.give(mark.synchronize)
+
+    def synchronize(self):
+        self.arrive(len(self._todo))
+
+
+class LateMark:
+    def __init__(self, lane, end):
+        self._lane, self._end = lane, end
+
+    def query(self):
+        return self._lane.num_done >= self._end
+
+    def synchronize(self):
+        self._lane.arrive(self._end - self._lane.num_done)
+
+    def elapsed_time(self, other):
+        return 1.0
+
+
+class LateWriter:
+    """A thread that writes when it is waited for, or told to."""
+
+    writers: typing.ClassVar[list] = []
+
+    def __init__(self, *args, **options):
+        self._todo = deque()
+        self.writers.append(self)
+
+    def submit(self, *job):
+        LateLane.faults.call()
+        future = LateWrite(self)
+        self._todo.append((future, job))
+        return future
+
+    def arrive(self, count=1):
+        for _ in range(min(count, len(self._todo))):
+            future, (work, *args) = self._todo.popleft()
+            try:
+                LateLane.faults.call()
+                future.set_result(work(*args))
+            except Fault as error:
+                future.set_exception(error)
+
+    def shutdown(self, **options):
+        self._todo.clear()
+
+
+class LateWrite(Future):
+    def __init__(self, writer):
+        super().__init__()
+        self._writer = writer
+
+    def result(self, timeout=None):
+        while not self.done():
+            self._writer.arrive()
+        return super().result()
+
+
+@contextlib.contextmanager
+def late():
+    """What is built meanwhile copies late and writes late; and fails where `LateLane.faults` says."""
+    LateLane.lanes, LateWriter.writers, LateLane.faults = [], [], Faults()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_module, "Lane", LateLane)
+        patch.setattr(disk_module, "ThreadPoolExecutor", LateWriter)
+        yield LateLane.faults
+
+
 class TiersMachine(RuleBasedStateMachine):
     """What is promoted is what was demoted under that key; and nothing is ever lost that there is room for."""
 
-    @initialize(host=st.integers(1, 5), disk=st.integers(0, 5))
-    def start(self, host, disk):
+    @initialize(host=st.integers(1, 5), disk=st.integers(0, 5), is_late=st.booleans())
+    def start(self, host, disk, is_late):
         self.folder = tempfile.TemporaryDirectory()
         self.near, self.far = torch.zeros(1, 4, ROW, dtype=torch.uint8), torch.zeros(3, 4, ROW, dtype=torch.uint8)
-        on_disk = Disk(self.folder.name, disk * 4 * ROW, 4 * ROW) if disk else None
-        self.tiers = Tiers([self.near, self.far], 16, torch.device("cpu"), host, Rates(), on_disk)
-        self.capacity = host + disk
+        with late() if is_late else contextlib.nullcontext(Faults()) as self.faults:
+            on_disk = Disk(self.folder.name, disk * 4 * ROW, 4 * ROW) if disk else None
+            self.tiers = Tiers([self.near, self.far], 16, torch.device("cpu"), host, Rates(), on_disk)
+        self.late = [*LateLane.lanes, *LateWriter.writers] if is_late else []
         self.recent: list[int] = []  # keys, the least recently demoted first
         self.random = random.Random(0)
 
@@ -40,18 +172,39 @@ class TiersMachine(RuleBasedStateMachine):
         data = torch.tensor([(7 * key + i) % 256 for i in range(4)], dtype=torch.uint8)
         return data[:, None].expand(4, ROW)
 
+    @precondition(lambda self: self.late)
+    @rule(data=st.data(), count=st.integers(1, 9))
+    def arrive(self, data, count):
+        data.draw(st.sampled_from(self.late)).arrive(count)
+
+    @precondition(lambda self: self.late)
+    @rule(calls_left=st.integers(1, 12), error=st.sampled_from([Fault, KeyboardInterrupt]))
+    def fail(self, calls_left, error):
+        self.faults.calls_left, self.faults.error = calls_left, error
+
+    def may_fail(self, call, *args):
+        """What it returns; None where it raised, and it was told to."""
+        before = self.faults.num_raised
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return call(*args)
+        except (Fault, KeyboardInterrupt):
+            assert self.faults.num_raised > before
+            return None
+
     @rule(key=st.integers(0, 9), block=st.integers(0, 3))
     def demote(self, key, block):
         data = self.contents(key)
         self.near[:, block], self.far[:, block] = data[:1], data[1:]
-        self.tiers.demote(bytes([key]), block, bytes([key, key]))
+        self.may_fail(self.tiers.demote, bytes([key]), block, bytes([key, key]))
         self.near[:, block] = self.far[:, block] = 0
         if key not in self.recent:
             self.recent.append(key)
 
     @rule(key=st.integers(0, 9), block=st.integers(0, 3))
     def promote(self, key, block):
-        found = self.tiers.promote(bytes([key]), block)
+        found = self.may_fail(self.tiers.promote, bytes([key]), block)
         assert not found or key in self.recent
         if found:
             assert torch.equal(torch.cat((self.near[:, block], self.far[:, block])), self.contents(key))
@@ -66,29 +219,23 @@ class TiersMachine(RuleBasedStateMachine):
     @rule(keys=st.lists(st.integers(0, 9), max_size=4), others=st.booleans())
     def ask(self, keys, others):
         wanted = [(bytes([key]), bytes([key, key + others])) for key in keys]
-        count = self.tiers.num_promotable(wanted)
+        count = self.may_fail(self.tiers.num_promotable, wanted) or 0
         assert count <= len(keys) and all(key in self.recent for key in keys[:count])
         assert not (others and count)
 
     @rule()
     def clear(self):
-        self.tiers.clear()
-        self.recent.clear()
+        if self.may_fail(lambda: self.tiers.clear() or True):
+            self.recent.clear()
 
     @invariant()
     def nothing_leaks(self):
-        if not hasattr(self, "tiers"):
-            return
-        tiers = self.tiers
-        held = [kept.place for kept in tiers._kept.values()] + [kept.place for kept, _ in tiers._leaving.values()]
-        assert sorted(held + [place for place, _ in tiers._free]) == list(range(tiers._host.shape[0]))
-        if tiers._disk:
-            slots = [entry.slot for entry in tiers._disk._kept.values()]
-            assert sorted(slots + tiers._disk._free) == list(range(tiers._disk.num_places))
+        if hasattr(self, "tiers"):
+            self.tiers.check_integrity()
 
 
 TestTiers = TiersMachine.TestCase
-TestTiers.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestTiers.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def serve(name, requests, **options):
@@ -193,7 +340,7 @@ def test_damaged_blocks_are_computed_again(tmp_path, monkeypatch, damage):
     strategy = with_disk(tmp_path)
     tokens = in_turn(strategy, chat(2))
     strategy.placement.tiers._collect(wait=True)
-    file, one = strategy.placement.tiers._disk._handle, block_bytes(4)
+    file, one = strategy.placement.tiers._disk._file.handle, block_bytes(4)
     if damage == "truncated":
         os.truncate(file, 100)
     else:
@@ -283,3 +430,276 @@ def test_rates_are_learnt_from_prompts():
     strategy = build("offload", MODEL, num_blocks=40, block_size=4, host_bytes=1 << 22)
     Runner(MODEL, strategy).generate([Request(list(range(1, 50)), max_new_tokens=2)])
     assert strategy.stats()["tier_rates"]["prefill"] > 0
+
+
+# --- what fails, what is late
+
+
+def build_small(name, tmp_path, *, host_blocks=2, disk_blocks=0, num_blocks=10, **options):
+    one = block_bytes(4)
+    disk = {"disk_path": tmp_path, "disk_bytes": disk_blocks * one} if disk_blocks else {}
+    sizes = {"num_blocks": num_blocks, "block_size": 4}
+    return build(name, MODEL, resident="kv", host_bytes=host_blocks * one, **disk, **sizes, **options)
+
+
+def ledger(strategy):
+    stats = strategy.stats()
+    return stats["blocks_used"], stats["blocks_free"] + stats["blocks_cached"]
+
+
+@pytest.mark.parametrize("what", ["demote", "promote", "num_promotable"])
+@pytest.mark.parametrize("disk_blocks", [0, 40])
+def test_a_tier_that_fails_once_costs_time_and_no_request(tmp_path, monkeypatch, what, disk_blocks):
+    """Input A.4: once, and at each of its calls in turn."""
+    monkeypatch.setattr(Rates, "seconds_saved", lambda *args, **kwargs: 1.0)
+    expected, original = baseline_tokens(MODEL, chat(6)), getattr(Tiers, what)
+    for fails_at in range(0, 12, 3):
+        strategy, calls = build_small("prefix+offload", tmp_path, host_blocks=20, disk_blocks=disk_blocks), []
+
+        def failing(*args, fails_at=fails_at, calls=calls):
+            calls.append(args)
+            if len(calls) == fails_at + 1:
+                raise Fault("as if")
+            return original(*args)
+
+        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            patch.setattr(Tiers, what, failing)
+            for turn, request in enumerate(chat(6)):
+                assert in_turn(strategy, [request]) == [expected[turn]]
+                strategy.check_integrity()
+                assert ledger(strategy) == (0, 10)
+        has_failed = len(calls) > fails_at
+        assert strategy.stats()["tier_copies_failed"] == has_failed
+        told = [str(warning.message) for warning in caught if "between tiers" in str(warning.message)]
+        assert len(told) == has_failed and all("Fault: as if" in text for text in told)
+
+
+@pytest.mark.parametrize("what", ["demote", "promote"])
+def test_tiers_that_always_fail_are_as_none(tmp_path, monkeypatch, what):
+    """Evicted and preempted: computed again, after one warning."""
+    monkeypatch.setattr(Rates, "seconds_saved", lambda *args, **kwargs: 1.0)
+
+    def fail(*args):
+        raise Fault("as if")
+
+    monkeypatch.setattr(Tiers, what, fail)
+    requests = [Request([i % 3 + 1] * 20, max_new_tokens=20, temperature=0.7, seed=i) for i in range(6)]
+    for name in ("offload", "prefix+offload"):
+        with pytest.warns(RuntimeWarning, match="could not be copied between tiers") as caught:
+            tokens, stats, runner = serve(
+                name, requests, num_blocks=14, block_size=4, resident="kv", host_bytes=1 << 22
+            )
+        assert tokens == baseline_tokens(MODEL, requests) and runner.num_preemptions > 0
+        assert stats["tier_copies_failed"] > 1 and len(caught) == 1
+        assert stats["blocks_used"] == 0
+
+
+@pytest.mark.parametrize("error", [Fault, KeyboardInterrupt])
+def test_match_gives_back_what_it_took_where_a_copy_fails(tmp_path, monkeypatch, error):
+    """The hits and the block to be filled: 4 of 12 blocks stayed used for ever."""
+    monkeypatch.setattr(Rates, "seconds_saved", lambda *args, **kwargs: 1.0)
+    strategy = build_small("prefix+offload", tmp_path, host_blocks=20, num_blocks=12)
+    in_turn(strategy, chat(3))
+    prompt = chat(2)[1].token_ids
+
+    def fail(*args):
+        raise error("as if")
+
+    for owner, what in [(host_module._Crossing, "up"), (type(strategy.pool), "keep"), (Tiers, "promote")]:
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            patch.setattr(owner, what, fail)
+            with contextlib.suppress(error):
+                blocks, num_tokens = strategy.sharing.match(prompt, "")
+                assert num_tokens < len(prompt) // 4 * 4
+                strategy.sharing._release(blocks)
+        strategy.check_integrity()
+        assert ledger(strategy) == (0, 12)
+    assert in_turn(strategy, chat(3)) == baseline_tokens(MODEL, chat(3))
+    strategy.check_integrity()
+
+
+def test_an_interrupted_return_of_a_preempted_request_gives_its_blocks_back(monkeypatch):
+    strategy = build("offload", MODEL, num_blocks=14, block_size=4, resident="kv", host_bytes=1 << 22)
+    table = strategy.open_table([1] * 20)
+    strategy.reserve([(table, 20)])
+    suspended = strategy.suspend(table)
+    table.release()
+    promote, calls = Tiers.promote, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return promote(*args)
+
+    monkeypatch.setattr(Tiers, "promote", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        strategy.open_table([1] * 20, suspended=suspended)
+    strategy.check_integrity()
+    assert strategy.stats()["blocks_free"] == 14
+    again = strategy.open_table([1] * 20, suspended=suspended)
+    assert again.num_tokens == 0, "a part is lost: it is computed again"
+    strategy.check_integrity()
+
+
+def test_room_is_made_at_the_cost_of_others_than_what_is_fetched(tmp_path):
+    """Copies that are late: the only block on disk was dropped for the one that left host memory for it."""
+    pool = torch.arange(4, dtype=torch.uint8).repeat_interleave(ROW).view(1, 4, ROW)
+    with late():
+        disk = Disk(tmp_path, ROW, ROW)
+        tiers = Tiers([pool], 16, torch.device("cpu"), 1, Rates(), disk)
+        tiers.demote(b"a", 1)
+        tiers.demote(b"b", 2)
+        for later in (*LateLane.lanes, *LateWriter.writers):
+            later.arrive(99)
+        tiers.demote(b"c", 3)  # the copy of b is late, so it is in host memory yet
+        tiers.check_integrity()
+        for key, block in ((b"a", 1), (b"b", 2), (b"c", 3)):
+            pool[:, 0] = 0
+            if tiers.num_promotable([(key, b"")]):
+                assert tiers.promote(key, 0) and (pool[:, 0] == block).all()
+            tiers.check_integrity()
+    assert tiers.num_promoted > 0
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+@given(
+    seed=st.integers(0, 10_000),
+    name=st.sampled_from(["offload", "prefix+offload", "prefix+offload+window"]),
+    resident=st.sampled_from(["k", "kv"]),
+    spare_tokens=st.integers(0, 30),
+    host_blocks=st.integers(1, 8),
+    disk_blocks=st.integers(0, 8),
+    fault_rate=st.sampled_from([0.0, 0.3]),
+)
+def test_any_schedule_with_late_and_failing_copies(
+    tmp_path, seed, name, resident, spare_tokens, host_blocks, disk_blocks, fault_rate
+):
+    rng = random.Random(seed)
+    requests = random_requests(rng, rng.randint(3, 7), longest=30, max_new=10)
+    longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
+    one, num_blocks = block_bytes(4), -(-(longest + spare_tokens) // 4)
+    window = {"window": 16, "sinks": 2} if "window" in name else {}
+    disk = {"disk_path": tmp_path, "disk_bytes": disk_blocks * one} if disk_blocks else {}
+    host_bytes = (host_blocks + (num_blocks if resident == "k" else 0)) * one
+    if window:
+        expected, *_ = serve("window", requests, num_blocks=200, block_size=4, **window)
+    else:
+        expected = baseline_tokens(MODEL, requests)
+    with late() as faults, pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(Rates, "seconds_saved", lambda *args, **kwargs: 1.0)
+        strategy = build(
+            name, MODEL, num_blocks=num_blocks, block_size=4, resident=resident, host_bytes=host_bytes, **disk, **window
+        )
+        runner = Runner(MODEL, strategy, max_num_seqs=4, max_batch_tokens=40)
+        for _ in range(2):
+            for index, request in enumerate(requests):
+                request.request_id = index
+            runner.submit(requests)
+            tokens = {}
+            while runner.num_running or runner.num_waiting:
+                for later in (*LateLane.lanes, *LateWriter.writers):
+                    later.arrive(rng.choice([0, 0, 0, 1, 5]))
+                if faults.calls_left <= 0 and rng.random() < fault_rate:
+                    faults.calls_left = rng.randint(1, 20)
+                for event in runner.step():
+                    if event.result is not None:
+                        tokens[event.request_id, event.sample_index] = event.result.token_ids
+                strategy.check_integrity()
+            assert [tokens[key] for key in sorted(tokens)] == expected
+            assert ledger(strategy) == (0, num_blocks)
+    assert strategy.stats()["tier_copies_failed"] <= faults.num_raised
+    assert fault_rate or not faults.num_raised
+
+
+DROPPED = """
+import gc, sys, threading, time, torch
+from kv_strategies.tiers import disk as disk_module
+from kv_strategies.tiers.disk import Disk
+begun, go, pwrite = threading.Event(), threading.Event(), disk_module.os.pwrite
+def slow(*args):
+    begun.set()
+    go.wait()
+    return pwrite(*args)
+disk_module.os.pwrite = slow
+disk = Disk(sys.argv[1], 400, 100)
+for key in (b"a", b"b"):
+    disk.write(key, b"", torch.zeros(100, dtype=torch.uint8))
+begun.wait()
+(thread,) = (thread for thread in threading.enumerate() if thread.name.startswith("kv-disk"))
+before = time.perf_counter()
+del disk
+gc.collect()
+assert time.perf_counter() - before < 1, "waits for the disk"
+go.set()
+thread.join()
+print("ended")
+"""
+
+
+def test_a_disk_dropped_while_it_writes_ends_in_silence(tmp_path):
+    """Its last reference may be the writer's, and no thread can wait for itself."""
+    done = subprocess.run([sys.executable, "-c", DROPPED, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
+
+
+def test_a_strategy_dropped_while_its_disk_writes(tmp_path, monkeypatch):
+    complaints, pwrite = [], os.pwrite
+    monkeypatch.setattr(disk_module.os, "pwrite", lambda *args: time.sleep(0.1) or pwrite(*args))
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    monkeypatch.setattr(threading, "excepthook", complaints.append)
+    strategy = with_disk(tmp_path)
+    in_turn(strategy, chat(2))
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("kv-disk")]
+    assert threads and strategy.placement.tiers._leaving
+    del strategy
+    gc.collect()
+    for thread in threads:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+    assert not complaints
+
+
+def test_check_integrity_looks_at_tree_tiers_and_tables(tmp_path):
+    def broken(breaks, message):
+        strategy = build_small("prefix+offload", tmp_path, host_blocks=4, disk_blocks=9)
+        in_turn(strategy, chat(4))
+        strategy.preload(list(range(8)))
+        tiers = strategy.placement.tiers
+        while tiers._leaving:
+            tiers._collect(wait=True)
+        strategy.check_integrity()
+        table = strategy.open_table([1])
+        node = next(iter(strategy.sharing._nodes.values()))
+        breaks(strategy.sharing, tiers, table, node)
+        with pytest.raises(AssertionError, match=message):
+            strategy.check_integrity()
+
+    def names(blocks):
+        def change(sharing, tiers, table, node):
+            table._ids, table._size, table.num_tokens = np.array(blocks, np.int32), len(blocks), 4 * len(blocks)
+
+        return change
+
+    def again(children, node):
+        children[bytes(16)] = node
+
+    for breaks, message in [
+        (names([10]), "blocks that there are not"),
+        (names([1, 1]), "holds a block twice"),
+        (lambda sharing, tiers, table, node: sharing._by_block.pop(node.block), "found by its block"),
+        (lambda sharing, tiers, table, node: sharing._nodes.pop(node.digest), "references held"),
+        (lambda sharing, tiers, table, node: again(node.children, node), "misplaced"),
+        (lambda sharing, tiers, table, node: sharing._roots.clear(), "out of reach"),
+        (lambda sharing, tiers, table, node: sharing._preloaded.clear(), "pinned more or less often"),
+        (lambda sharing, tiers, table, node: setattr(sharing, "num_pinned", 9), "number of pinned"),
+        (lambda sharing, tiers, table, node: tiers._kept.popitem(), "host memory is lost"),
+        (lambda sharing, tiers, table, node: tiers._free.append((0, None)), "or taken twice"),
+        (lambda sharing, tiers, table, node: tiers._disk._kept.popitem(), "on disk is lost"),
+    ]:
+        broken(breaks, message)

@@ -18,6 +18,7 @@ from bench.accuracy import cost, recomputed_nll, stream_logits, stream_nll
 from kv_strategies import Request, Runner, build
 from kv_strategies.paged import OutOfBlocks
 from kv_strategies.step.plan import NULL_BLOCK
+from kv_strategies.step.upstream import with_cache
 from kv_strategies.window import SlidingWindow
 
 MODEL = tiny_llama()
@@ -56,7 +57,7 @@ def through_generate(strategy, ids, cuts):
     cache, logits = strategy.cache(), []
     for piece in ids.split([b - a for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)]):
         with torch.no_grad():
-            logits.append(MODEL(piece[None], past_key_values=cache).logits[0])
+            logits.append(MODEL(piece[None], **with_cache(cache)).logits[0])
         strategy.check_integrity()
     return torch.cat(logits)
 
@@ -148,7 +149,7 @@ def test_generate(mode):
     ids = torch.stack([text(max(lengths), seed) for seed in range(len(lengths))])
     mask = torch.stack([torch.arange(max(lengths)) >= max(lengths) - length for length in lengths]).long()
     out = MODEL.generate(
-        ids, attention_mask=mask, past_key_values=strategy.cache(), max_new_tokens=20, do_sample=False, **mode
+        ids, attention_mask=mask, **with_cache(strategy.cache()), max_new_tokens=20, do_sample=False, **mode
     )
     for row, length in zip(out, lengths, strict=True):
         row = row[max(lengths) - length :].tolist()
@@ -161,7 +162,7 @@ def test_beams_fork_tables_with_freed_blocks():
     ids, outs = text(30).clamp(min=1)[None], []
     for block_size in (2, 8):
         strategy = build("window", MODEL, window=8, sinks=2, block_size=block_size, num_blocks=80)
-        options = {"past_key_values": strategy.cache(), "max_new_tokens": 24, "num_beams": 3, "do_sample": False}
+        options = {**with_cache(strategy.cache()), "max_new_tokens": 24, "num_beams": 3, "do_sample": False}
         outs.append(MODEL.generate(ids, **options))
         del options
         strategy.check_integrity()
@@ -217,7 +218,7 @@ def test_blocks_out_of_sight_return_at_once():
     cache = strategy.cache()
     for n in range(1, 60):
         with torch.no_grad():
-            MODEL(text(60)[None, n - 1 : n], past_key_values=cache)
+            MODEL(text(60)[None, n - 1 : n], **with_cache(cache))
         (table,) = cache.tables
         first_seen = max(0, n - 8)  # by the query that was just computed
         held = [place for place, block in enumerate(table.blocks) if block != NULL_BLOCK]
@@ -260,8 +261,8 @@ def test_one_forward_of_generate_needs_the_whole_prompt_unless_it_is_cut():
     options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones(1, 200, dtype=torch.long)}
     strategy = build("window", MODEL, window=16, sinks=4, block_size=4, num_blocks=20)
     with pytest.raises(OutOfBlocks, match="the pool of 80 tokens is too small"):
-        MODEL.generate(text(200)[None], past_key_values=strategy.cache(), **options)
-    out = MODEL.generate(text(200)[None], past_key_values=strategy.cache(), prefill_chunk_size=32, **options)
+        MODEL.generate(text(200)[None], **with_cache(strategy.cache()), **options)
+    out = MODEL.generate(text(200)[None], **with_cache(strategy.cache()), prefill_chunk_size=32, **options)
     check_greedy(text(200).tolist(), out[0, 200:].tolist(), 16, 4)
 
 
@@ -300,9 +301,9 @@ def test_crop_goes_back_as_far_as_blocks_are_held():
     ids = text(40)
     cache = strategy.cache()
     with torch.no_grad():
-        MODEL(ids[None, :24], past_key_values=cache)
+        MODEL(ids[None, :24], **with_cache(cache))
         cache.crop(-3)  # of the last forward: nothing has been freed since
-        again = MODEL(ids[None, 21:26], past_key_values=cache).logits[0]
+        again = MODEL(ids[None, 21:26], **with_cache(cache)).logits[0]
     assert_close(again, oracle(MODEL, ids[:26], 8, 2)[21:], rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="cannot go back to 12 of 26 tokens"):
         cache.crop(12)

@@ -18,6 +18,7 @@ from ..kernels.linear import Rotary, linear
 from . import fused
 from .fused import FusedStack
 from .plan import Plan
+from .upstream import takes_cache, with_cache
 
 
 class Seen(NamedTuple):
@@ -63,16 +64,17 @@ class AttendingCache(Cache):
     @property
     def decoder_layers(self):
         """The stack that `LlamaModel` runs: the strategy's own, in one piece, or the plain layers."""
-        stack = self._stack()
+        stack, model = self._stack(), self.strategy.model
         if stack is None or fused.is_observed():
-            return self.strategy.model.model.layers
+            return model.model.layers[: model.config.num_hidden_layers]
         return [stack]
 
     def _stack(self) -> Callable[..., Tensor] | None:
         """What stands in for the layers: the fused stack, or a captured step of it."""
         return self.strategy.seen.stack
 
-    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, past_key_values, position_ids) -> None:
+    @takes_cache
+    def plan_forward(self, config, inputs_embeds: Tensor, attention_mask, cache, position_ids) -> None:
         """Called in place of `create_causal_mask`. The plan is there already; the model may have changed."""
         self.strategy.follow()
 
@@ -121,6 +123,11 @@ class AttendingCache(Cache):
     def is_croppable(self) -> bool:
         return True
 
+    @property
+    def is_linear(self) -> list[bool]:
+        # generate() skips what is cached unless all layers are linear, as all are of a cache that lists none.
+        return [False] * len(self.strategy.model.model.layers)
+
 
 def forward(cache: AttendingCache, plan: Plan, input_ids: Tensor, last: Tensor | int) -> Tensor:
     """Logits [R, V] of the packed tokens at `last`, from ordinary modules.
@@ -133,8 +140,8 @@ def forward(cache: AttendingCache, plan: Plan, input_ids: Tensor, last: Tensor |
     inputs = {
         "input_ids": input_ids[None],
         "position_ids": plan.positions[None],
-        "past_key_values": cache,
         "use_cache": True,
+        **with_cache(cache),
     }
     head = fused.head_of(model) if cache.strategy.fused else None
     if head is None:

@@ -32,6 +32,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import output_capturing
 
 from ..kernels.linear import Norm, Rotary, linear, rotates_later
+from .upstream import takes_cache
 from .version import has_upstream_functions, hooks_of, is_globally_hooked, is_upstream, watch
 
 _KINDS = {LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, nn.Linear, SiLUActivation, nn.SiLU}
@@ -56,29 +57,28 @@ class FusedStack:
         model = self._model()
         return model is not None and supports(model) and _read(_layers(model)) == self._read
 
-    def __call__(
-        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], past_key_values, **kwargs
-    ) -> Tensor:
+    @takes_cache
+    def __call__(self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], cache, **kwargs) -> Tensor:
         """The layers one after the other. Arguments as of `LlamaDecoderLayer.forward`.
 
         Args:
             hidden_states: [B, n, hidden]
             position_embeddings: cos and sin, [B or 1, n, D] each.
-            past_key_values: a cache that attends.
+            cache: one that attends.
         """
         num_rows, num_columns, hidden = hidden_states.shape
         cos, sin = (part.expand(num_rows, -1, -1).flatten(0, 1) for part in position_embeddings)
         if not cos.is_cuda:
             cos, sin = cos.float(), sin.float()  # once, not once a layer
         x = hidden_states.reshape(-1, hidden).clone()  # [T, hidden], changed in place from layer to layer
-        product = partial(linear, is_replayed=past_key_values.plan.is_replayed)
+        product = partial(linear, is_replayed=cache.plan.is_replayed)
         for layer in self._layers:
             heads = [size // self._head_dim for size in layer.qkv_sizes]
             rotary = Rotary(cos, sin, heads[0] + heads[1])
             inside, later = (None, rotary) if rotates_later(x) else (rotary, None)
             qkv = product(x, *layer.qkv, norm=layer.input_norm, rotary=inside)
             qkv = qkv.view(num_rows, num_columns, -1, self._head_dim).transpose(1, 2)  # [B, Hq + 2 Hkv, n, D]
-            out = past_key_values.attend(layer.index, *qkv.split(heads, dim=1), layer.scaling, later)  # [B, n, Hq * D]
+            out = cache.attend(layer.index, *qkv.split(heads, dim=1), layer.scaling, later)  # [B, n, Hq * D]
             product(out.flatten(0, 1), *layer.o, residual=x)
             gated = product(x, *layer.gate_up, norm=layer.mlp_norm, gated=True)
             product(gated, *layer.down, residual=x)

@@ -26,6 +26,7 @@ from .forward import AttendingCache, Attends, forward
 from .fused import FusedStack
 from .plan import Group, Plan, PlanBuffer, Row
 from .sampling import greedy
+from .upstream import takes_cache
 
 #: New tokens of the prefills that are for graphs, at most each. More of them take a GPU longer than launching them.
 PREFILL_SIZES = (16, 32, 64, 128, 256)
@@ -120,7 +121,7 @@ class StepGraphs:
             input_ids = inputs["input_ids"] if "input_ids" in inputs else self._last_token[seats]
             logits = forward(cache, plan, input_ids, inputs.get("last", 0))
             tokens = greedy(logits)
-            self._last_token[seats] = tokens
+            self._last_token[seats] = tokens.clamp(min=0)  # no embedding is looked up for a row that has failed
             return logits, tokens
 
         _warm_up(step, self._stream)  # all is padding still, which reads and stores nothing
@@ -175,30 +176,27 @@ class StackStep:
         """Take the plan of the next step, which lies where those before it lay."""
         self.plan = _bounded(plan, *self._bounds)
 
-    def __call__(
-        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], past_key_values, **kwargs
-    ) -> Tensor:
+    @takes_cache
+    def __call__(self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], cache, **kwargs) -> Tensor:
         """See `FusedStack`. The result is valid until the next step."""
         if not self._is_warm:  # kernels compile
             self._is_warm = True
             return _warm_up(
-                lambda: self._stack(
-                    hidden_states, position_embeddings=position_embeddings, past_key_values=past_key_values
-                ),
+                lambda: self._stack(hidden_states, position_embeddings=position_embeddings, cache=cache),
                 self._stream,
             )
         given = (hidden_states, *(part.expand(len(hidden_states), -1, -1) for part in position_embeddings))
         if self._replay is None:
-            cache = AttendingCache(past_key_values.strategy)  # of no call: the graph serves all of them
-            cache.plan = self.plan
+            own = AttendingCache(cache.strategy)  # of no call: the graph serves all of them
+            own.plan = self.plan
             with torch.inference_mode(False), torch.no_grad():  # what is kept serves all modes
                 self._inputs = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in given]
                 self._replay, self._output = _record(
-                    lambda: self._stack(self._inputs[0], position_embeddings=self._inputs[1:], past_key_values=cache),
+                    lambda: self._stack(self._inputs[0], position_embeddings=self._inputs[1:], cache=own),
                     self._stream,
                 )
-        for own, tensor in zip(self._inputs, given, strict=True):
-            own.copy_(tensor)
+        for kept, tensor in zip(self._inputs, given, strict=True):
+            kept.copy_(tensor)
         self._replay()
         return self._output
 

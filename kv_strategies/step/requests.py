@@ -28,6 +28,7 @@ class Request:
     stop_token_ids: Sequence[int] | int | None = None  # unless told the model's own, see `Runner`; () for none
     n: int = 1
     request_id: str | int | None = None  # its index in the list unless told
+    num_blocks: int = field(default=0, init=False, repr=False)  # what it takes at once; the runner's to say
 
     @classmethod
     def of(cls, request: Request | Sequence[int], index: int, stop_token_ids: Sequence[int] = ()) -> Request:
@@ -119,17 +120,17 @@ class Result:
     sample_index: int
     token_ids: list[int]
     num_cached_tokens: int
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop", "length", or "error" where the logits were not numbers
     timings: Timings
 
 
 @dataclass
 class Event:
-    """One new token. `result` comes with the last one."""
+    """One new token. `result` comes with the last one, or without one where the request has failed."""
 
     request_id: str | int
     sample_index: int
-    token_id: int
+    token_id: int | None
     result: Result | None = None
 
 
@@ -145,7 +146,11 @@ class Output:
         self._last_time = submitted
 
     def receive(self, token: int, now: float) -> Event:
-        """Take a token in; the event has a result if it was the last."""
+        """Take a token in, -1 for none where the logits were not numbers; the event has a result if it was the last."""
+        if token < 0:
+            event = Event(self.request.request_id, self.sample_index, None)
+            event.result = self._result("error")
+            return event
         if self.token_ids:
             self.timings.itl.append(now - self._last_time)
         else:
@@ -155,12 +160,15 @@ class Output:
         event = Event(self.request.request_id, self.sample_index, token)
         stopped = token in self.request.stop_token_ids
         if stopped or len(self.token_ids) >= self.request.max_new_tokens:
-            event.result = Result(
-                request_id=self.request.request_id,
-                sample_index=self.sample_index,
-                token_ids=self.token_ids,
-                num_cached_tokens=self.num_cached_tokens,
-                finish_reason="stop" if stopped else "length",
-                timings=self.timings,
-            )
+            event.result = self._result("stop" if stopped else "length")
         return event
+
+    def _result(self, finish_reason: str) -> Result:
+        return Result(
+            request_id=self.request.request_id,
+            sample_index=self.sample_index,
+            token_ids=self.token_ids,
+            num_cached_tokens=self.num_cached_tokens,
+            finish_reason=finish_reason,
+            timings=self.timings,
+        )

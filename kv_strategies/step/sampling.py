@@ -31,7 +31,7 @@ def sample(logits: Tensor, params: list[SamplingParams], steps: list[int]) -> Te
         params, steps: [R]; `steps` counts the tokens a row has drawn so far.
 
     Returns:
-        [R] int64
+        [R] int64; -1 for a row whose logits are not numbers
     """
     if all(p.temperature == 0 for p in params):
         return greedy(logits)
@@ -45,12 +45,14 @@ def sample(logits: Tensor, params: list[SamplingParams], steps: list[int]) -> Te
         scores = _keep_top(scores, top_k, top_p)
     keys = to_device([_mix(_mix(p.seed) ^ step) for p, step in zip(params, steps, strict=True)], device)
     drawn = (scores + _gumbel(keys, logits.shape[-1])).argmax(dim=-1)
-    return torch.where(temperature[:, 0] == 0, greedy(logits), drawn)
+    best = greedy(logits)
+    return torch.where((temperature[:, 0] == 0) | (best < 0), best, drawn)
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The likeliest token of each row, [R, V] -> [R]."""
-    return logits.argmax(dim=-1)
+    """The likeliest token of each row, [R, V] -> [R]; -1 where the logits are NaN or infinite."""
+    tokens = logits.argmax(dim=-1, keepdim=True)  # of a NaN, where there is one
+    return torch.where(logits.gather(1, tokens).isfinite(), tokens, -1)[:, 0]
 
 
 def to_device(values: list, device: torch.device) -> Tensor:

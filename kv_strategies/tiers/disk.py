@@ -13,8 +13,9 @@ import time
 import warnings
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +24,8 @@ from torch import Tensor
 
 
 class Disk:
-    """Blocks in one file, in places of equal size. It has no name, and dies with its owner; so checksums are in memory.
+    """Blocks in one file, in places of equal size. It has no name, is open to no other user, and dies with its
+    owner; so checksums are in memory.
 
     Written by a thread beside the model's work, in the order asked for. What fails is forgotten, and after the first
     failure to write nothing more is written.
@@ -43,41 +45,43 @@ class Disk:
         except OSError as error:
             raise ValueError(f"disk_path {str(folder)!r} cannot be written: {error.strerror}") from error
         self.num_damaged, self.num_places = 0, num_bytes // block_bytes
-        self._file, self._handle, self._folder, self._block_bytes = file, file.fileno(), folder, block_bytes
+        self._file = _File(file, folder, block_bytes)
         self._free = list(range(self.num_places))
         self._kept: OrderedDict[bytes, _OnDisk] = OrderedDict()
+        self._held: bytes | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv-disk")
-        self._is_broken = False
-        weakref.finalize(self, _close, self._writer, file)
+        # What is being written keeps the file open, not this; so this may end in the writer's own thread, and waits
+        # for nobody.
+        weakref.finalize(self, self._writer.shutdown, wait=False, cancel_futures=True)
+
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether `write` may be called: the disk works, and there is a place or something to drop for one."""
+        return not self._file.is_broken and len(self._free) + len(self._kept) > (self._held in self._kept)
+
+    @contextmanager
+    def holding(self, key: bytes) -> Iterator[None]:
+        """Meanwhile `write` drops others than this block."""
+        self._held = key
+        try:
+            yield
+        finally:
+            self._held = None
 
     def write(self, key: bytes, tokens: bytes, data: Tensor) -> Future:
         """Start to write a block [bytes]; the future gives the seconds it took. The data must stay until then."""
+        self.discard(key)
         if not self._free:
-            self._drop(next(iter(self._kept)))
-        entry = _OnDisk(tokens, self._free.pop())
-        self._kept[key] = entry
-        return self._writer.submit(self._write, entry, data)
-
-    def _write(self, entry: _OnDisk, data: Tensor) -> float:
-        if self._is_broken:
-            return 0.0
-        begin, view, offset = time.perf_counter(), memoryview(data.numpy()), entry.slot * self._block_bytes
-        checksum = _checksum(view)
+            self._drop(next(kept for kept in self._kept if kept != self._held))
+        entry = _OnDisk(tokens, self._free[-1])
         try:
-            while view:
-                written = os.pwrite(self._handle, view, offset)
-                view, offset = view[written:], offset + written
-        except OSError as error:
-            self._is_broken = True
-            warnings.warn(
-                f"the disk tier in {self._folder} takes no more blocks ({error.strerror}); those it "
-                "cannot take are computed again when they are needed",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return 0.0
-        entry.checksum = checksum
-        return time.perf_counter() - begin
+            written = self._writer.submit(_write, self._file, entry, data)
+        except Exception:  # no thread can be started
+            self._file.is_broken = True
+            raise
+        self._free.pop()
+        self._kept[key] = entry
+        return written
 
     def read(self, key: bytes, target: Tensor) -> float | None:
         """Take a block [bytes] off the disk. Returns the seconds it took, or None where it is damaged or was lost."""
@@ -85,7 +89,7 @@ class Disk:
         begin, view, count = time.perf_counter(), memoryview(target.numpy()), 0
         with suppress(OSError):
             while count < len(view):
-                got = os.preadv(self._handle, [view[count:]], entry.slot * self._block_bytes + count)
+                got = os.preadv(self._file.handle, [view[count:]], entry.place * len(view) + count)
                 if not got:
                     break
                 count += got
@@ -93,7 +97,7 @@ class Disk:
         if not is_sound and entry.checksum:
             self.num_damaged += 1
             warnings.warn(
-                f"a block in {self._folder} is truncated or altered; it is computed again",
+                f"a block in {self._file.folder} is truncated or altered; it is computed again",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -123,22 +127,54 @@ class Disk:
     def num_blocks(self) -> int:
         return sum(bool(entry.checksum) for entry in self._kept.values())
 
+    def check_integrity(self) -> None:
+        """Raises AssertionError where a place is lost, or taken twice (a bug of ours)."""
+        places = [*self._free, *(entry.place for entry in self._kept.values())]
+        assert sorted(places) == list(range(self.num_places)), "a place on disk is lost, or taken twice"
+        assert self._held is None, "a block on disk is held for nobody"
+
     def _drop(self, key: bytes) -> None:
         """Forget a block; a write to its place that is under way ends before the next one there begins."""
-        self._free.append(self._kept.pop(key).slot)
+        self._free.append(self._kept.pop(key).place)
 
 
 @dataclass
 class _OnDisk:
     tokens: bytes
-    slot: int
+    place: int
     checksum: bytes = b""  # empty until written, and where writing failed
+
+
+class _File:
+    """Open as long as anybody reads or writes it."""
+
+    def __init__(self, file: BinaryIO, folder: str | Path, block_bytes: int):
+        self.handle, self.folder, self.block_bytes, self.is_broken = file.fileno(), folder, block_bytes, False
+        weakref.finalize(self, file.close)
+
+
+def _write(file: _File, entry: _OnDisk, data: Tensor) -> float:
+    """In the writer's thread."""
+    if file.is_broken:
+        return 0.0
+    begin, view, offset = time.perf_counter(), memoryview(data.numpy()), entry.place * file.block_bytes
+    checksum = _checksum(view)
+    try:
+        while view:
+            written = os.pwrite(file.handle, view, offset)
+            view, offset = view[written:], offset + written
+    except OSError as error:
+        file.is_broken = True
+        warnings.warn(
+            f"the disk tier in {file.folder} takes no more blocks ({error.strerror}); those it "
+            "cannot take are computed again when they are needed",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return 0.0
+    entry.checksum = checksum
+    return time.perf_counter() - begin
 
 
 def _checksum(data) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def _close(writer: ThreadPoolExecutor, file: BinaryIO) -> None:
-    writer.shutdown(wait=True, cancel_futures=True)
-    file.close()

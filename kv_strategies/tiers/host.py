@@ -23,13 +23,15 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..step.interrupts import uninterrupted
 from .disk import Disk
 from .lower import LowerTiers
 from .rates import Rate, Rates
@@ -73,15 +75,21 @@ class Tiers(LowerTiers):
 
     # --- down
 
-    def demote(self, key: bytes, block: int, tokens: bytes = b"") -> None:
+    @uninterrupted()
+    def demote(self, key: bytes, block: int, tokens: bytes = b"") -> bool:
         self._collect()
         if self._find(key) is not None:
-            return  # a key names contents: what is kept is the same
+            return True  # a key names contents: what is kept is the same
         place = self._free_place()
-        arrived = self._crossing.down(block, self._host[place])
+        try:
+            arrived = self._crossing.down(block, self._host[place])
+        except BaseException:
+            self._free.append((place, None))
+            raise
         self._kept[key] = _Kept(tokens, place, arrived)
         self.bytes_down += self.block_bytes
         self._write_behind()
+        return True
 
     def _free_place(self) -> int:
         if not self._free and not self._leaving:
@@ -91,39 +99,62 @@ class Tiers(LowerTiers):
         if not self._free:
             _, kept = self._kept.popitem(last=False)
             self._release(kept)
-        place, mark = self._free.popleft()
+        _, mark = self._free[0]
         if mark is not None:
             mark.synchronize()
-        return place
+        return self._free.popleft()[0]
 
     def _release(self, kept: _Kept) -> None:
         self._free.append((kept.place, kept.arrived))
+
+    @property
+    def _lacks_places(self) -> bool:
+        return self._disk is not None and len(self._free) + len(self._leaving) < self._spare
 
     def _write_behind(self, *, wait: bool = False) -> None:
         """Send the longest unused blocks to the disk, so that there is room in host memory when it is needed. A block
         must have arrived: the thread that writes may not ask the device, which a graph under capture forbids.
         """
-        while self._disk and self._kept and len(self._free) + len(self._leaving) < self._spare:
+        while self._kept and self._lacks_places and self._disk.takes_blocks:
             key, kept = next(iter(self._kept.items()))
             if kept.arrived is not None and not kept.arrived.query():
                 if not wait:
                     return
                 kept.arrived.synchronize()
-            del self._kept[key]
-            self._leaving[key] = kept, self._disk.write(key, kept.tokens, self._host[kept.place])
+            written = self._disk.write(key, kept.tokens, self._host[kept.place])
+            self._leaving[key] = self._kept.pop(key), written
 
     def _collect(self, *, wait: bool = False) -> None:
         """Take back the places of what is not wanted, and of blocks that the disk has; wait for the first, if told."""
         while self._unwanted:
-            self._forget(self._unwanted.popleft())
+            self._forget(self._unwanted[0])
+            self._unwanted.popleft()
         while self._leaving and (wait or next(iter(self._leaving.values()))[1].done()):
-            _, (kept, written) = self._leaving.popitem(last=False)
-            self.rates.disk_write.learn(self.block_bytes, written.result())
+            key = next(iter(self._leaving))
+            kept, seconds = self._end_write(key)
+            if seconds:
+                self.rates.disk_write.learn(self.block_bytes, seconds)
+            else:
+                self._disk.discard(key)
             self._release(kept)
             wait = False
 
+    def _end_write(self, key: bytes) -> tuple[_Kept, float]:
+        """Wait until the disk is done with a block, which is then nowhere but in its place here, and perhaps there.
+        Returns it, and the seconds it took; 0 where it has failed.
+        """
+        kept, written = self._leaving[key]
+        try:
+            seconds = written.result()
+        except Exception as error:
+            self.report(error)
+            seconds = 0.0
+        del self._leaving[key]
+        return kept, seconds
+
     # --- up
 
+    @uninterrupted()
     def num_promotable(self, wanted: Iterable[tuple[bytes, bytes]]) -> int:
         """The number of leading blocks that saves most: a block too slow to fetch may lead to others that are not."""
         self._collect()
@@ -139,27 +170,39 @@ class Tiers(LowerTiers):
             self.num_refused += 1
         return best
 
+    @uninterrupted()
     def promote(self, key: bytes, block: int) -> bool:
         self._collect()
         if key in self._leaving:
-            kept, written = self._leaving.pop(key)
-            written.result()
+            self._kept[key], _ = self._end_write(key)
             self._disk.discard(key)
-            self._kept[key] = kept
-        kept = self._kept.pop(key, None)
-        if kept is None:
-            place = self._free_place() if self._disk and key in self._disk else None
-            seconds = self._disk.read(key, self._host[place]) if place is not None else None
-            if seconds is None:
-                if place is not None:
-                    self._free.append((place, None))
-                return False
-            self.rates.disk_read.learn(self.block_bytes, seconds)
-            kept = _Kept(b"", place, None)
-        kept.arrived = self._crossing.up(self._host[kept.place], kept.arrived, block)
-        self._release(kept)
+        if key not in self._kept and not self._lift(key):
+            return False
+        kept = self._kept[key]
+        arrived = self._crossing.up(self._host[kept.place], kept.arrived, block)
+        del self._kept[key]
+        self._free.append((kept.place, arrived))
         self.num_promoted += 1
         self.bytes_up += self.block_bytes
+        return True
+
+    def _lift(self, key: bytes) -> bool:
+        """Bring a block from disk to host memory. False where it has been lost."""
+        if not self._disk or key not in self._disk:
+            return False
+        tokens = self._disk.find(key) or b""
+        with self._disk.holding(key):  # room is made at the cost of others
+            place = self._free_place()
+            try:
+                seconds = self._disk.read(key, self._host[place])
+            except BaseException:
+                self._free.append((place, None))
+                raise
+        if seconds is None:
+            self._free.append((place, None))
+            return False
+        self.rates.disk_read.learn(self.block_bytes, seconds)
+        self._kept[key] = _Kept(tokens, place, None)
         return True
 
     # --- bookkeeping
@@ -179,14 +222,13 @@ class Tiers(LowerTiers):
 
     def _forget(self, key: bytes) -> None:
         if key in self._leaving:
-            kept, written = self._leaving.pop(key)
-            written.result()
-            self._release(kept)
+            self._release(self._end_write(key)[0])
         if key in self._kept:
             self._release(self._kept.pop(key))
         if self._disk:
             self._disk.discard(key)
 
+    @uninterrupted()
     def clear(self) -> None:
         while self._leaving:
             self._collect(wait=True)
@@ -203,6 +245,16 @@ class Tiers(LowerTiers):
     def host_bytes(self) -> int:
         return self._host.numel()
 
+    def check_integrity(self) -> None:
+        held = [*self._kept.values(), *(kept for kept, _ in self._leaving.values())]
+        places = [place for place, _ in self._free] + [kept.place for kept in held]
+        assert sorted(places) == list(range(len(self._host))), "a place in host memory is lost, or taken twice"
+        assert not self._kept.keys() & self._leaving.keys(), "a block is in host memory twice"
+        if self._disk:
+            assert not any(key in self._disk for key in self._kept), "a block is in host memory and on disk"
+            self._disk.check_integrity()
+
+    @uninterrupted()
     def stats(self) -> dict[str, object]:
         self._collect()
         return {
@@ -215,6 +267,7 @@ class Tiers(LowerTiers):
             "tier_blocks_promoted": self.num_promoted,
             "tier_fetches_refused": self.num_refused,
             "tier_blocks_damaged": self._disk.num_damaged if self._disk else 0,
+            "tier_copies_failed": self.num_failed,
             "tier_rates": self.rates.stats(),
         }
 
@@ -237,11 +290,11 @@ class _Crossing:
     def __init__(self, memories, device: torch.device, rates: Rates, settle, touched):
         self._memories, self._rates, self._settle, self._touched = memories, rates, settle, touched
         block_bytes = bytes_of(memories)
-        count = max(1, min(_MAX_BOUNCE, _BOUNCE_BYTES // block_bytes)) if device.type == "cuda" else 1
+        self._main, self._down, self._up = Lane(device, main=True), Lane(device), Lane(device)
+        count = max(1, min(_MAX_BOUNCE, _BOUNCE_BYTES // block_bytes)) if self._down.is_beside else 1
         self._bounce = torch.empty(count, block_bytes, dtype=torch.uint8, device=device)
         self._busy: list[Mark] = [None] * count
         self._next = 0
-        self._main, self._down, self._up = Lane(device, main=True), Lane(device), Lane(device)
         self._timed: deque[tuple[Rate, Mark, Mark]] = deque()
 
     @property
@@ -250,32 +303,41 @@ class _Crossing:
 
     def down(self, block: int, host: Tensor) -> Mark:
         """Copy a block to host memory [bytes]. The block is free at once, the host memory full at the mark."""
-        at = self._take()
-        self._main.wait(self._busy[at])
-        self._settle()
-        for memory, piece in self._pieces(at):
-            copy_row(memory, block, piece, 0)
-        ready = self._main.mark()
-        self._busy[at] = self._copy(self._down, ready, self._bounce[at], host, self._rates.down)
+        with self._next_bounce() as at:
+            self._main.wait(self._busy[at])
+            self._settle()
+            for memory, piece in self._pieces(at):
+                copy_row(memory, block, piece, 0)
+            ready = self._main.mark()
+            self._busy[at] = self._copy(self._down, ready, self._bounce[at], host, self._rates.down)
         return self._busy[at]
 
     def up(self, host: Tensor, filled: Mark, block: int) -> Mark:
         """Fill a block from host memory [bytes], which is filled at one mark and free at the one returned. The model's
         lane waits for it to arrive.
         """
-        at = self._take()
-        self._up.wait(filled)
-        arrived = self._copy(self._up, self._busy[at], host, self._bounce[at], self._rates.up)
-        self._main.wait(arrived)
-        for memory, piece in self._pieces(at):
-            copy_row(piece, 0, memory, block)
-        self._touched()
-        self._busy[at] = self._main.mark()
+        with self._next_bounce() as at:
+            self._up.wait(filled)
+            arrived = self._copy(self._up, self._busy[at], host, self._bounce[at], self._rates.up)
+            self._main.wait(arrived)
+            for memory, piece in self._pieces(at):
+                copy_row(piece, 0, memory, block)
+            self._touched()
+            self._busy[at] = self._main.mark()
         return arrived
 
-    def _take(self) -> int:
+    @contextmanager
+    def _next_bounce(self) -> Iterator[int]:
+        """A bounce block to copy through. Where that fails, nothing is under way afterwards to or from any memory."""
         at, self._next = self._next, (self._next + 1) % len(self._busy)
-        return at
+        try:
+            yield at
+        except BaseException:
+            self._busy[at] = None
+            for lane in (self._main, self._down, self._up):
+                with suppress(RuntimeError):  # the error that this is about, told again
+                    lane.synchronize()
+            raise
 
     def _pieces(self, at: int):
         begin = 0
@@ -289,11 +351,10 @@ class _Crossing:
             done, began, ended = self._timed.popleft()
             done.learn(source.numel(), began.elapsed_time(ended) / 1e3)
         begin = time.perf_counter()
-        with lane:
-            lane.wait(after)
-            began = lane.mark(timed=True)
-            target.copy_(source, non_blocking=True)
-            ended = lane.mark(timed=True)
+        lane.wait(after)
+        began = lane.mark(timed=True)
+        lane.copy(source, target)
+        ended = lane.mark(timed=True)
         if ended is None:
             rate.learn(source.numel(), time.perf_counter() - begin)
         else:

@@ -12,13 +12,17 @@ Salts are there as digests only. Hashes of blocks are not: they are computed ane
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import stat
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -27,6 +31,9 @@ from .identity import differences
 
 _MAGIC = b"kv_strategies prefix cache 2\n"
 _CHECKSUM_BYTES = 16
+_BEING_WRITTEN = ".kv-saving"  # ends the name of an incomplete file
+_HEADER_BYTES = 4 << 20  # at most, beside a root for each block
+_ROOT_BYTES = 70
 _BATCH_BYTES = 256 << 20  # read, checked and copied at a time
 
 
@@ -64,24 +71,105 @@ def write(
 ) -> None:
     """Write `num_blocks` records, none before the one that it continues.
 
+    What has that name is replaced, or what it links to, and keeps its mode; a new file is open to this user alone.
+
     Raises:
-        OSError: the folder cannot be written, or the disk is full; a file of that name is as it was.
+        OSError: the folder cannot be written, the disk is full, or what has that name is no file; it is as it was.
     """
     header = {"identity": identity, "roots": [digest.hex() for digest in roots], "num_blocks": num_blocks}
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            encoded = json.dumps(header).encode()
-            start = _MAGIC + struct.pack("<q", len(encoded)) + encoded
-            file.write(start + _checksum(start))
-            for record in records:
-                packed = struct.pack("<q", record.parent) + record.tokens + record.data
-                file.write(packed + _checksum(packed))
+    encoded = json.dumps(header).encode()
+    start = _MAGIC + struct.pack("<q", len(encoded)) + encoded
+    with _replacing(path) as file:
+        file.write(start + _checksum(start))
+        for record in records:
+            packed = struct.pack("<q", record.parent) + record.tokens + record.data
+            file.write(packed + _checksum(packed))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file under a name of its own that replaces `path`, or what that links to, when it is complete. It keeps the
+    mode of what it replaces, and is the user's own where there was nothing.
+
+    A lock marks it as being written: what a killed process has left is not locked, and goes before the next is written.
+    """
+    path = Path(os.path.realpath(path))
+    before = _status(path)
+    if before is not None and not stat.S_ISREG(before.st_mode):
+        raise OSError(errno.EINVAL, "only a regular file can be replaced", str(path))
+    _remove_abandoned(path.parent)
+    file, name = _locked(path)
+    try:
+        with file:
+            yield file
+            if before is not None:
+                _take_after(file.fileno(), before)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
+            os.replace(name, path)  # still locked
+    except BaseException:
+        with suppress(FileNotFoundError):  # where it was complete
+            os.unlink(name)
+        raise
+    with suppress(OSError):  # not every file system knows this
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _locked(path: Path) -> tuple[BinaryIO, str]:
+    """A new file beside `path` and its name, open to this user alone whatever the umask."""
+    while True:
+        handle, name = tempfile.mkstemp(_BEING_WRITTEN, f".{path.name}.", path.parent)
+        file = open(handle, "wb")  # noqa: SIM115  (closed by who called)
+        try:
+            os.fchmod(handle, 0o600)
+            with suppress(OSError):  # a file system without locks: nobody takes it for abandoned
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.path.exists(name):
+                return file, name
+            file.close()  # somebody took it for abandoned before it was locked
         except BaseException:
-            os.unlink(file.name)
+            file.close()
+            with suppress(FileNotFoundError):
+                os.unlink(name)
             raise
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what this user's killed processes have left of files they were writing."""
+    for name in os.listdir(folder):
+        if not (name.startswith(".") and name.endswith(_BEING_WRITTEN)):
+            continue
+        with suppress(OSError):  # it is gone, somebody else's, or being written
+            handle = os.open(folder / name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                found = os.fstat(handle)
+                if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(folder / name)
+            finally:
+                os.close(handle)
+
+
+def _take_after(handle: int, before: os.stat_result) -> None:
+    """Owner, group and mode of the file that is replaced; where the group cannot be, the new group may do nothing."""
+    mode, now = stat.S_IMODE(before.st_mode) & 0o777, os.fstat(handle)
+    try:
+        if (now.st_uid, now.st_gid) != (before.st_uid, before.st_gid):
+            os.fchown(handle, before.st_uid if os.geteuid() == 0 else -1, before.st_gid)
+    except PermissionError:
+        mode &= 0o707
+    os.fchmod(handle, mode)
 
 
 class Reader:
@@ -100,13 +188,12 @@ class Reader:
     def __init__(self, path: Path, identity: dict[str, object], token_bytes: int, block_bytes: int):
         self._token_bytes = token_bytes
         self._size = 8 + token_bytes + block_bytes
-        self._file = open(path, "rb")  # noqa: SIM115  (closed by `__exit__`)
+        self._file = _opened(path)
         try:
-            header = _read_header(self._file, path)
+            header = _read_header(self._file, path, self._size + _CHECKSUM_BYTES)
             if header["identity"] != identity:
-                raise ValueError(
-                    f"{path} was saved with another model or policy: {differences(header['identity'], identity)}"
-                )
+                told = _told(header["identity"], identity)
+                raise ValueError(f"{path} was saved with another model or policy: {told}")
         except BaseException:
             self._file.close()
             raise
@@ -144,31 +231,51 @@ class Reader:
             return list(threads.map(check, range(count)))
 
 
-def _read_header(file: BinaryIO, path: Path) -> dict:
+def _opened(path: Path) -> BinaryIO:
+    """Raises ValueError where it is no file; a pipe would be waited for."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path} is not a saved prefix cache: it is no regular file")
+    return file
+
+
+def _read_header(file: BinaryIO, path: Path, record_bytes: int) -> dict:
     """The header, whose checksum says that nobody altered it by accident, and nothing about who wrote it."""
     start = file.read(len(_MAGIC) + 8)
     if not start.startswith(_MAGIC):
         raise ValueError(f"{path} is not a saved prefix cache of this version")
-    size = int.from_bytes(start[len(_MAGIC) :], "little")
+    (size,) = struct.unpack("<q", start[len(_MAGIC) :]) if len(start) == len(_MAGIC) + 8 else (-1,)
     left = os.fstat(file.fileno()).st_size - file.tell()
-    encoded = file.read(size) if 0 <= size <= left else b""
+    is_likely = 0 < size <= left and size <= _HEADER_BYTES + _ROOT_BYTES * ((left - size) // record_bytes)
+    encoded = file.read(size) if is_likely else b""
     damaged = ValueError(f"{path}: the header is damaged, so nothing in it can be used")
     if not encoded or file.read(_CHECKSUM_BYTES) != _checksum(start + encoded):
         raise damaged
     try:
         header = json.loads(encoded)
-        digests = [bytes.fromhex(digest) for digest in header["roots"]]
         is_sound = (
-            isinstance(header["identity"], dict)
+            isinstance(header, dict)
+            and isinstance(header["identity"], dict)
             and type(header["num_blocks"]) is int
-            and header["num_blocks"] >= 0
-            and all(len(digest) == 32 for digest in digests)
+            and 0 <= header["num_blocks"] < 1 << 48
+            and isinstance(header["roots"], list)
+            and all(len(bytes.fromhex(digest)) == 32 for digest in header["roots"])
         )
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise damaged from None
+        is_sound = False
     if not is_sound:
         raise damaged
     return header
+
+
+def _told(theirs: dict[str, object], ours: dict[str, object]) -> str:
+    """What differs, in words; theirs may be anything."""
+    try:
+        text = differences(theirs, ours)
+    except RecursionError:
+        text = "what the file says of itself is no such thing"
+    return text if len(text) <= 2000 else f"{text[:2000]} ..."
 
 
 def _checksum(data) -> bytes:

@@ -120,9 +120,11 @@ class LayerStream:
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy (source, destination) blocks of all layers, in host memory."""
         self.settle()
-        for source, destination in copies:
-            copy_row(self.host, source, self.host, destination)
-        self.touched()
+        try:
+            for source, destination in copies:
+                copy_row(self.host, source, self.host, destination)
+        finally:
+            self.touched()
 
     def synchronize(self) -> None:
         """Wait, on the host, until host memory is up to date and may be changed."""

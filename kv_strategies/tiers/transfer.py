@@ -24,6 +24,11 @@ class Lane:
         self._stream = None if main or device.type != "cuda" else torch.cuda.Stream(device)
 
     @property
+    def is_beside(self) -> bool:
+        """Whether it works beside the host. If not, a copy has ended when the call returns, and marks are None."""
+        return self.device.type == "cuda"
+
+    @property
     def stream(self) -> torch.cuda.Stream:
         return self._stream or torch.cuda.current_stream(self.device)
 
@@ -50,6 +55,16 @@ class Lane:
         for mark in marks:
             if mark is not None:
                 self.stream.wait_event(mark)
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """target[:] = source, in this lane."""
+        with self:
+            target.copy_(source, non_blocking=True)
+
+    def synchronize(self) -> None:
+        """Wait, on the host, for all that it was given."""
+        if self.device.type == "cuda":
+            self.stream.synchronize()
 
     def uses(self, tensor: Tensor) -> None:
         """The tensor belongs to another lane: its memory is not to be reused before this one is done with it."""

@@ -147,10 +147,10 @@ def short_rows(grouped: Tensor, layer: LayerStore, plan: Plan, scaling: float) -
     """The decoding rows with few tokens, attended to in one call over a padded copy: row -> [1, Hkv, G, D]."""
     if "short rows" not in plan.scratch:
         plan.scratch["short rows"] = find_short_rows(layer, plan)
-    rows, places, mask = plan.scratch["short rows"]
+    rows, slots, mask = plan.scratch["short rows"]
     if not rows:
         return {}
-    index, shape = places.flatten(), (*places.shape, layer.k.shape[-1])
+    index, shape = slots.flatten(), (*slots.shape, layer.k.shape[-1])
     tokens = (store.transpose(0, 1).view(-1, shape[-1]) for store in (layer.k, layer.v))  # [Hkv * N * block_size, D]
     k, v = (states.index_select(0, index).view(shape) for states in tokens)  # [R, Hkv, S, D]
     out, _ = flash(grouped[: rows[-1] + 1, 0][rows], k, v, attn_mask=mask, scale=scaling)
