@@ -592,3 +592,56 @@ def windowed(model, ids, positions, window, sinks):
         states = states + attention.o_proj(out.transpose(1, 2).flatten(2))
         states = states + layer.mlp(layer.post_attention_layernorm(states))
     return model.lm_head(body.norm(states))
+
+
+# --- graphs
+
+
+GRAPH_CHANGES = [
+    load_weights,
+    assign("model.layers.0.mlp.down_proj.weight"),
+    assign("model.embed_tokens.weight"),
+    assign("lm_head.weight"),
+    steer,
+    edit_eps,
+    cut_layers,
+    use_one_layer,
+    add_adapter,
+    patch_method,
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", GRAPH_CHANGES, ids=lambda change: change.__name__)
+def test_gpu_no_graph_is_of_the_model_before(change, device):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model, ids = tiny_llama().to(device), IDS.to(device)
+    strategy = build("prefix", model, num_blocks=64)
+    runner = Runner(model, strategy, max_num_seqs=4)
+    request = Request(PROMPT, max_new_tokens=12)
+
+    def answers():
+        generated = model.generate(ids, **with_cache(strategy.cache(ids)), max_new_tokens=12, do_sample=False)
+        return [result.token_ids for result in runner.generate([request])] + generated[:, len(PROMPT) :].tolist()
+
+    for _ in range(3):  # plain, captured, replayed
+        before = answers()
+    assert before == 2 * baseline_tokens(model, [request])
+    with torch.device(device):  # for what a change draws
+        torch.manual_seed(3)
+        change(model)
+    model.to(device)
+    expected = baseline_tokens(model, [request])
+    for _ in range(3):
+        assert answers() == 2 * expected
+
+
+@pytest.mark.gpu
+def test_gpu_a_change_between_two_steps_is_seen(device):
+    model = tiny_llama().to(device)
+    strategy = build("paged", model, num_blocks=64)
+    runner, seen = Runner(model, strategy, max_num_seqs=4), []
+    for count, _ in enumerate(runner.stream([Request(PROMPT, max_new_tokens=40)])):
+        if count == 20:
+            layer_of(model).register_forward_hook(lambda *args: seen.append(1))
+    assert len(seen) >= 15, "replays call no hook"
