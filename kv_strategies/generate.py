@@ -249,7 +249,7 @@ class StrategyCache(AttendingCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         with self.strategy.lock:
-            chosen = [self.tables[index].fork() for index in indices.tolist()]
+            chosen = _fork([self.tables[index] for index in indices.tolist()])
             if self._origins is not None:
                 self._origins = self._origins[indices.to(self._origins.device)]
             _release(self.tables)
@@ -265,8 +265,9 @@ class StrategyCache(AttendingCache):
     def __deepcopy__(self, memo: dict) -> StrategyCache:
         """Another cache that goes on from here: tables are forked, no K or V moves."""
         twin = StrategyCache(self.strategy, self._door)
-        twin.tables.extend(table.fork() for table in self.tables)
-        twin.num_columns, twin._columns, twin._origins = self.num_columns, list(self._columns), self._origins
+        with self.strategy.lock:
+            twin.tables.extend(_fork(self.tables))
+            twin.num_columns, twin._columns, twin._origins = self.num_columns, list(self._columns), self._origins
         return twin
 
     def __copy__(self) -> StrategyCache:
@@ -489,3 +490,15 @@ class _Pending(NamedTuple):
 def _release(tables: list[BlockTable]) -> None:
     for table in tables:
         table.release()
+
+
+def _fork(tables: list[BlockTable]) -> list[BlockTable]:
+    """A fork of each, or of none where one fails."""
+    forks: list[BlockTable] = []
+    try:
+        for table in tables:
+            forks.append(table.fork())
+    except BaseException:
+        _release(forks)
+        raise
+    return forks

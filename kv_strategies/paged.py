@@ -166,28 +166,26 @@ class BlockTable:
         Raises:
             OutOfBlocks: not enough free blocks; the table is as it was.
         """
-        pool = self.pool
-        if self.num_new_blocks(num_tokens) > pool.num_free:
-            raise OutOfBlocks(
-                f"{num_tokens} more tokens need {self.num_new_blocks(num_tokens)} blocks, {pool.num_free} are free"
-            )
-        copies = []
-        if num_tokens and self._must_copy_last():
-            shared = int(self._ids[self._size - 1])
-            own = pool.allocate(after=shared)
-            pool.release(shared)
-            self._ids[self._size - 1] = own
-            copies.append((shared, own))
-        self.num_tokens += num_tokens
-        wanted = -(-self.num_tokens // pool.block_size)
+        pool, size = self.pool, self._size
+        needed = self.num_new_blocks(num_tokens)
+        if needed > pool.num_free:
+            raise OutOfBlocks(f"{num_tokens} more tokens need {needed} blocks, {pool.num_free} are free")
+        if not num_tokens:
+            return []
+        wanted = -(-(self.num_tokens + num_tokens) // pool.block_size)
         if wanted > len(self._ids):
             grown = np.full(max(wanted, 2 * len(self._ids), 8), NULL_BLOCK, dtype=np.int32)
-            grown[: self._size] = self._ids[: self._size]
+            grown[:size] = self._ids[:size]
             self._ids = grown
-        if self._size < wanted:
-            last = int(self._ids[self._size - 1]) if self._size else NULL_BLOCK
-            self._ids[self._size : wanted] = pool.allocate_run(wanted - self._size, after=last)
-            self._size = wanted
+        last = int(self._ids[size - 1]) if size else NULL_BLOCK
+        taken, copies = pool.allocate_run(needed, after=last), []
+        if self._must_copy_last():
+            copies.append((last, taken.pop(0)))
+            self._ids[size - 1] = copies[0][1]
+            pool.release(last)
+        self._ids[size:wanted] = taken
+        self._size = wanted
+        self.num_tokens += num_tokens
         return copies
 
     def retract(self, num_tokens: int, copies: Iterable[tuple[int, int]]) -> None:

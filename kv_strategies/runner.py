@@ -288,11 +288,17 @@ class Runner:
             return None
         seq = self._waiting[0]
         table = self.strategy.open_table(seq.tokens, seq.request.salt, seq.suspended)
-        if not self.strategy.has_room(table, len(seq.tokens) - table.num_tokens, self.max_batch_tokens, self):
+        try:
+            num_tokens = len(seq.tokens) - table.num_tokens
+            has_room = self.strategy.has_room(table, num_tokens, self.max_batch_tokens, self)
+            if has_room and (seq.suspended is None or table is not seq.suspended.table):
+                self.strategy.count_hit(seq.tokens, table)
+        except BaseException:
+            table.release()
+            raise
+        if not has_room:
             table.release()
             return None
-        if seq.suspended is None or table is not seq.suspended.table:
-            self.strategy.count_hit(seq.tokens, table)
         self._waiting.popleft()
         seq.admit(table, [self._free_seats.pop() for _ in range(seq.num_samples)])
         self._running.append(seq)
@@ -302,10 +308,10 @@ class Runner:
         """Take the blocks of a sequence away. It waits at the head of the queue, and is computed again where no lower
         tier has taken them.
         """
-        self.num_preemptions += 1
         seq.suspended = self.strategy.suspend(seq.table)
         self.strategy.sharing.publish(seq.tokens, seq.table, seq.request.salt)
         self._requeue(seq)
+        self.num_preemptions += 1
 
     def _requeue(self, seq: _Sequence) -> None:
         self._leave(seq)
@@ -330,10 +336,14 @@ class Runner:
         logits, drawn = replayed or (self._forward(rows, decoding, prefilling), None)
         drawn = self._draw(sequences, logits, drawn)
         copied = _start_copy(drawn) if sequences else (None, None)
+        siblings = self._fork(sequences)
         # The step is done, but for books that are kept on the host.
         self._reserved.clear()
-        for seq in list(sequences):
-            sequences += self._fork(seq)
+        for seq, others in siblings:
+            del seq.seats[1:]
+            at = self._running.index(seq) + 1
+            self._running[at:at] = others
+            sequences += others
         for seq in sequences:
             seq.num_issued += 1
         self._in_flight.append(_Step(sequences, bool(sequences) and not decoding, *copied))
@@ -400,16 +410,21 @@ class Runner:
         logits = forward(self._cache, plan, device_ids, buffer.tensors["last"])
         return logits.to(self.device)
 
-    def _fork(self, seq: _Sequence) -> list[_Sequence]:
-        """The other samples of a request whose prompt has just been computed: same blocks, own seeds."""
-        siblings = []
-        for index in seq.other_samples:
-            sibling = _Sequence(seq.request, index, seq.submitted)
-            sibling.admit(seq.table.fork(), [seq.seats[-index]])
-            siblings.append(sibling)
-        del seq.seats[1:]
-        at = self._running.index(seq) + 1
-        self._running[at:at] = siblings
+    def _fork(self, sequences: list[_Sequence]) -> list[tuple[_Sequence, list[_Sequence]]]:
+        """The other samples of requests whose prompt has just been computed: same blocks, own seeds."""
+        siblings: list[tuple[_Sequence, list[_Sequence]]] = []
+        try:
+            for seq in [seq for seq in sequences if seq.other_samples]:
+                siblings.append((seq, []))
+                for index in seq.other_samples:
+                    sibling = _Sequence(seq.request, index, seq.submitted)
+                    sibling.admit(seq.table.fork(), [seq.seats[-index]])
+                    sibling.output.num_cached_tokens = seq.output.num_cached_tokens
+                    siblings[-1][1].append(sibling)
+        except BaseException:
+            for sibling in [sibling for _, others in siblings for sibling in others]:
+                sibling.table.release()
+            raise
         return siblings
 
     # --- reading tokens back
@@ -541,10 +556,10 @@ class _Sequence:
 
     def admit(self, table: BlockTable, seats: list[int]) -> None:
         """Start, or start again, with all tokens known so far to compute but those that `table` holds."""
+        if not self.num_to_prefill:  # later on it finds its own work as well
+            self.output.num_cached_tokens = table.num_tokens
         self.table, self.seats, self.suspended = table, seats, None
         self.num_to_prefill = len(self.tokens)
-        if not self.num_issued:
-            self.output.num_cached_tokens = table.num_tokens
 
     @property
     def other_samples(self) -> range:

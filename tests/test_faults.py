@@ -77,10 +77,12 @@ def tokens_of(events) -> dict:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("at", [1, 2, 5, 8, 13, 21, 34])
-@pytest.mark.parametrize("method", ["attend", "reserve", "sample", "fork", "publish", "copy", "draw"])
+@pytest.mark.parametrize(
+    "method", ["attend", "reserve", "sample", "append", "allocate", "fork", "has_room", "publish", "copy", "draw"]
+)
 def test_a_step_that_raises_is_as_if_it_had_not_been(name, at, method, monkeypatch):
     from kv_strategies import runner as runner_module
-    from kv_strategies.paged import BlockTable
+    from kv_strategies.paged import BlockPool, BlockTable
 
     requests = random_requests(random.Random(at), 7, longest=30)
     for index, request in enumerate(requests):
@@ -93,7 +95,10 @@ def test_a_step_that_raises_is_as_if_it_had_not_been(name, at, method, monkeypat
         "reserve": (Strategy, "reserve"),
         "sample": (runner_module, "sample"),
         "draw": (Runner, "_draw"),
-        "fork": (BlockTable, "append"),
+        "append": (BlockTable, "append"),
+        "allocate": (BlockPool, "allocate_run"),
+        "fork": (BlockTable, "fork"),
+        "has_room": (Strategy, "has_room"),
         "publish": (type(strategy.sharing), "publish"),
         "copy": (type(strategy.placement), "copy_blocks"),
     }[method]
@@ -109,6 +114,34 @@ def test_a_step_that_raises_is_as_if_it_had_not_been(name, at, method, monkeypat
 def whole(name: str, requests):
     """What a runner gives that is never disturbed."""
     return Runner(MODEL, build(name, MODEL, **options_of(name)), max_num_seqs=6, max_batch_tokens=17).generate(requests)
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_beams_that_cannot_fork_give_all_blocks_back(at, monkeypatch):
+    from kv_strategies.paged import BlockTable
+
+    strategy, ids = build("paged", MODEL, **SMALL), torch.tensor([prompt(9)])
+    FailsOnce(monkeypatch, BlockTable, "fork", at)
+    with pytest.raises(Fault):
+        MODEL.generate(ids, max_new_tokens=4, num_beams=3, do_sample=False, **with_cache(strategy.cache(ids)))
+    strategy.check_integrity()
+    assert strategy.stats()["blocks_used"] == 0
+
+
+@pytest.mark.parametrize("name", ["paged", "prefix"])
+def test_cached_tokens_are_those_that_were_there_when_the_request_came(name):
+    """Not those that it has computed itself before a preemption, nor what its samples share."""
+    strategy = build(name, MODEL, **SMALL)
+    runner = Runner(MODEL, strategy)
+    runner.submit([Request(prompt(30), max_new_tokens=6, n=2), Request(prompt(25, 1), max_new_tokens=6)])
+    events = runner.step()
+    for _ in range(3):
+        with strategy.lock:
+            runner._preempt(runner._running[-1])
+        events += runner.step()
+    events += drain(runner)
+    assert [event.result.num_cached_tokens for event in events if event.result is not None] == [0, 0, 0]
+    strategy.check_integrity()
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
