@@ -31,7 +31,7 @@ import torch
 import bench.suites.all  # noqa: F401  registers the workloads
 from bench import driver, lines, machine, report
 from bench.case import Case
-from bench.workload import questions, suite, suites
+from bench.workload import LOADED, questions, suite, suites
 
 
 class Refused(Exception):
@@ -110,6 +110,7 @@ def load(modules: Sequence[str]) -> None:
     for name in modules:
         try:
             importlib.import_module(name)
+            LOADED.append(name)
         except ImportError as error:
             raise Refused(f"--load {name}: {error}; give a module's name, importable from here") from error
 

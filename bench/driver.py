@@ -25,7 +25,7 @@ from tqdm import tqdm
 from bench import CORES, lines, machine
 from bench.case import Case, model_name
 from bench.systems import missing
-from bench.workload import WORKLOADS, in_words
+from bench.workload import LOADED, WORKLOADS, in_words
 
 
 def run_all(cases: Sequence[Case], results: Path, suite_name: str, *, keep_failures: bool = False) -> int:
@@ -107,7 +107,7 @@ def run_one(case: Case, scratch: Path, suite_name: str, say=lambda text: None) -
 
 def _in_process(case: Case, scratch: Path, say) -> dict:
     case_path, result_path, log_path = (scratch / name for name in ("case.json", "result.json", "log.txt"))
-    module = WORKLOADS[case.workload].run.__module__  # the process imports what registers the workload
+    modules = [*LOADED, WORKLOADS[case.workload].run.__module__]  # the process imports what registers the workload
     case_path.write_text(case.to_json())
     result_path.unlink(missing_ok=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(machine.ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -116,7 +116,7 @@ def _in_process(case: Case, scratch: Path, say) -> dict:
         environment = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} | environment
     with log_path.open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker", module, str(case_path), str(result_path), str(scratch)],
+            [sys.executable, "-m", "bench.worker", ",".join(modules), str(case_path), str(result_path), str(scratch)],
             stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
             preexec_fn=lambda: os.sched_setaffinity(0, CORES),
         )  # fmt: skip

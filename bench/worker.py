@@ -1,7 +1,7 @@
-"""One case in this process: `python -m bench.worker MODULE CASE.json RESULT.json SCRATCH`. The driver starts it.
+"""One case in this process: `python -m bench.worker MODULES CASE.json RESULT.json SCRATCH`. The driver starts it.
 
-MODULE registers the workload. What is said on standard output is shown beside the progress bar. The result is a file,
-so that nothing a library prints can spoil it.
+MODULES, joined by commas, register the workload and what it measures. What is said on standard output is shown beside
+the progress bar. The result is a file, so that nothing a library prints can spoil it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def run(case: Case, scratch: Path, say) -> dict:
         return {"status": "failed", "error": reason(error)[:300], **conditions}
 
 
-def main(module: str, case_path: str, result_path: str, scratch: str) -> None:
-    importlib.import_module(module)
+def main(modules: str, case_path: str, result_path: str, scratch: str) -> None:
+    for module in modules.split(","):
+        importlib.import_module(module)
     case = Case(**json.loads(Path(case_path).read_text()))
     outcome = json.dumps(run(case, Path(scratch), say=lambda text: print(text, flush=True)))
     write_whole(Path(result_path), lambda path: path.write_text(outcome))

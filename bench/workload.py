@@ -90,6 +90,8 @@ class Workload:
 
 
 WORKLOADS: dict[str, Workload] = {}
+#: Modules that `--load` names: the process of a case imports them as well, for the strategies they may register.
+LOADED: list[str] = []
 
 
 def register(workload: Workload) -> Workload:

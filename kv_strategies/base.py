@@ -17,10 +17,10 @@ three of `Codec`. Options are the keywords of its constructor, with annotations,
 against. What the model is like comes at `bind`.
 
 **Who calls when.** Once, at `build`: the constructor, `bind`, `Codec.planes`, `Placement.allocate`, `identity`,
-`Sharing.open`. Once a forward, on integers: `Sharing.match` for a new row; `Retention.dead`, `Sharing.evict` and
-`Placement.copy_blocks` to make room; the plan; after the forward `Sharing.publish`. Once a layer, on tensors:
-`Placement.open`, the codec's `encode`, `Retention.sink_query`, `Placement.read` (which decodes and masks), then
-`Placement.close`.
+`Sharing.open`. Once a forward, on integers: `Sharing.follow` where the model has changed; `Sharing.match` for a new
+row; `Retention.dead`, `Sharing.evict` and `Placement.copy_blocks` to make room; the plan; after the forward
+`Sharing.publish`. Once a layer, on tensors: `Placement.open`, the codec's `encode`, `Retention.sink_query`,
+`Placement.read` (which decodes and masks), then `Placement.close`.
 
 **What it may not do.** Per layer: no `.item()`, no wait for the device, no allocation whose size depends on values;
 this is what a CUDA graph could not hold. It never runs a forward (a door's work), never keeps a `Plan` (its memory is

@@ -177,7 +177,7 @@ class StrategyCache(AttendingCache):
         is_step = num_columns == 1 and self._packing is None and not fused.is_observed()
         graphs = self._door.graphs(self.strategy) if is_step else None
         planned = [table.row(num_new) for table, num_new in rows]
-        distances = self._distances(position_ids, query_lens, num_columns)
+        distances = self._distances(position_ids, [num_new for _, num_new in rows], num_columns)
         self._step = None if graphs is None else graphs.step(planned, distances)
         if self._step is not None:
             self.plan = self._step.plan
@@ -255,6 +255,8 @@ class StrategyCache(AttendingCache):
             _release(self.tables)
             self.tables[:] = chosen
             rows = indices.cpu()
+            if self._origins is not None:
+                self._origins = self._origins[indices.to(self._origins.device)]
             self._columns = [(n, None if is_token is None else is_token[rows]) for n, is_token in self._columns]
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import typing
 import warnings
 from collections.abc import Callable
@@ -218,6 +219,8 @@ def parts_of(name: str) -> list[str]:
     if not isinstance(name, str):
         raise ValueError(f"a strategy is built by name, got {type(name).__name__}; known are {', '.join(STRATEGIES)}")
     parts = [part.strip() for part in name.split("+")]
+    if not set(parts) <= set(STRATEGIES):
+        _register_installed()  # of a package that is being imported while it imports this one
     for part in parts:
         if part not in STRATEGIES:
             raise ValueError(f"unknown strategy {part!r}; known are {', '.join(STRATEGIES)}, joined by '+'")
@@ -242,7 +245,7 @@ def _options_of(name: str, parts: list[str], options: dict[str, object]) -> dict
         raise ValueError(f"unknown option {', '.join(sorted(stray))}: {name!r} {takes}")
     given = {}
     for part in parts:
-        make = STRATEGIES[part].make
+        make = getattr(STRATEGIES[part].make, "func", STRATEGIES[part].make)  # a partial's own
         hints = typing.get_type_hints(make.__init__ if inspect.isclass(make) else make)
         own = [option for option in STRATEGIES[part].options if option in options]
         given[part] = {option: checked(option, options[option], hints.get(option, object)) for option in own}
@@ -381,6 +384,9 @@ def _free_bytes(device: torch.device) -> int:
 def _register_installed() -> None:
     """What other installed packages offer. One that fails is told, and keeps nobody from the rest."""
     for entry in metadata.entry_points(group="kv_strategies"):
+        spec = getattr(sys.modules.get(entry.module), "__spec__", None)
+        if entry.name in STRATEGIES or getattr(spec, "_initializing", False):
+            continue
         try:
             register(entry.name, entry.load())
         except Exception as error:

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from kv_strategies import Request, Runner, build, prefix
 from kv_strategies.step import fused, version
+from kv_strategies.step.upstream import with_cache
 from kv_strategies.tiers import identity
 from kv_strategies.tiers.lower import Chain
 from kv_strategies.tiers.rates import Rates
@@ -193,8 +194,8 @@ def logits_of(model, strategy):
     with torch.no_grad():
         cache = strategy.cache(IDS) if strategy.name != "baseline" else strategy.cache()
         skipped = cache.get_seq_length()
-        first = model(IDS[:, skipped:], past_key_values=cache).logits[:, -1]
-        return torch.stack([first, model(IDS[:, :1], past_key_values=cache).logits[:, -1]])
+        first = model(IDS[:, skipped:], **with_cache(cache)).logits[:, -1]
+        return torch.stack([first, model(IDS[:, :1], **with_cache(cache)).logits[:, -1]])
 
 
 def served(runner):
@@ -328,7 +329,7 @@ def test_rollouts_of_a_training_loop_are_right_in_every_step():
         got = [result.token_ids for result in runner.generate(requests)]
         assert got == baseline_tokens(model, requests)
         ids = torch.tensor([PROMPT + got[0]])
-        assert model.generate(IDS, past_key_values=strategy.cache(IDS), max_new_tokens=8)[0, 29:].tolist() == got[0]
+        assert model.generate(IDS, max_new_tokens=8, **with_cache(strategy.cache(IDS)))[0, 29:].tolist() == got[0]
         seen.add(tuple(got[0]))
         model(ids, labels=ids).loss.backward()
         optimizer.step()
@@ -355,7 +356,7 @@ def test_a_row_whose_model_changes_is_not_published():
     assert cache.get_seq_length()
     load_weights(model)
     with pytest.raises(ValueError, match="the model has changed since cache"):
-        model.generate(IDS, past_key_values=cache, max_new_tokens=2)
+        model.generate(IDS, max_new_tokens=2, **with_cache(cache))
 
 
 def test_a_model_is_let_go():
@@ -377,7 +378,7 @@ def test_looking_costs_little(monkeypatch):
     monkeypatch.setattr(version, "_Description", lambda model: pytest.fail("described anew"))
     logits_of(model, strategy)
     served(Runner(model, strategy))
-    model.generate(IDS, past_key_values=strategy.cache(IDS), max_new_tokens=3)
+    model.generate(IDS, max_new_tokens=3, **with_cache(strategy.cache(IDS)))
 
 
 # --- files
@@ -456,10 +457,10 @@ def test_a_cache_given_to_another_model_is_told(name, kind):
     strategy = build(name, model, num_blocks=64)
     for cache in (strategy.cache(), strategy.cache(IDS)):
         with pytest.raises(ValueError, match="built for another model"):
-            other.generate(IDS, past_key_values=cache, max_new_tokens=2)
+            other.generate(IDS, max_new_tokens=2, **with_cache(cache))
     with pytest.raises(ValueError, match="built for another model"):
         Runner(other, strategy)
-    model.generate(IDS, past_key_values=strategy.cache(IDS), max_new_tokens=2)
+    model.generate(IDS, max_new_tokens=2, **with_cache(strategy.cache(IDS)))
 
 
 @pytest.mark.parametrize("name", ["paged", "prefix", "int8"])
@@ -471,7 +472,7 @@ def test_a_model_converted_after_build_is_told(name):
     model.to(torch.bfloat16)
     for _ in range(2):
         with pytest.raises(ValueError, match="then float32 on cpu, 2 layers, now bfloat16 on cpu"):
-            model.generate(IDS, past_key_values=cache, max_new_tokens=2)
+            model.generate(IDS, max_new_tokens=2, **with_cache(cache))
         with pytest.raises(ValueError, match="converted or moved"):
             served(runner)
         runner.cancel(0)
@@ -564,7 +565,7 @@ def test_sinks_are_as_far_as_the_positions_given(chunk, is_fused, monkeypatch):
     cache, logits = strategy.cache(), []
     for begin in range(0, 60, chunk):
         part = slice(begin, begin + chunk)
-        logits.append(model(ids[:, part], position_ids=positions[:, part], past_key_values=cache).logits)
+        logits.append(model(ids[:, part], position_ids=positions[:, part], **with_cache(cache)).logits)
     torch.testing.assert_close(torch.cat(logits, 1), expected, atol=2e-4, rtol=1e-4)
 
 
@@ -591,3 +592,56 @@ def windowed(model, ids, positions, window, sinks):
         states = states + attention.o_proj(out.transpose(1, 2).flatten(2))
         states = states + layer.mlp(layer.post_attention_layernorm(states))
     return model.lm_head(body.norm(states))
+
+
+# --- graphs
+
+
+GRAPH_CHANGES = [
+    load_weights,
+    assign("model.layers.0.mlp.down_proj.weight"),
+    assign("model.embed_tokens.weight"),
+    assign("lm_head.weight"),
+    steer,
+    edit_eps,
+    cut_layers,
+    use_one_layer,
+    add_adapter,
+    patch_method,
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", GRAPH_CHANGES, ids=lambda change: change.__name__)
+def test_gpu_no_graph_is_of_the_model_before(change, device):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model, ids = tiny_llama().to(device), IDS.to(device)
+    strategy = build("prefix", model, num_blocks=64)
+    runner = Runner(model, strategy, max_num_seqs=4)
+    request = Request(PROMPT, max_new_tokens=12)
+
+    def answers():
+        generated = model.generate(ids, **with_cache(strategy.cache(ids)), max_new_tokens=12, do_sample=False)
+        return [result.token_ids for result in runner.generate([request])] + generated[:, len(PROMPT) :].tolist()
+
+    for _ in range(3):  # plain, captured, replayed
+        before = answers()
+    assert before == 2 * baseline_tokens(model, [request])
+    with torch.device(device):  # for what a change draws
+        torch.manual_seed(3)
+        change(model)
+    model.to(device)
+    expected = baseline_tokens(model, [request])
+    for _ in range(3):
+        assert answers() == 2 * expected
+
+
+@pytest.mark.gpu
+def test_gpu_a_change_between_two_steps_is_seen(device):
+    model = tiny_llama().to(device)
+    strategy = build("paged", model, num_blocks=64)
+    runner, seen = Runner(model, strategy, max_num_seqs=4), []
+    for count, _ in enumerate(runner.stream([Request(PROMPT, max_new_tokens=40)])):
+        if count == 20:
+            layer_of(model).register_forward_hook(lambda *args: seen.append(1))
+    assert len(seen) >= 15, "replays call no hook"

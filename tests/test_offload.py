@@ -272,4 +272,4 @@ def test_beams_and_samples_on_a_gpu():
 @pytest.mark.gpu
 def test_v_is_page_locked():
     strategy = build("offload", tiny_llama().cuda(), num_blocks=8)
-    assert strategy.placement._parts[0].stream.host.is_pinned()
+    assert strategy.placement._devices[0].stream.host.is_pinned()

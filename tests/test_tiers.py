@@ -126,11 +126,14 @@ class LateWriter:
             try:
                 LateLane.faults.call()
                 future.set_result(work(*args))
-            except Fault as error:
+            except BaseException as error:
                 future.set_exception(error)
+                if not isinstance(error, Fault):
+                    raise
 
     def shutdown(self, **options):
-        self._todo.clear()
+        while self._todo:
+            self._todo.popleft()[0].cancel()
 
 
 class LateWrite(Future):
@@ -140,6 +143,7 @@ class LateWrite(Future):
 
     def result(self, timeout=None):
         while not self.done():
+            assert self._writer._todo, "a write is waited for that nobody will do"
             self._writer.arrive()
         return super().result()
 
