@@ -87,6 +87,7 @@ class Generation:
                 last = torch.tensor([len(chunk) - 1], device=device)
                 forward(cache, plan, buffer.tensors["input_ids"], last)
                 sharing.publish(token_ids, table, salt)
+            strategy.reserve([(table, 0)])  # all may have been there, and promised to others
             return sharing.pin(token_ids, salt)
         finally:
             table.release()

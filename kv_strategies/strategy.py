@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import uuid
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -284,17 +284,26 @@ class Strategy:
 
     def num_within_reach(self, owner: object) -> int:
         """Blocks that `owner` could come to hold at once, beside what others hold and were promised."""
-        others = _held(self.pool.tables) - self._held_by(owner)
+        others = self._held_beside(self._promises.get(id(owner)))
         return self.pool.num_blocks - self.sharing.num_pinned - len(others) - self._promised_to_others(owner)
 
     def _promised_to_others(self, owner: object) -> int:
-        """Blocks that others were promised and do not hold yet."""
+        """Blocks that others were promised and do not have yet. What they share with tables of somebody else, or with a
+        preloaded prompt, is not theirs: it would not come back with them.
+        """
         others = [promise for key, promise in self._promises.items() if key != id(owner)]
-        return sum(max(0, promise.num_blocks - len(_held(promise.own_tables))) for promise in others)
+        if not others:
+            return 0
+        pinned = {block for block, count in Counter(self.sharing.held_blocks()).items() if count > 1}
+        return sum(
+            max(0, promise.num_blocks - len(_held(promise.own_tables) - self._held_beside(promise) - pinned))
+            for promise in others
+        )
 
-    def _held_by(self, owner: object) -> set[int]:
-        promise = self._promises.get(id(owner))
-        return _held(promise.own_tables) if promise else set()
+    def _held_beside(self, promise: _Promise | None) -> set[int]:
+        """The blocks that other tables hold than those of a promise's owner."""
+        mine = {id(table) for table in promise.own_tables} if promise else set()
+        return _held(table for table in self.pool.tables if id(table) not in mine)
 
     def holders(self, owner: object = None) -> str:
         """Who else holds blocks, in words that follow a number of blocks; "" for nobody."""

@@ -339,6 +339,27 @@ def test_what_is_promised_nobody_else_is_given():
     MODEL.generate(torch.tensor([prompt(120)]), max_new_tokens=9, do_sample=False, **with_cache(strategy.cache()))
 
 
+@pytest.mark.parametrize("is_running", [False, True])
+def test_what_is_promised_is_not_preloaded(is_running):
+    """All of the prompt is cached, idle or in use by the runner itself, and nothing would have to be allocated."""
+    strategy = build("prefix", MODEL, num_blocks=20, block_size=4)
+    runner = Runner(MODEL, strategy, max_num_seqs=1)
+    requests = [Request(prompt(41), max_new_tokens=4, request_id=0), Request(prompt(50, 1), 10, request_id=1)]
+    expected = baseline_tokens(MODEL, requests)
+    events = []
+    if is_running:
+        runner.submit(requests)
+        events += runner.step()
+    else:
+        runner.generate(requests[:1])
+        runner.submit(requests[1:])
+    with pytest.raises(OutOfBlocks, match="promised to accepted requests"):
+        strategy.preload(prompt(41)[:40])
+    assert strategy.stats()["blocks_pinned"] == 0
+    assert tokens_of(events + drain(runner)) == {(i, 0): expected[i] for i in ([0, 1] if is_running else [1])}
+    strategy.preload(prompt(41)[:40])
+
+
 def test_two_runners_on_one_pool_finish():
     strategy = build("paged", MODEL, **SMALL)
     runners = [Runner(MODEL, strategy) for _ in range(2)]
