@@ -8,6 +8,7 @@ its world again; `make soak` runs fresh ones for as long as wanted.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections import Counter
@@ -22,6 +23,15 @@ from kv_strategies.strategy import Reservation, Strategy
 
 STEPS = int(os.environ.get("CHECKER_STEPS", 10_000))
 SEED = int(os.environ.get("CHECKER_SEED", 0 if os.environ.get("CI") else random.SystemRandom().randrange(10**6) * 1000))
+
+
+@pytest.fixture(autouse=True)
+def frozen():
+    """What was there before is not looked through at every collection."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.slow
