@@ -319,9 +319,10 @@ class StrategyCache(AttendingCache):
 
     def _check_continues(self, position_ids: Tensor, num_columns: int) -> None:
         """Raises ValueError where a prompt begins again behind the tokens that are cached: `generate()` does that when
-        all of a prompt is cached, as it is after a call that failed behind the layers.
+        all of a prompt is cached, as it is after a call that failed behind the layers. A single column on a GPU is not
+        looked at: the host would wait for it in every decode step.
         """
-        if num_columns == 1 or not self.num_columns or position_ids is None:
+        if not self.num_columns or position_ids is None or (num_columns == 1 and position_ids.is_cuda):
             return
         newest = position_ids[:, -1].expand(len(self.tables)).tolist()
         if any(last < table.num_tokens for last, table in zip(newest, self.tables, strict=True)):

@@ -184,9 +184,10 @@ def test_generate_again_with_the_same_cache(name, given, at, monkeypatch):
     )
 
 
-def test_a_call_that_fails_behind_the_layers_is_not_continued_wrongly(monkeypatch):
+@pytest.mark.parametrize("length", [1, 2, 20])
+def test_a_call_that_fails_behind_the_layers_is_not_continued_wrongly(length, monkeypatch):
     strategy = build("paged", MODEL, **SMALL)
-    ids, cache = torch.tensor([prompt(20)]), strategy.cache()
+    ids, cache = torch.tensor([prompt(length)]), strategy.cache()
     FailsOnce(monkeypatch, type(MODEL.lm_head), "forward", MODEL.config.num_hidden_layers * 7 + 1)
     strategy.fused = False
     with pytest.raises(Fault):
