@@ -947,7 +947,7 @@ class World:
         """An optimizer's step, as far as anybody can see: what was cached is nobody's any more. No number changes."""
         with torch.no_grad():
             rng.choice(list(MODEL.parameters())).add_(0)
-        with self.strategy.lock:
+        with self.faults.quiet(), self.strategy.lock:
             self.strategy.follow()
         self.pinned.clear()
         self.seen = {salt: set() for salt in SALTS}
