@@ -30,7 +30,7 @@ from kv_strategies.step.interrupts import uninterrupted
 from kv_strategies.tiers import saved
 
 BLOCK_SIZE, BYTES = 2, 16
-IDENTITY = {"model": "none", "rate": 0.5, "policies": {"retention": {}, "names": ["a"]}}
+IDENTITY = {"model": "none", "rate": 0.5, "policies": {"retention": {}, "names": ["a"]}, "weights": ""}
 
 
 class Memory:
