@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,7 +50,9 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             return None
 
-    found = {name: of(name) for name in ("torch", "triton", "transformers")}
+    found = {name: of(name) for name in ("torch", "triton")}
+    # Of the tree that runs, which need not be the distribution that is installed beside it.
+    found["transformers"] = transformers.__version__
     return {"python": platform.python_version(), **found, "cuda": torch.version.cuda}
 
 
