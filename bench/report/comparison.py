@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.case import is_random
 from bench.lines import Found
 from bench.markdown import NONE, cell, spread, table, unique
 
@@ -13,11 +14,12 @@ GENERATE_BATCH_NOTE = (
 
 def comparison(found: Found, model: str, dtype: str) -> str:
     throughput, context = found.of("throughput", model, dtype), found.of("context", model, dtype)
-    accuracy = found.of("accuracy", model, "float32") or found.of("accuracy", model)
+    judged = _judged(found, model)
+    accuracy = found.of("accuracy", judged, "float32") or found.of("accuracy", judged)
     hits = {
         system: line
         for workload in ("accuracy", "sharing")
-        for system, line in found.of(workload, model).items()
+        for system, line in found.of(workload, judged).items()
         if "hit_rate" in line.get("result", {})
     }
     systems = unique([*throughput, *context])
@@ -45,10 +47,18 @@ def comparison(found: Found, model: str, dtype: str) -> str:
     peak = "`torch.cuda.max_memory_allocated`" if found.on_gpu else "peak resident size of the process"
     text += f" Peak memory: {peak}, weights included. Throughput: generated tokens over total time, median"
     text += " (smallest to largest)."
+    if judged != model:
+        text += f" Equality and sharing are those of {judged} in float32 here: tokens of random weights mean nothing."
     if any(line["status"] == "ok" for system, line in throughput.items() if system == "generate_batch"):
         text += " " + GENERATE_BATCH_NOTE
     head = ["system", "peak memory (GB)", "throughput (tokens/s)", "equal to baseline", "handles > 4k tokens"]
     return f"**All systems, {dtype}**\n\n{text}\n\n" + table([*head, "shared across requests"], rows)
+
+
+def _judged(found: Found, model: str) -> str:
+    """The model whose tokens are compared: of random weights, another that ran on this machine, if one did."""
+    others = [other for other in found.models() if found.of("accuracy", other)] if is_random(model) else []
+    return others[0] if others else model
 
 
 def _beyond_4k(context: dict[str, dict], system: str) -> str:
