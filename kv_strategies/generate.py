@@ -23,7 +23,7 @@ from .step.graphs import StackGraphs, StackStep
 from .step.plan import PlanBuffer
 from .step.upstream import takes_cache
 from .step.version import running_model
-from .strategy import Reservation, Strategy
+from .strategy import Reservation, Strategy, release_all
 
 _PRELOAD_CHUNK = 2048  # tokens in a forward
 
@@ -253,7 +253,7 @@ class StrategyCache(AttendingCache):
             chosen = _fork([self.tables[index] for index in indices.tolist()])
             if self._origins is not None:
                 self._origins = self._origins[indices.to(self._origins.device)]
-            _release(self.tables)
+            release_all(self.tables)
             self.tables[:] = chosen
             rows = indices.cpu()
             if self._origins is not None:
@@ -278,7 +278,7 @@ class StrategyCache(AttendingCache):
         """Give all blocks back; the cache can be used again."""
         with self.strategy.lock:
             self._undo()
-            _release(self.tables)
+            release_all(self.tables)
             self.tables.clear()
             self.num_columns, self._origins = 0, None
             self._columns.clear()
@@ -447,7 +447,7 @@ class PromptCache(StrategyCache):
         """Before the first forward, which shows what kind of generation this is."""
         self._is_first = False
         if num_columns >= self._width:  # all of the prompt is fed, whatever is cached: assisted decoding does that
-            _release(self.tables)
+            release_all(self.tables)
             self.num_columns = 0
             self._columns.clear()
         for prompt, table in zip(self._prompts, self.tables, strict=True):
@@ -489,11 +489,6 @@ class _Pending(NamedTuple):
     reservation: Reservation
 
 
-def _release(tables: list[BlockTable]) -> None:
-    for table in tables:
-        table.release()
-
-
 def _fork(tables: list[BlockTable]) -> list[BlockTable]:
     """A fork of each, or of none where one fails."""
     forks: list[BlockTable] = []
@@ -501,6 +496,6 @@ def _fork(tables: list[BlockTable]) -> list[BlockTable]:
         for table in tables:
             forks.append(table.fork())
     except BaseException:
-        _release(forks)
+        release_all(forks)
         raise
     return forks

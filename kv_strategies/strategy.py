@@ -540,7 +540,7 @@ class Lock:
     def __exit__(self, *error: object) -> None:
         if self._depth == 1:
             while self._orphans:
-                _release(self._orphans.popleft())
+                release_all(self._orphans.popleft())
             self._defaults.close()
         self._depth -= 1
         self._lock.release()
@@ -557,7 +557,7 @@ class Lock:
                 self._lock.release()
 
 
-def _release(tables: Iterable[BlockTable]) -> None:
+def release_all(tables: Iterable[BlockTable]) -> None:
     for table in tables:
         table.release()
 
