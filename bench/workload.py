@@ -51,7 +51,7 @@ class Claim:
     def verdict(self, value: float) -> str:
         if value <= self.bound if self.at_most else value >= self.bound:
             return "reached"
-        return f"missed by {abs(value / self.bound - 1):.1%}"
+        return f"missed by {abs(value / self.bound - 1):.1%}" if self.bound else "missed"
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,14 @@ from . import contract
 from .base import Layout, Policies, Policy, Retention, Site
 from .baseline import Baseline
 from .generate import Generation
-from .kernels import FAST, Kernels, reference_kernels
+from .kernels import FAST, INVARIANT, Kernels, reference_kernels
 from .offload import Offload
 from .prefix import PrefixCache
 from .quantized import Fp8, Int8
 from .step.checked import checked
 from .step.defaults import plain_defaults
+from .step.forward import NEEDS_STACK
+from .step.fused import supports
 from .step.store import KVShape
 from .strategy import Strategy, planes_of
 from .window import SlidingWindow
@@ -142,6 +144,7 @@ def build(
     memory_fraction: float | None = None,
     block_size: int | None = None,
     kernels: str | None = None,
+    deterministic: bool | None = None,
     **options: object,
 ) -> Strategy | Baseline:
     """Build a strategy for `model` and set its memory aside.
@@ -154,6 +157,10 @@ def build(
         block_size: tokens a block, 16 unless told.
         kernels: "fast", or "reference", the specification in plain torch: slow, and able to read whatever a codec or a
             mask from outside says. Unless told, fast where these can serve; `stats()` says which.
+        deterministic: True for logits of the runner that do not depend, to the bit, on the requests beside it, on how
+            a prompt is cut into chunks, on hits or on preemption, for one model, dtype and device. Not for what reads
+            other bytes in a prompt than in a decode step or drops some (a window, top-N, mass). Costs time, see
+            docs/reliability.md.
         options: those of the parts, see `STRATEGIES[...].options`.
 
     Raises:
@@ -168,12 +175,15 @@ def build(
         "memory_fraction": memory_fraction,
         "block_size": block_size,
         "kernels": kernels,
+        "deterministic": deterministic,
     }
     common = {option: checked(option, value, _COMMON[option]) for option, value in common.items()}
-    num_blocks, memory_fraction, block_size, kernels = common.values()
+    num_blocks, memory_fraction, block_size, kernels, deterministic = common.values()
     given = _options_of(name, parts, options)
     check_model(model)
     if name == "baseline":
+        if deterministic:
+            raise ValueError("deterministic=True is for strategies: the baseline is upstream's own cache and kernels")
         return Baseline(model)
     check_rope(name, model)
 
@@ -181,7 +191,9 @@ def build(
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     with plain_defaults():
         policies, site = _put_together(model, parts, given, block_size)
-    chosen = _kernels_for(policies, kernels)
+    chosen = (
+        _invariant_kernels(model, policies, parts, given, kernels) if deterministic else _kernels_for(policies, kernels)
+    )
     if num_blocks is None:
         num_blocks = _blocks_that_fit(model, policies, site, memory_fraction)
     elif memory_fraction is not None:
@@ -253,7 +265,13 @@ def _options_of(name: str, parts: list[str], options: dict[str, object]) -> dict
 
 
 #: The options that every strategy has, and their types.
-_COMMON = {"num_blocks": int | None, "memory_fraction": float | None, "block_size": int | None, "kernels": str | None}
+_COMMON = {
+    "num_blocks": int | None,
+    "memory_fraction": float | None,
+    "block_size": int | None,
+    "kernels": str | None,
+    "deterministic": bool | None,
+}
 
 
 def _answer(policies: Policies, part: str, given: dict[str, object]) -> None:
@@ -282,6 +300,31 @@ def _kernels_for(policies: Policies, asked: str | None) -> Kernels:
     if asked == "reference" or strange:
         return reference_kernels(codec.encode, codec.decode, retention.visible)
     return FAST
+
+
+def _invariant_kernels(
+    model: LlamaForCausalLM,
+    policies: Policies,
+    parts: list[str],
+    given: dict[str, dict[str, object]],
+    asked: str | None,
+) -> Kernels:
+    """Those for `deterministic=True`.
+
+    Raises:
+        ValueError: they cannot keep its promise here.
+    """
+    if asked == "reference" or not policies.codec.in_kernels:
+        raise ValueError("deterministic=True has kernels of its own, which know the codecs of this package alone")
+    for part in parts:
+        if STRATEGIES[part].answers != "codec" and STRATEGIES[part].is_lossy(given[part]):
+            raise ValueError(
+                f"{part!r} as asked for cannot be deterministic: what a token is computed from follows the steps in "
+                "which its row happens to be computed"
+            )
+    if not supports(model):
+        raise ValueError(NEEDS_STACK)
+    return INVARIANT
 
 
 def check_model(model: LlamaForCausalLM) -> None:

@@ -244,7 +244,7 @@ class Louder(LlamaForCausalLM):
 
 def test_the_head_of_other_models_is_their_own(device):
     model = model_of("plain").to(device)
-    assert fused.head_of(model) is not None
+    assert fused.tail_of(model) is not None
     for change in ("class", "hook", "method"):
         model = model_of("plain").to(device)
         if change == "class":
@@ -253,7 +253,7 @@ def test_the_head_of_other_models_is_their_own(device):
             model.lm_head.register_forward_hook(lambda module, args, output: -output)
         else:
             model.forward = partial(Louder.forward, model)
-        assert fused.head_of(model) is None
+        assert fused.tail_of(model) is None
 
 
 # --- kernels

@@ -5,6 +5,7 @@
     blocks/triton_*.py    the GPU: store, split-KV decode, prefill, cascade
     blocks/library.py     the GPU: long prompts, by cuDNN
     linear/               what a decoder layer has beside attention, in the same manner
+    */invariant.py        both, so that no result depends on what is computed beside it
 
 Tensors choose by where they live. The reference serves anywhere, and can be handed to a caller in place of the two
 functions here. See `reference.py` for what the arguments mean.
@@ -21,8 +22,10 @@ from torch import Tensor
 from ..step.plan import LayerStore, Plan
 from . import reference
 from .blocks import cpu, topn
+from .blocks import invariant as invariant_blocks
 from .blocks.topn import topn_attention
-from .linear import Rotary
+from .linear import Rotary, linear, rotates_later
+from .linear import invariant as invariant_linear
 from .reference import Decode, Encode, Visible
 
 
@@ -69,17 +72,32 @@ def attention(
 
 
 class Kernels(NamedTuple):
-    """What stores and attends for a strategy; all of it by the signatures of `reference.py` and `blocks/topn.py`."""
+    """What stores and attends for a strategy, by the signatures of `reference.py` and `blocks/topn.py`, and computes
+    the products of the fused stack, by those of `linear/`.
+    """
 
     name: str
     store_kv: Callable[..., None]
     attention: Callable[..., Tensor]
-    topn_attention: Callable[..., Tensor]
-    capturable: bool  # whether a CUDA graph can hold their work
+    topn_attention: Callable[..., Tensor] | None
+    linear: Callable[..., Tensor] = linear
+    rotates_later: Callable[[Tensor], bool] = rotates_later
+    capturable: bool = True  # whether a CUDA graph can hold their work
+    needs_stack: bool = False  # whether only the fused stack keeps what they promise
 
 
 #: Those of the device at hand: they know the codecs of this package, and masks of a window and sinks.
-FAST = Kernels("fast", store_kv, attention, topn_attention, capturable=True)
+FAST = Kernels("fast", store_kv, attention, topn_attention)
+#: The same for `deterministic=True`, where all tokens are seen and all of their bytes are read.
+INVARIANT = Kernels(
+    "invariant",
+    store_kv,
+    invariant_blocks.attention,
+    None,
+    invariant_linear.linear,
+    invariant_linear.rotates_later,
+    needs_stack=True,
+)
 
 
 def reference_kernels(encode: Encode, decode: Decode, visible: Visible) -> Kernels:

@@ -14,11 +14,18 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache
 
-from ..kernels.linear import Rotary, linear
+from ..kernels import Kernels
+from ..kernels.linear import Rotary
 from . import fused
 from .fused import FusedStack
 from .plan import Plan
 from .upstream import takes_cache, with_cache
+
+NEEDS_STACK = (
+    "deterministic=True runs layers, norm and head in its own order of addition, and this model cannot be run so: "
+    "hooks, adapters, replaced methods, quantised or sharded layers, or output_hidden_states want modules to be called "
+    "one by one. Take them away, or build without it"
+)
 
 
 class Seen(NamedTuple):
@@ -35,8 +42,8 @@ class Attends(Protocol):
 
     name: str
     model: LlamaForCausalLM
+    kernels: Kernels
     fused: bool
-
     seen: Seen
 
     def follow(self) -> None: ...
@@ -66,6 +73,8 @@ class AttendingCache(Cache):
         """The stack that `LlamaModel` runs: the strategy's own, in one piece, or the plain layers."""
         stack, model = self._stack(), self.strategy.model
         if stack is None or fused.is_observed():
+            if self.strategy.kernels.needs_stack:
+                raise ValueError(NEEDS_STACK)
             return model.model.layers[: model.config.num_hidden_layers]
         return [stack]
 
@@ -130,21 +139,27 @@ class AttendingCache(Cache):
 
 
 def forward(cache: AttendingCache, plan: Plan, input_ids: Tensor, last: Tensor | int) -> Tensor:
-    """Logits [R, V] of the packed tokens at `last`, from ordinary modules.
+    """Logits [R, V] of the packed tokens at `last`: by the fused stack and what is around it, or by the model's own
+    modules, where these have to be called.
 
     Args:
         input_ids: [T]; last: [R] indices into T, or 0 for all of them.
+
+    Raises:
+        ValueError: the kernels serve the fused stack alone, and the model cannot be run so.
     """
-    model = cache.strategy.model
-    cache.plan = plan
-    inputs = {
-        "input_ids": input_ids[None],
-        "position_ids": plan.positions[None],
-        "use_cache": True,
-        **with_cache(cache),
-    }
-    head = fused.head_of(model) if cache.strategy.fused else None
-    if head is None:
-        return model(**inputs, logits_to_keep=last).logits[0]
-    states = model.model(**inputs).last_hidden_state[0]
-    return linear(states if isinstance(last, int) else states[last], *head, is_replayed=plan.is_replayed)
+    strategy, cache.plan = cache.strategy, plan
+    model = strategy.model
+    strategy.follow()
+    stack = None if fused.is_observed() else strategy.seen.stack
+    tail = None if stack is None else fused.tail_of(model)
+    if tail is None:
+        if strategy.kernels.needs_stack:
+            raise ValueError(NEEDS_STACK)
+        inputs = {"input_ids": input_ids[None], "position_ids": plan.positions[None], "use_cache": True}
+        return model(**inputs, **with_cache(cache), logits_to_keep=last).logits[0]
+    states = model.model.embed_tokens(input_ids[None])  # [1, T, hidden]
+    angles = model.model.rotary_emb(states, position_ids=plan.positions[None])
+    states = stack(states, position_embeddings=angles, **with_cache(cache))[0]
+    states = states if isinstance(last, int) else states[last]
+    return strategy.kernels.linear(states, tail.weight, tail.bias, norm=tail.norm, is_replayed=plan.is_replayed)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils import output_capturing
 
-from ..kernels.linear import Norm, Rotary, linear, rotates_later
+from ..kernels.linear import Norm, Rotary
 from .upstream import takes_cache
 from .version import has_upstream_functions, hooks_of, is_globally_hooked, is_upstream, watch
 
@@ -71,11 +72,12 @@ class FusedStack:
         if not cos.is_cuda:
             cos, sin = cos.float(), sin.float()  # once, not once a layer
         x = hidden_states.reshape(-1, hidden).clone()  # [T, hidden], changed in place from layer to layer
-        product = partial(linear, is_replayed=cache.plan.is_replayed)
+        kernels = cache.strategy.kernels
+        product = partial(kernels.linear, is_replayed=cache.plan.is_replayed)
         for layer in self._layers:
             heads = [size // self._head_dim for size in layer.qkv_sizes]
             rotary = Rotary(cos, sin, heads[0] + heads[1])
-            inside, later = (None, rotary) if rotates_later(x) else (rotary, None)
+            inside, later = (None, rotary) if kernels.rotates_later(x) else (rotary, None)
             qkv = product(x, *layer.qkv, norm=layer.input_norm, rotary=inside)
             qkv = qkv.view(num_rows, num_columns, -1, self._head_dim).transpose(1, 2)  # [B, Hq + 2 Hkv, n, D]
             out = cache.attend(layer.index, *qkv.split(heads, dim=1), layer.scaling, later)  # [B, n, Hq * D]
@@ -166,20 +168,30 @@ def _read(layers: list[LlamaDecoderLayer]) -> list[tuple]:
     ]
 
 
-def head_of(model: LlamaForCausalLM) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of the product that gives the logits, for `linear`; None where one could see the difference, and
+class Tail(NamedTuple):
+    """What is behind the layers: the final norm, and weight and bias of the product that gives the logits."""
+
+    norm: Norm
+    weight: Tensor
+    bias: Tensor | None
+
+
+def tail_of(model: LlamaForCausalLM) -> Tail | None:
+    """What `model` does with the states of its last layer, for `linear`; None where one could see the difference, and
     not by rounding alone.
     """
-    head = model.lm_head
-    if type(model) is not LlamaForCausalLM or head.weight.dtype != model.model.norm.weight.dtype:
+    inner, head, norm = model.model, model.lm_head, model.model.norm
+    if type(model) is not LlamaForCausalLM or head.weight.dtype != norm.weight.dtype:
         return None
-    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or not head.weight.is_contiguous():
+    if (type(inner), type(head), type(norm)) != (LlamaModel, nn.Linear, LlamaRMSNorm):
         return None
-    if is_globally_hooked() or not all(map(is_upstream, (LlamaForCausalLM, nn.Linear))):
+    if type(head.weight) is not nn.Parameter or not head.weight.is_contiguous():
         return None
-    if any(map(_is_changed, (model, head))):
+    if is_globally_hooked() or not all(map(is_upstream, (LlamaForCausalLM, LlamaModel, nn.Linear, LlamaRMSNorm))):
         return None
-    return _weights(head)
+    if any(map(_is_changed, (model, inner, head, norm))):
+        return None
+    return Tail(_norm(norm), *_weights(head))
 
 
 def is_observed() -> bool:

@@ -174,21 +174,21 @@ def fold_parts(
 
 
 def workspace(
-    plan: Plan, name: str, rows: int, parts: int, size: int, dim: int, counters: int | None = None
+    plan: Plan, name: str, rows: int, parts: int, size: int, dim: int, counters: int | None = None, numbers: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for the parts [rows, parts, size, dim], their log-sum-exps, and arrival counters (zero), one a row unless
-    told.
+    """Memory for the parts [rows, parts, size, dim], some numbers of each [numbers, rows, parts, size] (their
+    log-sum-exps, unless told), and arrival counters (zero), one a row unless told.
 
     One for all layers of a plan: layers follow one another, and the last program to arrive puts the counter back to
     zero. What a graph capture uses is its own, cleared inside the graph, so that it needs nothing from outside.
     """
     counters = rows if counters is None else counters
     is_capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    key = (name, rows, parts, size, dim, counters, is_capturing)
+    key = (name, rows, parts, size, dim, counters, numbers, is_capturing)
     if key not in plan.scratch:
         plan.scratch[key] = (
             torch.empty(rows, parts, size, dim, dtype=torch.float32, device=plan.device),
-            torch.empty(rows, parts, size, dtype=torch.float32, device=plan.device),
+            torch.empty(numbers, rows, parts, size, dtype=torch.float32, device=plan.device),
             torch.zeros(counters, dtype=torch.int32, device=plan.device),
         )
     return plan.scratch[key]

@@ -107,19 +107,7 @@ def prefill_kernel(
     kv_head, split = tl.program_id(0), tl.program_id(2)
     tile_id = tl.num_programs(1) - 1 - tl.program_id(1)  # the end of a prompt takes longest: first
 
-    # The last row whose first tile is not beyond this one.
-    before = tl.load(cu_seqlens_q + first_row)
-    low, high = first_row, last_row
-    while high - low > 1:
-        middle = (low + high) // 2
-        if (tl.load(cu_seqlens_q + middle) - before) // TILE_QUERIES + (middle - first_row) <= tile_id:
-            low = middle
-        else:
-            high = middle
-    row = low.to(tl.int64)
-    row_begin = tl.load(cu_seqlens_q + row)
-    query_len = tl.load(cu_seqlens_q + row + 1) - row_begin
-    first_query = (tile_id - (row_begin - before) // TILE_QUERIES - (low - first_row)) * TILE_QUERIES
+    row, row_begin, query_len, first_query = own_queries(cu_seqlens_q, first_row, last_row, tile_id, TILE_QUERIES)
     context_len = tl.load(context_lens + row)
     if first_query >= query_len:
         return
@@ -216,3 +204,24 @@ def prefill_kernel(
             tl.store(arrived + pair, 0)
             merged = merge_parts(parts, part_lses, num_parts, rows, rows_mask, dims, ROWS, DIM_P2, 1)
             tl.store(target, merged.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def own_queries(cu_seqlens_q, first_row, last_row, tile_id, TILE_QUERIES: tl.constexpr):
+    """The row that a tile of queries belongs to, where its queries begin and how many they are; the tile's first one.
+
+    Rows have tiles of their own, so there are some more than queries need: those begin beyond their row's last query.
+    """
+    before = tl.load(cu_seqlens_q + first_row)
+    low, high = first_row, last_row
+    while high - low > 1:  # the last row whose first tile is not beyond this one
+        middle = (low + high) // 2
+        if (tl.load(cu_seqlens_q + middle) - before) // TILE_QUERIES + (middle - first_row) <= tile_id:
+            low = middle
+        else:
+            high = middle
+    row = low.to(tl.int64)
+    row_begin = tl.load(cu_seqlens_q + row)
+    query_len = tl.load(cu_seqlens_q + row + 1) - row_begin
+    first_query = (tile_id - (row_begin - before) // TILE_QUERIES - (low - first_row)) * TILE_QUERIES
+    return row, row_begin, query_len, first_query

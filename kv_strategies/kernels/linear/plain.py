@@ -64,4 +64,4 @@ def rotate_heads(heads: Tensor, rotary: Rotary) -> None:
     wide = heads.float()
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    heads.copy_((wide * cos).addcmul_(turned, sin))
+    heads.copy_(wide * cos + turned * sin)  # three roundings, wherever in memory; `addcmul` has two or three
