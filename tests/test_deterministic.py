@@ -89,15 +89,17 @@ def test_the_triton_product_is_what_is_meant(options, device):
 @pytest.mark.gpu
 @torch.no_grad()
 def test_all_tiles_add_alike():
-    """The one thing that nobody promises: that tensor cores add a row the same way in every shape of a tile."""
+    """The one thing that nobody promises: that tensor cores add a row the same way in every shape of a tile. Of numbers
+    of all sizes, so that it shows what an adder drops."""
     torch.manual_seed(0)
     for n, k in ((512, 4096), (384, 11008), (320, 1000)):
-        x = torch.randn(1500, k, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(1500, k, device="cuda") * torch.exp2(torch.randint(-9, 9, (1500, k), device="cuda"))
+        x = x.bfloat16()
         weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
         for gated in (False, True):
             tiles = {
                 triton_linear.tuning(rows, columns, x.dtype, gated, copies)
-                for rows in (1, 64, 65, 512, 513, 4096)
+                for rows in (1, 17, 65, 513)
                 for columns in (128, 4096, 16384)
                 for copies in (False, True)
             }

@@ -128,12 +128,7 @@ def cases(to: Target) -> Iterable[Case]:
 
 def _show(result: dict) -> str:
     rows = [
-        [
-            point["work"],
-            milliseconds(point["fast"]),
-            milliseconds(point["deterministic"]),
-            f"{_cost(point):+.1%}",
-        ]
+        [point["work"], milliseconds(point["fast"]), milliseconds(point["deterministic"]), f"{_cost(point):+.1%}"]
         for point in result["points"]
     ]
     parts = [table(["work", "fast, ms", "deterministic, ms", "cost"], rows)] if rows else []
@@ -174,8 +169,8 @@ register(
                 _cost,
                 "{:+.1%}",
                 at_most=True,
-                only=lambda point: "decode" in point["work"],
-            ),  # fmt: skip
+                only=lambda point: True,
+            ),
         ],
     )
 )

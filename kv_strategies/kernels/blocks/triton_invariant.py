@@ -9,11 +9,10 @@ The tokens of a row are cut where their own indices say, whatever the length of 
 
 So a query of a decode step, the same one in a chunk of a prompt, behind a prefix hit, or computed again after
 preemption adds the same numbers in the same order. Tokens it does not see weigh exactly 0, and a segment of nothing
-folds to what was there. All of it is one kernel with one tile: programs for the segments of a row, whose parts the last
-to arrive folds, or one program for all of them, as the launch asks; the arithmetic is the same code.
+folds to what was there. A row's segments are for a program each, whose parts the last to arrive folds, or all for one
+program, as the launch asks; and so is how many queries a program has: the arithmetic is the same code.
 
-Costs: a tile of queries is for tensor cores, so a step of one query a row has most of its tile empty; and long prompts
-run at the rate of this kernel, half that of the library's (docs/reliability.md has the figures).
+Costs: long prompts run at the rate of this kernel, half that of the library's (docs/reliability.md has the figures).
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from .triton_prefill import own_queries
 
 
 class Sizes(NamedTuple):
-    """What all launches have in common: with other sizes, other bits."""
+    """How a launch computes. With another tile or segment results have other bits; with other rows they do not."""
 
     rows: int  # (query, head) pairs of a KV head at once
     tile: int  # tokens at once
@@ -45,12 +44,21 @@ class Sizes(NamedTuple):
 FEW_PARTS, MANY_PARTS = 16 << 20, 128 << 20
 
 
-def sizes_for(dtype: torch.dtype, group: int) -> Sizes:
-    """Those for queries of this type, swept on an H100."""
-    rows = max(triton.next_power_of_2(group), 16 if dtype.itemsize == 4 else 64)
-    if dtype.itemsize == 4:  # float32 products run without tensor cores
-        return Sizes(rows, tile=32, segment=256, num_warps=4, num_stages=2)
-    return Sizes(rows, tile=64, segment=256, num_warps=4, num_stages=3)
+def sizes_for(dtype: torch.dtype, num_pairs: int, group: int, quantised: bool) -> Sizes:
+    """Those for queries of this type and the most (query, head) pairs a KV head has in one row, swept on an H100.
+
+    Tensor cores add sixteen columns at a time, in few rows and in many; but for few rows Triton deals out 8-bit columns
+    in another order, so that these are other sixteen. Hence 64 rows at least, which Hopper multiplies by another
+    instruction.
+    """
+    if dtype.itemsize == 4:  # without tensor cores: one for all, small tiles, that registers may hold them
+        return Sizes(max(triton.next_power_of_2(group), 16), tile=32, segment=256, num_warps=4, num_stages=2)
+    tile = 64 if quantised else 128
+    if num_pairs > 64:
+        return Sizes(max(triton.next_power_of_2(group), 128), tile, segment=512, num_warps=8, num_stages=3)
+    if num_pairs > 16 or quantised:
+        return Sizes(64, tile, segment=512, num_warps=4, num_stages=3)
+    return Sizes(16, tile, segment=512, num_warps=4, num_stages=3)
 
 
 def attend(
@@ -73,8 +81,9 @@ def attend(
     _, num_heads, dim = query.shape
     num_kv_heads = layer.k.shape[1]
     group = num_heads // num_kv_heads
-    sizes = sizes or sizes_for(query.dtype, group)
     query_lens = plan.query_lens[first_row:last_row]
+    quantised = layer.k_scale is not None
+    sizes = sizes or sizes_for(query.dtype, max(query_lens) * group, group, quantised)
     tile_queries = max(sizes.rows // group, 1)
     num_tiles = triton.cdiv(sum(query_lens), tile_queries) + len(query_lens) - 1  # see `own_queries`
     max_parts = max(triton.cdiv(max(plan.row_lens[first_row:last_row]), sizes.segment), 1)
@@ -89,7 +98,6 @@ def attend(
     parts, numbers, arrived = workspace(
         plan, "invariant", num_programs, num_splits if num_splits > 1 else 0, part_rows, dim_p2, numbers=2
     )
-    quantised = layer.k_scale is not None
     k_scale, v_scale = (layer.k_scale, layer.v_scale) if quantised else (layer.k, layer.v)  # not read unless quantised
     invariant_kernel[(num_kv_heads, num_tiles, num_splits)](
         query, out, layer.k, layer.v, k_scale, v_scale,
@@ -156,7 +164,7 @@ def invariant_kernel(
         # Whole tiles that every query sees need no mask.
         clear = begin + tl.maximum(tl.minimum(stop, first_position + 1) - begin, 0) // TILE * TILE
         part_best = tl.full([ROWS], LOWEST, tl.float32)
-        part_total = tl.zeros([ROWS], tl.float32)
+        part_total = tl.zeros([ROWS, 16], tl.float32)  # sixteen times the same
         part_acc = tl.zeros([ROWS, DIM_P2], tl.float32)
         part_best, part_total, part_acc = accumulate(
             part_best, part_total, part_acc, q, scaling, begin, clear, position, stop,
@@ -174,7 +182,7 @@ def invariant_kernel(
         )  # fmt: skip
         if QUANTISED:
             part_acc /= V_UNIT
-        best, total, acc = fold(best, total, acc, part_best, part_total, part_acc, scaling)
+        best, total, acc = fold(best, total, acc, part_best, tl.max(part_total, 1), part_acc, scaling)
 
     target = out + token[:, None] * out_stride_row + head[:, None] * out_stride_head + dims[None, :]
     if num_splits == 1 or num_parts == 1:
@@ -228,8 +236,10 @@ def accumulate(
     """Go on with the online softmax of q [ROWS, DIM_P2] over the tokens begin:end of a part that ends at `stop`.
 
     Unlike `triton_common.attend`, `best` is of scores not scaled yet: whether a tile is masked must not decide whether
-    a product and a difference are rounded once or twice.
+    a product and a difference are rounded once or twice. And the total is a product, with ones, since the order of a
+    sum over a tile follows how many warps there are.
     """
+    ones = tl.full([TILE, 16], 1.0, q.dtype)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         index = start + tl.arange(0, TILE)
         seen = index < stop
@@ -249,7 +259,7 @@ def accumulate(
         new_best = tl.maximum(best, tl.max(score, 1))
         keep = tl.exp2((best - new_best) * scaling)
         weight = tl.exp2((score - new_best[:, None]) * scaling)
-        total = total * keep + tl.sum(weight, 1)
+        total = tl.dot(weight.to(q.dtype), ones, total * keep[:, None], input_precision="ieee")
         if QUANTISED:
             weight *= (v_scales * V_UNIT)[None, :]
         acc = tl.dot(weight.to(q.dtype), v.to(q.dtype), acc * keep[:, None], input_precision="ieee")

@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..triton_overlap import followed, overlapping, waited
+
 
 class Tile(NamedTuple):
     """Sizes to tune."""
@@ -37,19 +39,31 @@ class Tile(NamedTuple):
 
 #: Tiles of neighbouring columns that go through the same rows one after the other, so that both stay in L2.
 NEIGHBOURS = 8
-#: Where rows are many, tiles are brought by the copy engine.
-MANY_ROWS = 512
 
 
 def tuning(num_rows: int, num_columns: int, dtype: torch.dtype, gated: bool, copies: bool) -> Tile:
-    """The tile for so many rows and columns of the result, swept on an H100 over the layers of Llama-2-7B."""
+    """The tile for so many rows and columns of the result, swept on an H100 over the layers of Llama-2-7B and
+    Llama-3.1-8B.
+
+    Args:
+        copies: whether the copy engine can bring x and W.
+    """
     if dtype.itemsize == 4:  # without tensor cores: one tile for all
         return Tile(16, 64, 32, num_stages=3, num_warps=4)
+    is_narrow = num_columns <= 4096
     if num_rows <= 64:
-        columns = 32 if num_columns <= 8192 or gated else 64
-        return Tile(64, columns, 128, num_stages=6 if columns == 32 and not gated else 4, num_warps=4)
-    if num_rows <= MANY_ROWS or not copies:
+        if num_rows > 16 and num_columns > 8192 and not gated:
+            return Tile(64, 64, 64, num_stages=5, num_warps=4)
+        rows = 16 if num_rows <= 16 and not is_narrow else 64
+        if rows == 16 and gated:
+            return Tile(16, 32, 256, num_stages=4, num_warps=4)
+        return Tile(rows, 32, 128, num_stages=6 if is_narrow or gated or rows == 16 else 4, num_warps=4)
+    if not copies:
         return Tile(64, 64, 64, num_stages=4, num_warps=4)
+    if num_rows <= 512 and gated:
+        return Tile(128, 64, 64, num_stages=4, num_warps=4, copied=True)
+    if num_rows <= 512 and num_columns <= 8192:
+        return Tile(64, 128, 64, num_stages=4, num_warps=4, copied=True)
     return Tile(128, 128 if gated else 256, 64, num_stages=3, num_warps=8, copied=True)
 
 
@@ -79,7 +93,7 @@ def linear(
         *matrices, x if bias is None else bias, out, num_rows, n, x.stride(0), weight.stride(0), out.stride(0),
         K=k, BIAS=bias is not None, GATED=gated, ADD=residual is not None,
         ROWS=tile.rows, COLUMNS=tile.columns, PIECE=tile.piece, STAGES=tile.num_stages, NEIGHBOURS=NEIGHBOURS,
-        COPIED=tile.copied, num_warps=tile.num_warps,
+        COPIED=tile.copied, num_warps=tile.num_warps, **overlapping(x.device),
     )  # fmt: skip
     return out
 
@@ -102,8 +116,9 @@ def invariant_kernel(
     x, weight, bias, out, num_rows, n, x_stride, weight_stride, out_stride,
     K: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr, STAGES: tl.constexpr, NEIGHBOURS: tl.constexpr,
-    COPIED: tl.constexpr,
+    COPIED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    followed(OVERLAP)
     num_columns = n // 2 if GATED else n
     num_down, num_across = tl.cdiv(num_rows, ROWS), tl.cdiv(num_columns, COLUMNS)
     band = tl.program_id(0) // (NEIGHBOURS * num_across)
@@ -116,6 +131,7 @@ def invariant_kernel(
 
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     up = tl.zeros([ROWS, COLUMNS], tl.float32)
+    waited(OVERLAP)
     if COPIED:  # zeros beyond the edges
         for begin in tl.range(0, K, PIECE, num_stages=STAGES):
             data = x.load([first_row, begin])
