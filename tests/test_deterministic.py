@@ -92,18 +92,22 @@ def test_all_tiles_add_alike():
     """The one thing that nobody promises: that tensor cores add a row the same way in every shape of a tile. Of numbers
     of all sizes, so that it shows what an adder drops."""
     torch.manual_seed(0)
-    for n, k in ((512, 4096), (384, 11008), (320, 1000)):
+    for n, k in ((512, 4096), (384, 11008), (320, 1000), (128, 96), (96, 40)):
         x = torch.randn(1500, k, device="cuda") * torch.exp2(torch.randint(-9, 9, (1500, k), device="cuda"))
         x = x.bfloat16()
         weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
-        for gated in (False, True):
+        for gated, residual in ((False, False), (True, False), (False, True)):
+            added = torch.randn(1500, n, device="cuda", dtype=torch.bfloat16) if residual else None
             tiles = {
                 triton_linear.tuning(rows, columns, x.dtype, gated, copies)
                 for rows in (1, 17, 65, 513)
                 for columns in (128, 4096, 16384)
                 for copies in (False, True)
             }
-            outs = [triton_linear.linear(x, weight, gated=gated, tile=tile) for tile in tiles]
+            outs = [
+                triton_linear.linear(x, weight, gated=gated, residual=added.clone() if residual else None, tile=tile)
+                for tile in tiles
+            ]
             assert len(tiles) >= 3
             assert all(torch.equal(outs[0], out) for out in outs)
 
