@@ -91,7 +91,7 @@ def linear(
     grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(columns, tile.columns),)
     invariant_kernel[grid](
         *matrices, x if bias is None else bias, out, num_rows, n, k, x.stride(0), weight.stride(0), out.stride(0),
-        BIAS=bias is not None, GATED=gated, ADD=residual is not None,
+        K=k, BIAS=bias is not None, GATED=gated, ADD=residual is not None,
         ROWS=tile.rows, COLUMNS=tile.columns, PIECE=tile.piece, STAGES=tile.num_stages, NEIGHBOURS=NEIGHBOURS,
         COPIED=tile.copied, num_warps=tile.num_warps, enable_fp_fusion=False, **overlapping(x.device),
     )  # fmt: skip
@@ -114,7 +114,7 @@ def can_copy(*matrices: Tensor) -> bool:
 @triton.jit(do_not_specialize=["num_rows", "k"])
 def invariant_kernel(
     x, weight, bias, out, num_rows, n, k, x_stride, weight_stride, out_stride,
-    BIAS: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
+    K: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr, STAGES: tl.constexpr, NEIGHBOURS: tl.constexpr,
     COPIED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -129,8 +129,8 @@ def invariant_kernel(
     row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     is_row, is_column = row < num_rows, column < num_columns
 
-    # How long the loops are is not for the compiler to know: of a single piece it would make the residual the first
-    # number of its sum.
+    # k is K, but not for the compiler to know: of a loop over a single piece it would make the residual the first number
+    # of its sum.
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     up = tl.zeros([ROWS, COLUMNS], tl.float32)
     waited(OVERLAP)
@@ -146,7 +146,7 @@ def invariant_kernel(
         w_at = weight + column.to(tl.int64)[:, None] * weight_stride + inside[None, :]
         up_at = w_at + tl.cast(num_columns, tl.int64) * weight_stride
         for begin in tl.range(0, k, PIECE, num_stages=STAGES):
-            there = (begin + inside < k)[None, :]
+            there = (begin + inside < K)[None, :]
             data = tl.load(x_at + begin, mask=is_row[:, None] & there, other=0.0)
             w = tl.load(w_at + begin, mask=is_column[:, None] & there, other=0.0)
             acc = tl.dot(data, w.T, acc, input_precision="ieee")
