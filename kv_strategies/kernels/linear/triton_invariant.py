@@ -129,13 +129,13 @@ def invariant_kernel(
     row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     is_row, is_column = row < num_rows, column < num_columns
 
-    # k is K, but not for the compiler to know: of a loop over a single piece it would make the residual the first number
-    # of its sum.
+    # k is K, but the compiler must not know: it would take the residual for the first number of a sum of one piece.
+    end = K if K > PIECE else k
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     up = tl.zeros([ROWS, COLUMNS], tl.float32)
     waited(OVERLAP)
     if COPIED:  # zeros beyond the edges
-        for begin in tl.range(0, k, PIECE, num_stages=STAGES):
+        for begin in tl.range(0, end, PIECE, num_stages=STAGES):
             data = x.load([first_row, begin])
             acc = tl.dot(data, weight.load([first_column, begin]).T, acc)
             if GATED:
@@ -145,7 +145,7 @@ def invariant_kernel(
         x_at = x + row.to(tl.int64)[:, None] * x_stride + inside[None, :]
         w_at = weight + column.to(tl.int64)[:, None] * weight_stride + inside[None, :]
         up_at = w_at + tl.cast(num_columns, tl.int64) * weight_stride
-        for begin in tl.range(0, k, PIECE, num_stages=STAGES):
+        for begin in tl.range(0, end, PIECE, num_stages=STAGES):
             there = (begin + inside < K)[None, :]
             data = tl.load(x_at + begin, mask=is_row[:, None] & there, other=0.0)
             w = tl.load(w_at + begin, mask=is_column[:, None] & there, other=0.0)
