@@ -5,6 +5,7 @@ with a tokenizer is cut from one real text. `make model` brings it (`fetch.py`).
 
     corpus(tokenizer)                    all of it as token ids
     prompts(tokenizer, [17, 2048])       natural prompts of exactly these lengths
+    passage(tokenizer, 2048, rng)        one of them, and where in it sentences begin
     needle(tokenizer, 2048, depth=0.5)   a fact hidden in a long text, and the question for it (needle in a haystack,
                                          G. Kamradt 2023; in the short form of Mohtashami and Jaggi's passkey, 2023)
 """
@@ -81,15 +82,23 @@ def prompts(
         if vocab_size is None:
             raise ValueError("random prompts need a vocab_size where there is no tokenizer")
         return [[rng.randrange(vocab_size) for _ in range(length)] for length in lengths]
+    return [passage(tokenizer, length, rng)[0] for length in lengths]
+
+
+def passage(tokenizer: PreTrainedTokenizerBase, length: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    """Exactly `length` tokens from the beginning of a sentence, and the ascending indices at which one begins, 0 first.
+
+    Raises:
+        ValueError: the text is shorter.
+    """
     ids, starts = _sentences(tokenizer)
-    if max(lengths, default=0) > len(ids):
-        raise ValueError(f"the text has {len(ids)} tokens; asked for a prompt of {max(lengths)}")
-    result = []
-    for length in lengths:
-        num_fitting = bisect_left(starts, len(ids) - length + 1)  # a start is 0 at least, so that one always fits
-        start = starts[rng.randrange(num_fitting)]
-        result.append(ids[start : start + length])
-    return result
+    if length > len(ids):
+        raise ValueError(f"the text has {len(ids)} tokens; asked for a prompt of {length}")
+    num_fitting = bisect_left(starts, len(ids) - length + 1)  # a start is 0 at least, so that one always fits
+    first = rng.randrange(num_fitting)
+    start = starts[first]
+    borders = [border - start for border in starts[first : bisect_left(starts, start + length)]]
+    return ids[start : start + length], borders
 
 
 def needle(tokenizer: PreTrainedTokenizerBase, length: int, *, depth: float = 0.5, seed: int = 0) -> Needle:
@@ -115,13 +124,9 @@ def needle(tokenizer: PreTrainedTokenizerBase, length: int, *, depth: float = 0.
     room = length - len(head) - len(fact) - len(tail)
     if room < 1:
         raise ValueError(f"a needle needs {length - room + 1} tokens with this tokenizer; asked for {length}")
-    ids, starts = _sentences(tokenizer)
-    start = starts[rng.randrange(bisect_left(starts, len(ids) - room + 1))]
+    hay, borders = passage(tokenizer, room, rng)
     # At the sentence border next to the depth; at the very end of the text where that is nearer.
-    i = bisect_left(starts, start + round(depth * room))
-    borders = [s - start for s in starts[max(i - 1, 0) : i + 1] if start <= s <= start + room] + [room]
-    at = min(borders, key=lambda border: abs(border - depth * room))
-    hay = ids[start : start + room]
+    at = min([*borders, room], key=lambda border: abs(border - depth * room))
     return Needle([*head, *hay[:at], *fact, *hay[at:], *tail], answer, len(head) + at)
 
 
