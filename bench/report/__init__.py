@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench import lines, machine
 from bench.lines import write_whole
-from bench.report import page, plots, readme
+from bench.report import frontier, page, plots, readme
 
 RESULTS = machine.ROOT / "bench" / "results"
 README = machine.ROOT / "README.md"
@@ -34,6 +34,7 @@ def write(folder: Path = RESULTS) -> Path:
         write_whole(page_of(suite, folder), lambda path, text=text: path.write_text(text))
     plots.comparison(compared, folder)
     plots.cost(found, folder)
+    frontier.write(found, folder)
     if folder.resolve() == RESULTS:
         text = readme.with_headline(README.read_text(), found, compared)
         write_whole(README, lambda path: path.write_text(text))

@@ -22,6 +22,7 @@ from bench.lines import Found
 from bench.markdown import NONE, cell, table, unique
 from bench.systems import BLOCK_SIZE
 from bench.workload import Target, Workload, register
+from kv_strategies.base import Codec, Placement
 
 ROUNDING = 1e-7  # nats: differences of float32 logits alone
 
@@ -103,22 +104,24 @@ def _cost(bench: Bench, strategy, texts: Tensor, reference, *, decode: bool) -> 
 
 def gpu_share(strategy, num_tokens: int) -> float:
     """Bytes on the GPU that one context of `num_tokens` takes in bfloat16, once it is computed, of those that a plain
-    block pool takes.
-
-    From the shapes alone, whatever dtype and device the accuracy was measured in. A buffer that prompts pass through
-    counts.
+    block pool takes. From the shapes alone, whatever dtype and device the accuracy was measured in.
     """
-    from kv_strategies.base import Codec, OnDevice, Placement, Plain
+    from kv_strategies.base import OnDevice, Plain
 
-    shape, gpu = strategy.shape, torch.device("cuda")
-    layers = [gpu] * len(shape.layer_devices)
+    own = strategy.retention.num_blocks(num_tokens, 1, BLOCK_SIZE) * gpu_bytes_per_block(strategy, torch.bfloat16)
+    plain = _bytes_per_block(strategy.shape, Plain(), OnDevice(), torch.bfloat16)
+    return own / (math.ceil(num_tokens / BLOCK_SIZE) * plain)
 
-    def bytes_per_block(codec: Codec, placement: Placement) -> int:
-        planes = codec.planes(shape.num_kv_heads, BLOCK_SIZE, shape.head_dim, torch.bfloat16)
-        return placement.bytes_per_block(planes, layers)[gpu]
 
-    own = strategy.retention.num_blocks(num_tokens, 1, BLOCK_SIZE) * bytes_per_block(strategy.codec, strategy.placement)
-    return own / (math.ceil(num_tokens / BLOCK_SIZE) * bytes_per_block(Plain(), OnDevice()))
+def gpu_bytes_per_block(strategy, dtype: torch.dtype) -> int:
+    """Bytes on the GPU that a block takes where the model is of `dtype`. A buffer that prompts pass through counts."""
+    return _bytes_per_block(strategy.shape, strategy.codec, strategy.placement, dtype)
+
+
+def _bytes_per_block(shape, codec: Codec, placement: Placement, dtype: torch.dtype) -> int:
+    gpu = torch.device("cuda")
+    planes = codec.planes(shape.num_kv_heads, BLOCK_SIZE, shape.head_dim, dtype)
+    return placement.bytes_per_block(planes, [gpu] * len(shape.layer_devices))[gpu]
 
 
 def cases(to: Target) -> Iterable[Case]:
