@@ -445,7 +445,7 @@ def test_the_table_of_the_limit(card):
     assert by_work["the same / `generate_batch`"][1:3] == ["11.5x", "reached"]
     assert by_work["`Runner`, 256 requests, 100-1024 in, 100-1024 out: tokens/s"][1:3] == ["3800", "missed by 2.6%"]
     assert "not run" not in page and "failed" not in page
-    assert "first token of 4096 came after 21.5 s" in page and "| a_kernel | 32 | 8000.0 | 80.0% |" in page
+    assert "first token of 4096 came after 21.5 s" in page and "a_kernel 80%" in page
     for case in card[1:]:
         assert in_words(case)
 

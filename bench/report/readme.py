@@ -31,7 +31,7 @@ def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
             f"Against the limits of the card: {model}, bfloat16, rows x tokens of context, on {machine_of(limit[-1])} "
             "(`make bench SUITE=limit`; the whole table, attention alone and query groups in it: "
             "[bench/results/limit_table.md](bench/results/limit_table.md); what is missed and why: "
-            "[bench/limit_notes.md](bench/limit_notes.md)).",
+            "[docs/limits.md](docs/limits.md)).",
             headline(Found(limit), model),
         ]
     if measured := _newest_on_a_gpu(lines, "strategies", model):

@@ -351,28 +351,28 @@ def _profiles(found: Steps, model: str) -> str:
     entries = result.get("entries", [])
     if not entries:
         return ""
-    summary, details = [], []
+    rows = []
     for entry in entries:
         if "error" in entry:
-            summary.append([entry["name"], entry["error"], "", "", ""])
+            rows.append([entry["name"], entry["error"], "", "", "", ""])
             continue
         step, busy = entry["step"], entry["busy_share"]
         idle = step * (1 - busy) * 1e6
-        summary.append([entry["name"], f"{step * 1e3:.3f}", f"{busy:.1%}", f"{idle:.0f}", f"{entry['launches']:.0f}"])
-        rows = [
-            [name, f"{count:g}", f"{seconds * 1e6:.1f}", f"{seconds / step:.1%}"]
-            for name, count, seconds in entry["kernels"]
-        ]
-        title = f"<details><summary>{entry['name']}: {step * 1e3:.3f} ms</summary>\n\n"
-        details.append(title + table(["kernel", "launches", "us a step", "of the step"], rows) + "\n\n</details>")
+        kernels = ", ".join(
+            f"{name.strip()} {seconds / step:.0%}" for name, _, seconds in entry["kernels"] if seconds > step / 50
+        )
+        rows.append(
+            [entry["name"], f"{step * 1e3:.3f}", f"{busy:.1%}", f"{idle:.0f}", f"{entry['launches']:.0f}", kernels]
+        )
     note = (
         "One decode step as the profiler saw it (which slows it a little), one row of 4096 tokens unless it is said "
         "otherwise; the mean of consecutive ones. Busy: the union of all GPU work over the time from the first kernel "
-        "to the end of the last. Kernels that start before the one ahead has ended count from there, waiting included, "
-        "so that their times add up to more than the step."
+        "to the end of the last. Kernels of 2 % of a step and more; one that starts before the one ahead has ended "
+        "counts from there, waiting included, so that they add up to more than the step. All of them, with their "
+        "launches, are in the `.jsonl` files."
     )
-    head = ["strategy", "step, ms", "GPU busy", "idle, us a step", "kernels and copies a step"]
-    return f"**Profile of one step of each strategy**\n\n{note}\n\n" + "\n\n".join([table(head, summary), *details])
+    head = ["strategy", "step, ms", "GPU busy", "idle, us a step", "kernels and copies a step", "of the step"]
+    return f"**Profile of one step of each strategy**\n\n{note}\n\n" + table(head, rows)
 
 
 # --- cells
