@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import sys
 import tarfile
 import zipfile
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen2ForCausalLM
 
 from kv_strategies.models import __main__ as models_main
@@ -69,6 +70,54 @@ class TestDefaultModel:
         assert fetch.is_default_model(models.DEFAULT_MODEL)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 135\n"
+
+
+def cut(file: Path, kept: int) -> None:
+    file.write_bytes(file.read_bytes()[:kept])
+
+
+def holding(name: str, content: bytes):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def saying(name: str, **changes):
+    """A JSON file that says something else."""
+
+    def damage(folder: Path) -> None:
+        said = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(said | changes))
+
+    return damage
+
+
+def with_weight(name: str, *shape: int):
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors") | {name: torch.ones(shape)}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+WEIGHTS = "model.safetensors"
+DAMAGES = [
+    *((lambda folder, kept=kept: cut(folder / WEIGHTS, kept), "cut short or damaged") for kept in (-1, -9000, 500, 5)),
+    *((holding(name, b""), f"{name} is empty") for name in (WEIGHTS, "config.json", "generation_config.json")),
+    *((holding(name, POINTER), f"{name} is a pointer.*git lfs pull") for name in (WEIGHTS, "config.json")),
+    (holding("tokenizer.json", POINTER), "tokenizer.json is a pointer"),
+    (holding("config.json", b"[]"), "config.json holds a list"),
+    (holding("config.json", b"\xff{}"), "config.json is not valid JSON"),
+    (holding("generation_config.json", b"{"), "generation_config.json is not valid JSON"),
+    (saying("config.json", pad_token_id=101), "config.json: pad_token_id is 101, and the vocabulary ends at 100"),
+    (saying("config.json", eos_token_id=[2, 300]), "config.json: eos_token_id is 300"),
+    (saying("generation_config.json", eos_token_id=300), "generation_config.json: eos_token_id is 300"),
+    (saying("config.json", vocab_size="many"), "config.json describes no model that could be built.*vocab_size"),
+    (saying("config.json", num_attention_heads=5), "config.json describes no model that could be built.*heads"),
+    (with_weight("model.layers.7.mlp.up_proj.weight", 3), "no place for: model.layers.7.mlp.up_proj.weight"),
+    (with_weight("model.layers.1.mlp.up_proj.weight", 3, 3), r"up_proj.weight of shape \[3, 3\].* for \[64, 48\]"),
+]
+
+
 class TestLoad:
     def test_llama_folder(self, tmp_path):
         model = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=64))
@@ -111,6 +160,39 @@ class TestLoad:
         model.save_pretrained(tmp_path, state_dict=weights)
         with pytest.raises(ValueError, match=r"lacks weights.*layers.1.mlp.up_proj.weight"):
             load_model(tmp_path, device="cpu")
+
+    @pytest.mark.parametrize(("damage", "message"), DAMAGES)
+    def test_damaged_files_are_named(self, tmp_path, damage, message):
+        LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=64)).save_pretrained(tmp_path)
+        load_model(tmp_path, device="cpu")
+        damage(tmp_path)
+        with pytest.raises(ValueError, match=f"(?s)^{re.escape(str(tmp_path))}.*{message}"):
+            load_model(tmp_path, device="cpu")
+
+    @pytest.mark.parametrize("kept", [10, -9000, -1])
+    def test_a_pickle_that_is_cut_short_is_named(self, tmp_path, kept):
+        model = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=64))
+        model.config.save_pretrained(tmp_path)
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        load_model(tmp_path, device="cpu")
+        cut(tmp_path / "pytorch_model.bin", kept)
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin is cut short; bring it again"):
+            load_model(tmp_path, device="cpu")
+
+    def test_a_shard_that_is_missing_is_named(self, tmp_path):
+        LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=64)).save_pretrained(tmp_path, max_shard_size="40KB")
+        lost = sorted(tmp_path.glob("model-*.safetensors"))[1]
+        lost.unlink()
+        with pytest.raises(ValueError, match=f"model.safetensors.index.json names {lost.name}, which is not"):
+            load_model(tmp_path, device="cpu")
+
+    def test_a_gguf_is_told_what_to_do(self, tmp_path):
+        file = tmp_path / "some.gguf"
+        for content, message in [(b"GGUF" + bytes(60), "GgufConfig"), (POINTER, "git lfs pull"), (b"PK", "not begin")]:
+            file.write_bytes(content)
+            for spec in (file, tmp_path):
+                with pytest.raises(ValueError, match=f"^{re.escape(str(file))} .*{message}"):
+                    load_model(spec)
 
     def test_random(self, monkeypatch):
         monkeypatch.setitem(models.RANDOM_MODELS, "small-random", {**SMALL, "intermediate_size": 64})
@@ -173,6 +255,12 @@ class TestQwen2:
         with pytest.raises(ValueError, match=r"missing lm_head.weight.*more, unexpected .*q_norm"):
             load_model(tmp_path, device="cpu")
 
+    def test_weights_of_another_size_are_named(self, tmp_path):
+        Qwen2ForCausalLM(Qwen2Config(**self.CONFIG)).save_pretrained(tmp_path)
+        saying("config.json", intermediate_size=32)(tmp_path)
+        with pytest.raises(ValueError, match=r"(?s)the weights of .* are not those of its config.*mlp"):
+            load_model(tmp_path, device="cpu")
+
     def test_no_weights(self, tmp_path):
         Qwen2Config(**self.CONFIG).save_pretrained(tmp_path)
         with pytest.raises(FileNotFoundError, match="no weights"):
@@ -193,9 +281,9 @@ class TestQwen:
     }
 
     @staticmethod
-    def weights() -> dict[str, torch.Tensor]:
+    def weights(vocab: int = 101) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
-        hidden, feed_forward, vocab = 48, 64, 101
+        hidden, feed_forward = 48, 64
         shapes = {"wte.weight": (vocab, hidden), "ln_f.weight": (hidden,)}
         for i in range(3):
             shapes |= {
@@ -286,7 +374,7 @@ class TestQwen:
         lines = (base64.b64encode(token) + b" %d" % rank for token, rank in ranks.items())
         (tmp_path / "qwen.tiktoken").write_bytes(b"\n".join(lines))
         (tmp_path / "generation_config.json").write_text('{"chat_format": "chatml"}')
-        self.write(tmp_path)
+        self.write(tmp_path, self.weights(512), vocab_size=512)
         model, tokenizer = load_model(tmp_path, device="cpu")
 
         def tiktoken(word: bytes) -> list[int]:  # merges the pair of lowest rank until there is none

@@ -12,15 +12,15 @@ The patched `modeling_llama.py` is what runs all of them. No code from a hub is 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from . import fetch, qwen
+from . import fetch, files, qwen
 
 #: Where models and the text live, beside the package in a checkout. Git ignores it.
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -78,7 +78,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: no such folder (for the default: run `make model`), or no such model on the hub.
-        ValueError: not of Llama architecture, weights missing, or an unknown "-random" name.
+        ValueError: not of Llama architecture, an unknown "-random" name, or files that are damaged or do not belong
+            together: names the file and what to do.
     """
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -87,14 +88,17 @@ def load_model(
         return random_model(spec, dtype=dtype, device=device), None
 
     config = read_config(spec)
+    if Path(spec).is_dir():
+        files.check_folder(Path(spec))
     match config.get("model_type"):
         case "llama":
+            llama_config(spec, config)
             model = load_llama(spec, dtype)
             tokenizer = load_tokenizer(spec)
         case "qwen2" | "qwen":
-            folder = qwen.local_folder(spec)
-            llama_config, weights = qwen.llama_config(config), qwen.llama_weights(config, folder)
-            model = assemble(spec, llama_config, {name: w.to(dtype) for name, w in weights.items()}, dtype)
+            converted, folder = llama_config(spec, config), qwen.local_folder(spec)
+            weights = qwen.llama_weights(config, folder)
+            model = assemble(spec, converted, {name: w.to(dtype) for name, w in weights.items()}, dtype)
             qwen.set_generation_config(model, config, folder)
             tokenizer = qwen.v1_tokenizer(folder) if config["model_type"] == "qwen" else load_tokenizer(spec)
         case other:
@@ -102,19 +106,20 @@ def load_model(
                 f"{spec} is a model of type {other!r}. The strategies run on the Llama architecture: give a model "
                 "of type 'llama', or 'qwen2' or 'qwen', whose weights are converted to it."
             )
+    files.check_token_ids(f"{spec}/generation_config.json", model.generation_config.to_dict(), model.config.vocab_size)
     return model.to(device).eval(), tokenizer
 
 
 def read_config(spec: str) -> dict[str, Any]:
     """The `config.json` of a local folder or hub id."""
-    if Path(spec).is_dir():
-        try:
-            return json.loads((Path(spec) / "config.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{spec} is no model folder: it holds no config.json") from None
-        except ValueError as error:
-            raise ValueError(f"{spec}/config.json is not valid JSON: {error}") from error
-    if Path(spec) == DEFAULT_MODEL:
+    path = Path(spec)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return files.read_json(path / "config.json")
+        files.refuse_gguf(sorted(path.glob("*.gguf")))
+        raise FileNotFoundError(f"{spec} is no model folder: it holds no config.json")
+    files.refuse_gguf([path] if path.suffix == ".gguf" else [])
+    if path == DEFAULT_MODEL:
         raise FileNotFoundError(f"the default model is not in {spec}: run `make model`")
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise FileNotFoundError(f"there is no folder {spec}")
@@ -127,10 +132,35 @@ def read_config(spec: str) -> dict[str, Any]:
         ) from error
 
 
+def llama_config(spec: str, config: dict[str, Any]) -> LlamaConfig:
+    """The Llama that a `config.json` describes, one that can be built."""
+    source = f"{spec}/config.json"
+    try:
+        found = LlamaConfig.from_dict(config) if config["model_type"] == "llama" else qwen.llama_config(config)
+    except (StrictDataclassError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} describes no model that could be built: {error}") from error
+    files.check_token_ids(source, found.to_dict(), found.vocab_size)
+    return found
+
+
 def load_llama(spec: str, dtype: torch.dtype) -> LlamaForCausalLM:
-    model, info = LlamaForCausalLM.from_pretrained(spec, dtype=dtype, output_loading_info=True)
-    if info["missing_keys"]:  # upstream would go on with random weights in their place
+    # Upstream would go on with random weights for those that are missing, and without those that it has no place for.
+    model, info = LlamaForCausalLM.from_pretrained(
+        spec, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    if info["missing_keys"]:
         raise ValueError(f"{spec} lacks weights of the model: {first_few(info['missing_keys'])}")
+    if info["unexpected_keys"]:
+        raise ValueError(
+            f"{spec} holds weights that the model of its config.json has no place for: "
+            f"{first_few(info['unexpected_keys'])}; take the two from one model"
+        )
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise ValueError(
+            f"{spec} holds {name} of shape {list(found)}, and its config.json asks for {list(wanted)}; take the two "
+            "from one model"
+        )
     return model
 
 
@@ -153,7 +183,10 @@ def assemble(spec: str, config: LlamaConfig, weights: dict[str, torch.Tensor], d
             f"the weights of {spec} are not those of its config: missing {first_few(wanted - given)}, "
             f"unexpected {first_few(given - wanted)}"
         )
-    model.load_state_dict(weights, assign=True)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:  # shapes
+        raise ValueError(f"the weights of {spec} are not those of its config: {error}") from error
     return finish(model)
 
 
