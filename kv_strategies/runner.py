@@ -267,7 +267,7 @@ class Runner:
             seq = self._in_prompt() or self._admit()
             if seq is None:
                 break
-            num_tokens = min(seq.num_uncomputed, budget)
+            num_tokens = min(seq.num_uncomputed, seq.request.chunk, budget)
             try:
                 self._reserved.append(self.strategy.reserve([(seq.table, num_tokens)], self))
             except OutOfBlocks:  # the decoding ones are ahead of it; it goes on when they give blocks back
@@ -276,6 +276,8 @@ class Runner:
                 break
             prefilling.append((seq, num_tokens))
             budget -= num_tokens
+            if not seq.is_decoding:
+                break
         return decoding, prefilling
 
     def _in_prompt(self) -> _Sequence | None:
@@ -290,7 +292,7 @@ class Runner:
         table = self.strategy.open_table(seq.tokens, seq.request.salt, seq.suspended)
         try:
             num_tokens = len(seq.tokens) - table.num_tokens
-            has_room = self.strategy.has_room(table, num_tokens, self.max_batch_tokens, self)
+            has_room = self.strategy.has_room(table, num_tokens, seq.request.chunk, self)
             if has_room and (seq.suspended is None or table is not seq.suspended.table):
                 self.strategy.count_hit(seq.tokens, table)
         except BaseException:
@@ -493,19 +495,26 @@ class Runner:
                 continue
             visible = self.strategy.retention.num_visible(total)
             self._refuse(request, "the model's context", max_context, visible)
-            request.num_blocks = self._num_blocks(request, total)
+            within_reach = self.strategy.num_within_reach(self)
+            self._fit(request, total, within_reach)
             size = self.strategy.block_size
             self._refuse(request, "the pool", self.strategy.max_tokens, request.num_blocks * size)
-            within_reach = self.strategy.num_within_reach(self)
             if request.num_blocks > within_reach:
                 raise ValueError(
                     f"{name}: needs {request.num_blocks} blocks at once, and {max(0, within_reach)} of "
                     f"{self.strategy.pool.num_blocks} could come to be its own{self.strategy.holders(self)}"
                 )
 
-    def _num_blocks(self, request: Request, total: int) -> int:
-        tokens = request.token_ids
-        return self.strategy.num_blocks_for(tokens, total, self.max_batch_tokens, request.salt)
+    def _fit(self, request: Request, total: int, within_reach: int) -> None:
+        """How many blocks a request takes at once, its prompt in smaller chunks where large ones take too many: what a
+        window keeps is what all of a chunk sees.
+        """
+        tokens, request.chunk = request.token_ids, self.max_batch_tokens
+        while (needed := self.strategy.num_blocks_for(tokens, total, request.chunk, request.salt)) > within_reach:
+            if request.chunk == 1:
+                break
+            request.chunk //= 2
+        request.num_blocks = needed
 
     def _refuse(self, request: Request, what: str, limit: int, needed: int) -> None:
         """Raises ValueError where a request takes more than `limit` tokens of something."""

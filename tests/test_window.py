@@ -247,6 +247,20 @@ def test_a_long_stream_stays_flat(chunk):
     assert_close(torch.cat(kept)[:400], whole[:400], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("spare", [0, 1, 7, 30])
+def test_prompts_come_in_chunks_that_the_pool_has_room_for(spare):
+    """Whatever `max_batch_tokens` is: what a window keeps is what all of a chunk sees."""
+    sizes = {"window": 16, "sinks": 4, "block_size": 4}
+    least = SlidingWindow(window=16, sinks=4).num_blocks(10**6, 1, 4)
+    strategy = build("window", MODEL, num_blocks=least + spare, **sizes)
+    runner = Runner(MODEL, strategy, max_num_seqs=3)
+    requests = [Request(text(length, length).tolist(), max_new_tokens=9) for length in (150, 30, 1, 90)]
+    results = runner.generate(requests)
+    for request, result in zip(requests, results, strict=True):
+        check_greedy(request.token_ids, result.token_ids, 16, 4)
+    assert strategy.pool.num_used == 0
+
+
 def test_rows_longer_than_pool_and_model_run_through_the_runner():
     strategy = build("window", MODEL, window=16, sinks=4, block_size=4, num_blocks=40, rebase_at=64)
     runner = Runner(MODEL, strategy, max_num_seqs=4, max_batch_tokens=60)
@@ -383,10 +397,10 @@ def test_a_rotary_embedding_that_depends_on_the_length_is_refused():
 
 
 def test_a_pool_too_small_for_the_window_is_refused_at_once():
-    strategy = build("window", MODEL, window=64, sinks=4, block_size=4, num_blocks=20)
+    strategy = build("window", MODEL, window=64, sinks=4, block_size=4, num_blocks=17)
     runner = Runner(MODEL, strategy, max_num_seqs=4, max_batch_tokens=32)
     runner.generate([Request(text(40).tolist(), max_new_tokens=4)])
-    with pytest.raises(ValueError, match="exceed the pool of 80 tokens; with this prompt at most 31 new"):
+    with pytest.raises(ValueError, match="exceed the pool of 68 tokens; with this prompt at most 19 new"):
         runner.generate([Request(text(50).tolist(), max_new_tokens=40)])
 
 

@@ -29,6 +29,7 @@ class Request:
     n: int = 1
     request_id: str | int | None = None  # its index in the list unless told
     num_blocks: int = field(default=0, init=False, repr=False)  # what it takes at once; the runner's to say
+    chunk: int = field(default=0, init=False, repr=False)  # tokens of its prompt in a forward at most; likewise
 
     @classmethod
     def of(cls, request: Request | Sequence[int], index: int, stop_token_ids: Sequence[int] = ()) -> Request:
