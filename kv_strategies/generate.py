@@ -110,6 +110,7 @@ class StrategyCache(AttendingCache):
         weakref.finalize(self, strategy.lock.release_tables, self.tables)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        _refuse_prefix_tuning(self.strategy.model)  # the first that generate() asks, and all that peft asks
         return self.num_columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -487,6 +488,21 @@ class _Pending(NamedTuple):
     is_token: Tensor | None  # [B, num_columns] bool on the host; None for all
     position_ids: Tensor  # [B or 1, num_columns] as given
     reservation: Reservation
+
+
+def _refuse_prefix_tuning(model) -> None:
+    """While peft runs `generate()`, the model prepares its inputs by a method of the adapted one around it.
+
+    Raises:
+        ValueError: that would put a cache of its own, with K and V that were trained, in place of ours.
+    """
+    adapted = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    kind = getattr(getattr(adapted, "active_peft_config", None), "peft_type", None)
+    if kind in ("PREFIX_TUNING", "CARTRIDGE"):  # other prompt learning hands its tokens in as embeddings
+        raise ValueError(
+            f"{kind.value} of peft puts K and V of its own in place of this cache, so no strategy can serve it: call "
+            "generate() without a cache, or generate() of model.get_base_model() with it, which knows no prefix"
+        )
 
 
 def _fork(tables: list[BlockTable]) -> list[BlockTable]:

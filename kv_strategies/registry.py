@@ -338,8 +338,8 @@ def check_model(model: LlamaForCausalLM) -> None:
         active = getattr(model, "active_peft_config", None)
         if active is not None and active.is_prompt_learning:
             raise ValueError(
-                f"this is a {type(model).__name__} with {active.peft_type}: prompt learning puts K and V "
-                "of its own in place of the cache, so no strategy can serve it"
+                f"this is a {type(model).__name__} with {active.peft_type}: prompt learning puts virtual tokens, or K "
+                "and V, of its own before every prompt, which no strategy knows of"
             )
         raise ValueError(
             f"this is a {type(model).__name__}: pass model.get_base_model(), which holds the adapters and is what "
@@ -365,6 +365,12 @@ def check_model(model: LlamaForCausalLM) -> None:
             f"unsupported layer type {', '.join(sorted(kinds - {'full_attention'}))}: Llama layers attend to all "
             "tokens, and how many a query sees is the strategy's to say"
         )
+    for index, layer in enumerate(model.model.layers):
+        if not isinstance(layer.self_attn, LlamaAttention):
+            raise ValueError(
+                f"model.layers.{index}.self_attn is a {type(layer.self_attn).__name__}, and only LlamaAttention is "
+                "patched: adapters of its projections (LoRA, say) are served, those of the attention itself are not"
+            )
     for name, module in model.named_modules():
         if name.endswith(("q_proj", "k_proj", "v_proj")):
             weight = getattr(module, "weight", None)

@@ -12,30 +12,9 @@ from torch import nn
 from kv_strategies import build
 
 
-class Adapted(nn.Module):
-    """As peft wraps a model: its base model holds the adapters."""
-
-    def __init__(self, model, is_prompt_learning=False):
-        super().__init__()
-        self.base = model
-        self.peft_config = {"default": None}
-        kind = "PREFIX_TUNING" if is_prompt_learning else "LORA"
-        self.active_peft_config = type("Config", (), {"is_prompt_learning": is_prompt_learning, "peft_type": kind})()
-
-    def get_base_model(self):
-        return self.base
-
-
 def refused(model, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build("paged", model, num_blocks=4)
-
-
-def test_an_adapted_model_is_asked_for_its_base():
-    model = tiny_llama()
-    refused(Adapted(model), r"this is a Adapted: pass model.get_base_model\(\)")
-    build("paged", Adapted(model).get_base_model(), num_blocks=4)
-    refused(Adapted(model, is_prompt_learning=True), "PREFIX_TUNING: prompt learning puts K and V of its own")
 
 
 def test_a_compiled_model_is_named():
