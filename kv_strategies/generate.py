@@ -20,6 +20,7 @@ from .paged import BlockTable, OutOfBlocks
 from .step import fused
 from .step.forward import AttendingCache, forward
 from .step.graphs import StackGraphs, StackStep
+from .step.interrupts import uninterrupted
 from .step.plan import PlanBuffer
 from .step.upstream import takes_cache
 from .step.version import running_model
@@ -75,22 +76,30 @@ class Generation:
         if min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
             raise ValueError(f"token ids must be from 0 to {config.vocab_size - 1}")
         strategy.follow()
-        table = BlockTable(strategy.pool, *sharing.match(token_ids, salt))
         cache, device = AttendingCache(strategy), strategy.model.device
-        try:
-            while table.num_tokens < len(token_ids):
-                chunk = token_ids[table.num_tokens : table.num_tokens + _PRELOAD_CHUNK]
-                strategy.follow()
-                strategy.reserve([(table, len(chunk))])
-                buffer = PlanBuffer(device, 1, len(chunk), len(table.blocks), size, {"input_ids": len(chunk)})
-                plan = buffer.fill([table.row(len(chunk))], {"input_ids": chunk})
-                last = torch.tensor([len(chunk) - 1], device=device)
-                forward(cache, plan, buffer.tensors["input_ids"], last)
-                sharing.publish(token_ids, table, salt)
-            strategy.reserve([(table, 0)])  # all may have been there, and promised to others
-            return sharing.pin(token_ids, salt)
-        finally:
-            table.release()
+        with uninterrupted() as interrupts:
+            table = BlockTable(strategy.pool, *sharing.match(token_ids, salt))
+            try:
+                while table.num_tokens < len(token_ids):
+                    interrupts.check()
+                    chunk = token_ids[table.num_tokens : table.num_tokens + _PRELOAD_CHUNK]
+                    strategy.follow()
+                    strategy.reserve([(table, len(chunk))])
+                    buffer = PlanBuffer(device, 1, len(chunk), len(table.blocks), size, {"input_ids": len(chunk)})
+                    plan = buffer.fill([table.row(len(chunk))], {"input_ids": chunk})
+                    last = torch.tensor([len(chunk) - 1], device=device)
+                    forward(cache, plan, buffer.tensors["input_ids"], last)
+                    sharing.publish(token_ids, table, salt)
+                strategy.reserve([(table, 0)])  # all may have been there, and promised to others
+                num_tokens = sharing.pin(token_ids, salt)
+            finally:
+                table.release()
+            try:
+                interrupts.check()
+            except BaseException:  # who is not told that it is kept will not forget it
+                sharing.forget(token_ids, salt)
+                raise
+            return num_tokens
 
 
 class StrategyCache(AttendingCache):
@@ -123,7 +132,7 @@ class StrategyCache(AttendingCache):
         Where they live is planned when the layers begin, and they count as cached when the layers have ended; a forward
         that fails in between leaves the cache as it was.
         """
-        with self.strategy.lock:
+        with uninterrupted(), self.strategy.lock:
             self._undo()
             self._check_model(config)
             self.strategy.follow()
@@ -188,12 +197,14 @@ class StrategyCache(AttendingCache):
         self.plan = PlanBuffer(device, len(rows), num_tokens, max_blocks, self.strategy.block_size).fill(planned)
         self.plan.distances = distances
 
+    @uninterrupted()
     def _commit(self) -> None:
         """K and V of the new tokens have been computed, or their work is on its way."""
         pending, self._pending = self._pending, None
         self.num_columns += pending.num_columns
         self._columns.append((pending.num_columns, pending.is_token))
 
+    @uninterrupted()
     def _undo(self) -> None:
         """A forward has failed: forget what it was to add. Nothing where none has."""
         pending, self._pending = self._pending, None
@@ -223,6 +234,7 @@ class StrategyCache(AttendingCache):
         out[packing] = self.strategy.attend(layer_idx, *packed, self.plan.on(query.device), scaling, rotary)
         return out.view(num_rows, num_columns, -1)
 
+    @uninterrupted()
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest columns: a negative count of them, or (older releases) the positive length to keep."""
         count = int(tokens_to_remove)  # a tensor in older releases
@@ -249,6 +261,7 @@ class StrategyCache(AttendingCache):
         """Row i continues from row beam_idx[i]: tables are forked, no K or V moves."""
         self.batch_select_indices(beam_idx)
 
+    @uninterrupted()
     def batch_select_indices(self, indices: Tensor) -> None:
         with self.strategy.lock:
             chosen = _fork([self.tables[index] for index in indices.tolist()])
@@ -264,6 +277,7 @@ class StrategyCache(AttendingCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(len(self.tables)).repeat_interleave(repeats))
 
+    @uninterrupted()
     def __deepcopy__(self, memo: dict) -> StrategyCache:
         """Another cache that goes on from here: tables are forked, no K or V moves."""
         twin = StrategyCache(self.strategy, self._door)
@@ -275,6 +289,7 @@ class StrategyCache(AttendingCache):
     def __copy__(self) -> StrategyCache:
         return self.__deepcopy__({})
 
+    @uninterrupted()
     def reset(self) -> None:
         """Give all blocks back; the cache can be used again."""
         with self.strategy.lock:
@@ -425,6 +440,7 @@ class PromptCache(StrategyCache):
                 "input_ids and attention_mask"
             )
 
+    @uninterrupted()
     def _commit(self) -> None:
         super()._commit()
         for prompt, table in zip(self._prompts, self.tables, strict=bool(self._prompts)):

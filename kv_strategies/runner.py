@@ -27,6 +27,7 @@ from .baseline import Baseline
 from .paged import BlockTable, OutOfBlocks
 from .step.forward import AttendingCache, forward
 from .step.graphs import StepGraphs
+from .step.interrupts import uninterrupted
 from .step.plan import PlanBuffer
 from .step.requests import Event, Output, Request, Result
 from .step.sampling import sample, to_device
@@ -134,13 +135,13 @@ class Runner:
         box: deque[Event] = deque()
         ids = [request.request_id for request in requests]
         try:
-            with self.strategy.lock:
+            with uninterrupted(), self.strategy.lock:
                 self._submit(requests)
                 self._boxes |= dict.fromkeys(ids, box)
             while True:
                 while box:
                     yield box.popleft()
-                with self.strategy.lock:
+                with uninterrupted(), self.strategy.lock:
                     if not box and not any(
                         self._boxes.get(seq.request.request_id) is box for seq in self._unfinished()
                     ):
@@ -148,7 +149,7 @@ class Runner:
                     if not box:
                         self._advance()
         finally:
-            with self.strategy.lock:
+            with uninterrupted(), self.strategy.lock:
                 for request_id in [request_id for request_id in ids if self._boxes.get(request_id) is box]:
                     self.cancel(request_id)
                     del self._boxes[request_id]
@@ -164,7 +165,7 @@ class Runner:
         if isinstance(self.strategy, Baseline):
             raise ValueError("the baseline runs one request after the other: use generate or stream")
         requests = self._checked(requests)
-        with self.strategy.lock:
+        with uninterrupted(), self.strategy.lock:
             self._submit(requests)
 
     def _submit(self, requests: list[Request]) -> None:
@@ -186,10 +187,11 @@ class Runner:
         """One forward, if there is work. Returns the tokens of submitted requests that became known.
 
         A step is done or it is not: where it raises, no token is lost and none counts as computed that was not, and the
-        next call tries again.
+        next call tries again. Ctrl-C comes when it is done, and its tokens with the next.
         """
-        with self.strategy.lock:
+        with uninterrupted() as interrupts, self.strategy.lock:
             self._advance()
+            interrupts.check()
             return [self._events.popleft() for _ in range(len(self._events))]
 
     def _advance(self) -> None:
@@ -227,7 +229,7 @@ class Runner:
 
     def cancel(self, request_id: str | int) -> None:
         """Drop a request and give its blocks back. Unknown or finished ids are ignored."""
-        with self.strategy.lock:
+        with uninterrupted(), self.strategy.lock:
             for seq in [seq for seq in self._unfinished() if seq.request.request_id == request_id]:
                 if seq in self._running:
                     self._leave(seq)

@@ -27,6 +27,7 @@ from .paged import BlockPool, BlockTable, OutOfBlocks
 from .step.defaults import plain_defaults
 from .step.forward import Seen
 from .step.fused import FusedStack, stack_of
+from .step.interrupts import uninterrupted
 from .step.plan import NULL_BLOCK, LayerStore, Plan
 from .step.store import KVShape, Planes
 from .step.version import watch
@@ -152,7 +153,7 @@ class Strategy:
             attention_mask: [B, n] 1 for a token, 0 for padding; as given to `generate()`.
             salt: only calls with the same salt share.
         """
-        with self.lock:
+        with uninterrupted(), self.lock:
             return self.door.cache(self, input_ids, attention_mask, salt)
 
     def open_table(self, token_ids: Sequence[int], salt: str = "", suspended: Suspended | None = None) -> BlockTable:
@@ -533,9 +534,13 @@ class Lock:
 
     def __enter__(self) -> None:
         self._lock.acquire()
+        try:
+            if not self._depth:
+                self._defaults = plain_defaults()
+        except BaseException:
+            self._lock.release()
+            raise
         self._depth += 1
-        if self._depth == 1:
-            self._defaults = plain_defaults()
 
     def __exit__(self, *error: object) -> None:
         if self._depth == 1:
@@ -545,6 +550,7 @@ class Lock:
         self._depth -= 1
         self._lock.release()
 
+    @uninterrupted()
     def release_tables(self, tables: list[BlockTable]) -> None:
         """Give back what these tables hold, at once or as soon as nobody is at work."""
         self._orphans.append(tables)

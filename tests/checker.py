@@ -922,15 +922,10 @@ class World:
         if len(prompt) > self.block_size * self.num_blocks // 4:
             return
         self.see(prompt, salt)
-        before = self._preloads()
         try:
             expect(self.strategy.preload(list(prompt), salt), len(prompt), "preloaded tokens")
         except OutOfBlocks:
             return
-        except Interrupt:  # as Ctrl-C came, it was, or it was not
-            self.pinned[prompt, salt] += self._preloads() - before
-            self.pinned = +self.pinned
-            raise
         self.pinned[prompt, salt] += 1
         self.counts["preloads"] += 1
 
@@ -939,9 +934,6 @@ class World:
             prompt, salt = rng.choice(sorted(self.pinned))
             self.strategy.forget(list(prompt), salt)
             self.pinned -= Counter([(prompt, salt)])
-
-    def _preloads(self) -> int:
-        return self.strategy.sharing._preloaded.total()
 
     def touch(self, rng: random.Random) -> None:
         """An optimizer's step, as far as anybody can see: what was cached is nobody's any more. No number changes."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +78,37 @@ def random_requests(rng: random.Random, count: int, longest: int = 40, max_new: 
 def baseline_tokens(model, requests) -> list[list[int]]:
     """The oracle: each sample alone, through the native cache."""
     return [result.token_ids for result in Runner(model, build("baseline", model)).generate(requests)]
+
+
+def every_moment(action: Callable[[], object], step: int = 1, of: str | tuple[str, ...] = "") -> Iterator[None]:
+    """Runs `action` with Ctrl-C at one moment after the other: at the n-th call or return of anything, builtins
+    included, until it ends before that. Yields after each.
+
+    Args:
+        step: only every so many moments.
+        of: only in the code below these paths.
+    """
+    num_interrupted = 0
+    for at in itertools.count(1, step):
+        seen = []
+
+        def watch(frame, event, arg, seen=seen, at=at):
+            if not frame.f_code.co_filename.startswith(of):
+                return
+            seen.append(event)
+            if len(seen) == at:
+                sys.setprofile(None)
+                signal.raise_signal(signal.SIGINT)
+
+        try:
+            try:
+                sys.setprofile(watch)
+                action()
+            finally:
+                sys.setprofile(None)
+        except KeyboardInterrupt:
+            num_interrupted += 1
+        yield
+        if len(seen) < at:
+            break
+    assert num_interrupted > 10

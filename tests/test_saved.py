@@ -19,7 +19,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from common import tiny_llama
+from common import every_moment, tiny_llama
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -230,34 +230,6 @@ def test_what_is_no_file_is_refused(tmp_path, kind):
 
 
 # --- interrupted
-
-
-def every_moment(action, step=1):
-    """Runs `action` with Ctrl-C at one moment after the other: at the n-th call or return of anything, builtins
-    included, until it ends before that. Yields after each.
-    """
-    num_interrupted = 0
-    for at in itertools.count(1, step):
-        seen = []
-
-        def watch(frame, event, arg, seen=seen, at=at):
-            seen.append(event)
-            if len(seen) == at:
-                sys.setprofile(None)
-                signal.raise_signal(signal.SIGINT)
-
-        try:
-            try:
-                sys.setprofile(watch)
-                action()
-            finally:
-                sys.setprofile(None)
-        except KeyboardInterrupt:
-            num_interrupted += 1
-        yield
-        if len(seen) < at:
-            break
-    assert num_interrupted > 10
 
 
 def test_load_interrupted_at_any_moment(tmp_path, monkeypatch):
