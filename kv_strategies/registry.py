@@ -37,6 +37,7 @@ from .step.checked import checked
 from .step.defaults import plain_defaults
 from .step.forward import NEEDS_STACK
 from .step.fused import supports
+from .step.graphs import is_out_of_memory
 from .step.store import KVShape
 from .strategy import Strategy, planes_of
 from .window import SlidingWindow
@@ -167,6 +168,7 @@ def build(
         ValueError: an unknown name or option, one of the wrong type, parts that cannot work together or break their
             contract, a model this cannot serve, a pool that cannot hold a single block.
         RuntimeError: transformers is installed without the patches.
+        torch.OutOfMemoryError: there is no memory for the pool.
     """
     parts = parts_of(name)
     name = "+".join(parts)
@@ -200,7 +202,18 @@ def build(
         raise ValueError("give num_blocks or memory_fraction, not both")
     elif num_blocks < 1:
         raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
-    return Strategy(name, model, policies, chosen, Generation(), num_blocks=num_blocks, block_size=site.block_size)
+    try:
+        return Strategy(name, model, policies, chosen, Generation(), num_blocks=num_blocks, block_size=site.block_size)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error) or type(error).__name__
+    # Raised when the other one is gone, and with it what there was room for.
+    num_bytes = num_blocks * site.shape.block_bytes(planes_of(site.shape, policies, site.block_size))
+    raise torch.OutOfMemoryError(
+        f"there is no memory for a pool of {num_blocks} blocks of {site.block_size} tokens, "
+        f"{num_bytes / 2**30:.2f} GiB: give a smaller num_blocks, memory_fraction or host_bytes ({reason})"
+    )
 
 
 def _put_together(

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kv_strategies import STRATEGIES, Request, Runner, build
+from kv_strategies import runner as runner_module
 from kv_strategies.step import graphs
 from kv_strategies.step.plan import Plan
 from kv_strategies.step.sampling import SamplingParams, sample
@@ -97,6 +98,7 @@ def replaying_runner(model, strategy, monkeypatch, **options) -> Runner:
     monkeypatch.setattr(graphs, "_warm_up", lambda work, stream: work())
     monkeypatch.setattr(graphs, "_record", record)
     monkeypatch.setattr(Plan, "once", lambda plan, name, make: make())  # a graph computes it again
+    monkeypatch.setattr(runner_module, "_start_copy", lambda tokens: (tokens.clone(), None))  # the next replay is ahead
     runner = Runner(model, strategy, **options)
     runner._graphs = graphs.StepGraphs(
         strategy,

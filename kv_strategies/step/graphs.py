@@ -8,12 +8,15 @@ one more bucket bounds what each row reads by itself.
 Steps that decode are for graphs, and so are those that prefill a few tokens of one prompt (what is behind a prefix hit,
 say), padded with tokens of no row. Others are long enough to hide what launching them costs.
 
+A capture takes memory of its own. Where there is none left, steps of that kind run without a graph, after one warning.
+
 `StepGraphs` holds whole steps of the runner, `StackGraphs` the decoder stack alone for `generate()`, which keeps what
 is around it to itself.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,22 +60,22 @@ class StepGraphs:
         self._sizes = sorted({size for size in _batch_sizes() if size < max_num_seqs} | {max_num_seqs})
         self._met: set[tuple[int, int, int]] = set()
         self._buffers: dict[tuple[int, int, int], PlanBuffer] = {}  # the graphs read their memory
-        self._graphs: dict[tuple[int, int, int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, int, int, int], _Graph | None] = {}  # None where there is no memory for one
         self._memory = torch.cuda.graph_pool_handle()
         self._stream = _stream(last_token.device)
         self._layout = strategy.seen.layout
 
-    def decode(self, rows: Sequence[Row], seats: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def decode(self, rows: Sequence[Row], seats: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """One step over rows of one query each. The likeliest tokens are the newest of their seats when it has run.
 
         Returns:
-            logits [B, V] and the likeliest tokens [B], both valid until the next step.
+            logits [B, V] and the likeliest tokens [B], both valid until the next step. None where there is no graph.
         """
         num_rows = next(size for size in self._sizes if size >= len(rows))
         shape = num_rows, num_rows, _bucket(max(row.num_tokens for row in rows))
         padding = [len(self._last_token) - 1] * (num_rows - len(rows))
-        logits, tokens = self._run(shape, rows, {"seats": [*seats, *padding]})
-        return logits[: len(rows)], tokens[: len(rows)]
+        found = self._run(shape, rows, {"seats": [*seats, *padding]})
+        return found and (found[0][: len(rows)], found[1][: len(rows)])
 
     def prefill(self, row: Row, seat: int, token_ids: np.ndarray) -> tuple[Tensor, Tensor] | None:
         """One step over the last tokens of a prompt, the new ones of its row. Returns as `decode` does.
@@ -90,7 +93,7 @@ class StepGraphs:
         inputs = {"seats": [seat], "input_ids": token_ids, "last": [len(token_ids) - 1]}
         return self._run(shape, [row], inputs)
 
-    def _run(self, shape: tuple[int, int, int], rows, inputs: dict[str, Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def _run(self, shape: tuple[int, int, int], rows, inputs: dict[str, Sequence[int]]) -> tuple[Tensor, Tensor] | None:
         """A step of at most so many rows, tokens, and tokens of a row's context."""
         num_rows, num_tokens, bucket = shape
         if self._layout != self._strategy.seen.layout:  # weights lie elsewhere, or other code runs
@@ -106,9 +109,14 @@ class StepGraphs:
         kind = num_rows, num_tokens, *bounds
         if kind not in self._graphs:
             padding = {name: [0] for name in inputs} | {"seats": [len(self._last_token) - 1]}
-            self._graphs[kind] = self._capture(buffer, _bounded(buffer.fill([], padding), *bounds))
+            plan = _bounded(buffer.fill([], padding), *bounds)
+            self._graphs[kind] = _captured(lambda: self._capture(buffer, plan), num_rows)
+            if self._graphs[kind] is None:  # what is left of it is not captured into again
+                self._memory = torch.cuda.graph_pool_handle()
             buffer.fill(rows, inputs)
         graph = self._graphs[kind]
+        if graph is None:
+            return None
         graph.replay()
         return graph.logits, graph.tokens
 
@@ -167,7 +175,7 @@ class StackStep:
     def __init__(self, stack: FusedStack, bounds: tuple[int, int], stream: torch.cuda.Stream | None):
         self.plan: Plan | None = None
         self._stack, self._bounds, self._stream = stack, bounds, stream
-        self._is_warm = False
+        self._is_warm = self._is_refused = False  # no capture yet; there is no memory for one
         self._replay: Callable[[], object] | None = None
         self._inputs: list[Tensor] = []
         self._output: Tensor | None = None
@@ -179,26 +187,56 @@ class StackStep:
     @takes_cache
     def __call__(self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], cache, **kwargs) -> Tensor:
         """See `FusedStack`. The result is valid until the next step."""
-        if not self._is_warm:  # kernels compile
+        given = (hidden_states, *(part.expand(len(hidden_states), -1, -1) for part in position_embeddings))
+        if self._is_warm and not self._is_refused and self._replay is None:
+            self._is_refused = _captured(lambda: self._capture(given, cache.strategy), len(hidden_states)) is None
+        if self._replay is None:
             self._is_warm = True
-            return _warm_up(
+            return _warm_up(  # kernels compile
                 lambda: self._stack(hidden_states, position_embeddings=position_embeddings, cache=cache),
                 self._stream,
             )
-        given = (hidden_states, *(part.expand(len(hidden_states), -1, -1) for part in position_embeddings))
-        if self._replay is None:
-            own = AttendingCache(cache.strategy)  # of no call: the graph serves all of them
-            own.plan = self.plan
-            with torch.inference_mode(False), torch.no_grad():  # what is kept serves all modes
-                self._inputs = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in given]
-                self._replay, self._output = _record(
-                    lambda: self._stack(self._inputs[0], position_embeddings=self._inputs[1:], cache=own),
-                    self._stream,
-                )
         for kept, tensor in zip(self._inputs, given, strict=True):
             kept.copy_(tensor)
         self._replay()
         return self._output
+
+    def _capture(self, given: Sequence[Tensor], strategy: Attends) -> Callable[[], object]:
+        own = AttendingCache(strategy)  # of no call: the graph serves all of them
+        own.plan = self.plan
+        with torch.inference_mode(False), torch.no_grad():  # what is kept serves all modes
+            self._inputs = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in given]
+            self._replay, self._output = _record(
+                lambda: self._stack(self._inputs[0], position_embeddings=self._inputs[1:], cache=own),
+                self._stream,
+            )
+        return self._replay
+
+
+def _captured(capture: Callable[[], Any], num_rows: int) -> Any:
+    """What `capture` gives; None where there is no memory for it."""
+    try:
+        return capture()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    warnings.warn(
+        f"there is no memory left to capture a step of {num_rows} rows as a CUDA graph: such steps run without one. A "
+        "smaller pool (num_blocks, memory_fraction) leaves room for it",
+        stacklevel=2,
+    )
+    return None
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether that is what it comes from: a capture that was broken off raises errors of its own over it."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error)):
+            return True
+        error = error.__context__
+    return False
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
@@ -223,7 +261,8 @@ def _record(
 ) -> tuple[Callable[[], object], Any]:
     """What repeats `work` on the same memory, and where its result will be. Graphs that never overlap may share it."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory, stream=stream):
+    # The stream once more: one that is broken off may leave its own behind.
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=memory, stream=stream):
         output = work()
     return graph.replay, output
 
