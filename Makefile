@@ -38,7 +38,7 @@ else
     echo 'make: no Python 3.11 or later with venv found; install python3.11 and python3.11-venv, or set PYTHON=' >&2; exit 1
 endif
 
-.PHONY: help patch tree install model test soak test-upstreams upstream-news lint bench report refresh bundle clean
+.PHONY: help patch tree install model test soak load test-upstreams upstream-news lint bench report refresh bundle clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -73,9 +73,13 @@ model: install  ## bring the default model and the text for the benches
 test: install model  ## run the tests [ARGS=tests/test_paged.py] [JOBS=2]
 	OMP_NUM_THREADS=$(TEST_THREADS) $(python) -m pytest $(if $(filter-out 0,$(JOBS)),-n $(JOBS) --dist worksteal) $(ARGS)
 
-soak: install  ## drive every composition with faults, fresh seeds [MINUTES=10] [ONLY= SEED= OPS= to replay]
-	OMP_NUM_THREADS=1 $(python) tests/soak.py --minutes $(or $(MINUTES),10) $(if $(ONLY),--only '$(ONLY)') \
+soak: install  ## drive every composition with faults, fresh seeds [MINUTES=10] [DEVICE=cuda] [ONLY= SEED= OPS= to replay]
+	OMP_NUM_THREADS=1 $(python) tests/soak.py --minutes $(or $(MINUTES),10) --device $(or $(DEVICE),cpu) $(if $(ONLY),--only '$(ONLY)') \
 	  $(if $(SEED),--seed $(SEED)) $(if $(OPS),--ops $(OPS))
+
+load: install  ## thousands of requests through a pool of a twentieth of them [MINUTES=10] [DEVICE=cuda] [OUT=build/load]
+	OMP_NUM_THREADS=1 $(python) tests/load.py --minutes $(or $(MINUTES),10) --device $(or $(DEVICE),cpu) \
+	  --out '$(or $(OUT),build/load)'
 
 test-upstreams: install model  ## run the equality tests on every release of patches/upstreams.txt
 	@$(python) patches/fork.py upstreams --into build/upstreams

@@ -10,6 +10,9 @@ must be the one that the request gives when nothing disturbs it.
 Operation i draws from a random generator of its own, so any subset of the operations can be run again: that is how a
 failure is made small. `tests/soak.py` runs, replays and shrinks worlds.
 
+On a GPU (`MODEL.to("cuda")`) runners replay CUDA graphs and launch steps ahead, and copies have lanes of their own; a
+world then is the same twice but for when copies arrive.
+
 Time is part of the seed: the disk writes when the world says so, and a fetch pays when the world says so.
 """
 
@@ -244,7 +247,8 @@ class Oracle:
         def sample(logits, params, steps):
             scores = logits.float()
             if temperature:
-                keys = torch.tensor([_mix(_mix(p.seed) ^ step) for p, step in zip(params, steps, strict=True)])
+                keys = [_mix(_mix(p.seed) ^ step) for p, step in zip(params, steps, strict=True)]
+                keys = torch.tensor(keys, device=scores.device)
                 scores = scores / temperature + _gumbel(keys, scores.shape[-1])
             best = scores.topk(2, dim=-1).values
             margins.append(float((best[:, 0] - best[:, 1]).min()))
@@ -268,10 +272,10 @@ class Oracle:
         if (path, size) not in self._states:
             cache = DynamicCache(config=MODEL.config)
             with torch.inference_mode():
-                MODEL(torch.tensor([path]), **with_cache(cache), use_cache=True)
+                MODEL(torch.tensor([path], device=MODEL.device), **with_cache(cache), use_cache=True)
             k = torch.stack([layer.keys[0, :, -size:] for layer in cache.layers])
             v = torch.stack([layer.values[0, :, -size:] for layer in cache.layers])
-            self._states[path, size] = torch.cat([k.flatten(), v.flatten()])
+            self._states[path, size] = torch.cat([k.flatten(), v.flatten()]).cpu()
         return self._states[path, size]
 
 
@@ -287,13 +291,18 @@ def options_of(name: str) -> dict:
 
 def _generate(rows: list[list[int]], cache, num_new: int, **options) -> list[list[int]]:
     """The new tokens of each row; shorter ones are padded on the left."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids, mask = _padded(rows)
     out = MODEL.generate(
         ids, attention_mask=mask, max_new_tokens=num_new, do_sample=False, **options, **with_cache(cache)
     )
-    return out[:, width:].tolist()
+    return out[:, ids.shape[1] :].tolist()
+
+
+def _padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = [[0] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=MODEL.device), torch.tensor(mask, device=MODEL.device)
 
 
 class Corpus:
@@ -557,7 +566,7 @@ class World:
                 salts = [salt for salt in SALTS if self.strategy.sharing._salted(salt) == salted]
                 require(len(salts) == 1, "a root is of no salt")
                 require(path in self.ever[salts[0]], f"{path} is in the tree of salt {salts[0]!r}, nobody asked for it")
-                data = self.strategy.placement.read_blocks([node.block])[0].view(torch.float32)
+                data = self.strategy.placement.read_blocks([node.block])[0].cpu().view(torch.float32)
                 far = float((data - self.oracle.states(path, self.block_size)).abs().max())
                 require(far < 1e-3, f"block {node.block} of the tree is off by {far} for {path}")
                 self.counts["contents"] += 1
@@ -772,7 +781,9 @@ class World:
         if runner._running:
             try:
                 with self.strategy.lock:
-                    runner._preempt(runner._running[-1])
+                    runner._collect()  # a preempted sequence must know its tokens
+                    if runner._running:
+                        runner._preempt(runner._running[-1])
             finally:
                 self.counts["preempted by force"] += 1
 
@@ -824,7 +835,9 @@ class World:
             return
         except FAULTS:
             kept.failed = True
-            if num_rows == 1 and not has_beams and rng.random() < 0.6:
+            # A single column that is fed again is noticed on a CPU only.
+            is_noticed = len(rows[0]) > 1 or MODEL.device.type == "cpu"
+            if num_rows == 1 and not has_beams and rng.random() < 0.6 and is_noticed:
                 kept.rows = [rows[0][: len(rows[0])]]
                 self.kept.append(kept)
             raise
@@ -838,10 +851,7 @@ class World:
         return any(STRATEGIES[part].answers == "codec" for part in self.parts)
 
     def _cache(self, rows: list[list[int]], salt: str):
-        width = max(map(len, rows))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        return self.strategy.cache(ids, mask, salt)
+        return self.strategy.cache(*_padded(rows), salt)
 
     def go_on(self, rng: random.Random) -> None:
         """Another turn with a kept cache, a copy of it, or what is left of it after a crop."""

@@ -2,6 +2,11 @@
 
 python tests/soak.py --minutes 60                              every composition in turn
 python tests/soak.py --only prefix+offload:disk --seed 17      one world again, as a failure said
+python tests/soak.py --device cuda --minutes 10                with CUDA graphs, steps launched ahead, lanes of copies
+
+On a machine without a venv:
+
+PYTHONPATH=transformers-dev/src:. python3 tests/soak.py --device cuda --minutes 10
 """
 
 from __future__ import annotations
@@ -17,12 +22,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checker import ALL, Failure, run_world, shrink
+from checker import ALL, MODEL, Failure, run_world, shrink
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="", help=f"compositions, by commas, of {', '.join(ALL)}")
     parser.add_argument("--seed", type=int, help="run this world alone")
     parser.add_argument("--ops", default="", help="of this world only these operations, by commas")
@@ -32,6 +38,7 @@ def main() -> int:
     if unknown := set(cases) - set(ALL):
         parser.error(f"unknown composition {', '.join(sorted(unknown))}; known are {', '.join(ALL)}")
     torch.set_num_threads(1)
+    MODEL.to(options.device)
     gc.freeze()
     if options.seed is not None:
         only = [int(op) for op in options.ops.split(",")] if options.ops else None
@@ -41,7 +48,9 @@ def main() -> int:
         return any(isinstance(one, Failure) for one in found)
 
     first = random.SystemRandom().randrange(10**6) * 1000
-    print(f"{len(cases)} compositions, seeds from {first}, {options.minutes:g} minutes")
+    where = torch.cuda.get_device_name() if MODEL.device.type == "cuda" else "CPU"
+    print(f"{where}, torch {torch.__version__}: {options.minutes:g} minutes")
+    print(f"{len(cases)} compositions, seeds from {first}")
     end, total, failures, seed = time.time() + 60 * options.minutes, Counter(), [], first
     told = time.time()
     while time.time() < end and len(failures) < options.failures:
