@@ -265,8 +265,6 @@ class StrategyCache(AttendingCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         with self.strategy.lock:
             chosen = _fork([self.tables[index] for index in indices.tolist()])
-            if self._origins is not None:
-                self._origins = self._origins[indices.to(self._origins.device)]
             release_all(self.tables)
             self.tables[:] = chosen
             rows = indices.cpu()

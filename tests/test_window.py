@@ -210,6 +210,20 @@ def test_preempted_rows_go_on_where_they_were():
     assert runner.num_preemptions > 0
 
 
+@torch.no_grad()
+def test_rows_that_change_places_take_their_positions_along():
+    """Sinks are turned by the distance to where a row begins, wherever its positions do."""
+    ids, starts = torch.stack([text(30, 1), text(30, 2)]), torch.tensor([[0], [50]])
+    order, last = torch.tensor([1, 0, 1]), []
+    for rows in (torch.arange(2), order):
+        strategy = build("window", MODEL, window=8, sinks=3, block_size=4, num_blocks=60)
+        cache = strategy.cache()
+        MODEL(ids[:, :29], position_ids=starts + torch.arange(29), **with_cache(cache))
+        cache.reorder_cache(rows)
+        last.append(MODEL(ids[rows, 29:], position_ids=starts[rows] + 29, **with_cache(cache)).logits)
+    assert_close(last[1], last[0][order], rtol=1e-4, atol=1e-4)
+
+
 # --- what it saves
 
 
