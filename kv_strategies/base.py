@@ -277,6 +277,7 @@ class Placement(Policy):
     tiers = LowerTiers()
     capturable = True  # whether a decode step may be recorded as a CUDA graph
     prefill_capturable = True  # whether a step with new tokens of a prompt may be, too
+    prefetches = True  # whether what comes over the link comes while something else is computed
 
     # Memory
 
@@ -294,6 +295,12 @@ class Placement(Policy):
         for device in layer_devices:
             self._layers.append(self.stores[device].layer(seen[device]))
             seen[device] += 1
+
+    def read_bytes(self, num_tokens: int, planes: Planes, site: Site, is_decode: bool) -> tuple[int, int | None]:
+        """What a forward reads for a row that sees `num_tokens`, a decode step or one over a prompt: bytes of the
+        devices' memory, and bytes that come over the link from the host; None where only the text says how many.
+        """
+        return block_bytes(len(site.shape.layer_devices), planes) * num_tokens // site.block_size, 0
 
     # Once a layer
 

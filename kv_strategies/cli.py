@@ -1,17 +1,46 @@
-"""`kv-strategies generate | bench | report | explain | explain-diff`: the package from a shell."""
+"""`kv-strategies generate | plan | bench | report | explain | explain-diff | completion`: the package from a shell."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
+
+from . import plan_command
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="kv-strategies", description="KV-cache strategies on a patched Transformers.")
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows its code
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if options.command in ("bench", "report"):
+        options.extra = [*options.extra, *rest]
+    elif rest:
+        parser.error(f"unrecognised arguments: {' '.join(rest)}")
+    try:
+        return options.run(options)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"kv-strategies: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kv-strategies",
+        description="KV-cache strategies on a patched Transformers.",
+        epilog="Exit status: 0 done, 1 refused or failed (the last line on standard error says why), 2 a command line "
+        "that cannot be read, 130 interrupted.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     generate = commands.add_parser("generate", help="continue a prompt with a strategy and print what it held")
@@ -26,12 +55,17 @@ def main(argv: list[str] | None = None) -> int:
     generate.add_argument("--json", action="store_true", help="print results and statistics as one JSON object")
     generate.set_defaults(run=_generate)
 
+    plan = commands.add_parser("plan", help="what fits a card, how fast it would be, and what bounds it")
+    plan_command.add_arguments(plan)
+    plan.set_defaults(run=_plan)
+
     for name, help_text in (("bench", "measure strategies and native caches"), ("report", "write tables and plots")):
         command = commands.add_parser(name, help=help_text, add_help=False)
         command.set_defaults(run=_bench, extra=["report"] if name == "report" else [])
 
     explain = commands.add_parser("explain", help="show how a strategy works on a small example")
     explain.add_argument("strategy", help="a name, as --strategy takes it")
+    explain.add_argument("--json", action="store_true", help="print one JSON object")
     explain.set_defaults(run=_explain)
 
     diff = commands.add_parser("explain-diff", help="where two strategies first part, and whether rounding explains it")
@@ -42,30 +76,26 @@ def main(argv: list[str] | None = None) -> int:
     diff.add_argument("--model", help="as of generate")
     diff.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model (default: its own)")
     diff.add_argument("--max-new-tokens", type=int, default=64)
+    diff.add_argument("--json", action="store_true", help="print one JSON object")
     diff.set_defaults(run=_explain_diff)
 
-    options, rest = parser.parse_known_args(argv)
-    if options.command in ("bench", "report"):
-        options.extra = [*options.extra, *rest]
-    elif rest:
-        parser.error(f"unrecognised arguments: {' '.join(rest)}")
-    try:
-        return options.run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"kv-strategies: {error}", file=sys.stderr)
-        return 1
+    completion = commands.add_parser("completion", help="print what makes a shell complete this command")
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    completion.set_defaults(run=_completion)
+    return parser
 
 
 def _generate(options: argparse.Namespace) -> int:
     from . import Request, Runner, build
     from .models import load_model
 
+    texts = [_as_text(prompt) for prompt in options.prompt]
     model, tokenizer = load_model(options.model)
     if tokenizer is None:
         raise ValueError(f"{options.model} has random weights and no tokenizer; it serves benchmarks only")
     strategy = build(options.strategy, model, **dict(map(_parse_option, options.option)))
     requests = []
-    for text in options.prompt:
+    for text in texts:
         if options.chat:
             message = [{"role": "user", "content": text}]
             ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
@@ -73,7 +103,7 @@ def _generate(options: argparse.Namespace) -> int:
             ids = tokenizer(text).input_ids
         requests.append(Request(ids, options.max_new_tokens, options.temperature, seed=options.seed))
     results = Runner(model, strategy).generate(requests)
-    texts = [tokenizer.decode(result.token_ids, skip_special_tokens=True) for result in results]
+    answers = [tokenizer.decode(result.token_ids, skip_special_tokens=True) for result in results]
     if options.json:
         rows = [
             {
@@ -85,11 +115,11 @@ def _generate(options: argparse.Namespace) -> int:
                 "ttft": result.timings.ttft,
                 "itl": result.timings.itl,
             }
-            for prompt, text, result in zip(options.prompt, texts, results, strict=True)
+            for prompt, text, result in zip(texts, answers, results, strict=True)
         ]
         print(json.dumps({"results": rows, "stats": strategy.stats()}))
         return 0
-    for prompt, text, result in zip(options.prompt, texts, results, strict=True):
+    for prompt, text, result in zip(texts, answers, results, strict=True):
         times = result.timings
         print(f"--- {prompt}\n{text}")
         rate = f", then {len(times.itl) / sum(times.itl):.1f} tokens/s" if times.itl else ""
@@ -118,6 +148,14 @@ def _in_words(stats: dict) -> str:
     return "\n".join(lines)
 
 
+def _as_text(argument: str) -> str:
+    """What a shell gave, whatever the locale: it must be UTF-8."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt {argument!r} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
 def _parse_option(text: str) -> tuple[str, object]:
     name, found, value = text.partition("=")
     if not found:
@@ -128,19 +166,39 @@ def _parse_option(text: str) -> tuple[str, object]:
         return name, value
 
 
-def _bench(options: argparse.Namespace) -> int:
-    """The bench of the checkout around the current folder, else of the one that this package was installed from, in
-    this process's place."""
+def _plan(options: argparse.Namespace) -> int:
+    root = _checkout()
+    return plan_command.run(
+        options, dict(map(_parse_option, options.option)), root / "bench" / "results" if root else None
+    )
+
+
+def _completion(options: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError:
+        raise RuntimeError("completion takes the package shtab: pip install 'kv-strategies[completion]'") from None
+    print(shtab.complete(_parser(), options.shell))
+    return 0
+
+
+def _checkout() -> Path | None:
+    """The checkout of the project around the current folder, else the one that this package was installed from."""
     folders = [folder := Path.cwd(), *folder.parents, Path(__file__).resolve().parents[1]]
-    roots = [
-        root for root in folders if (root / "bench" / "__main__.py").exists() and (root / "kv_strategies").is_dir()
-    ]
-    if not roots:
+    return next(
+        (root for root in folders if (root / "bench/__main__.py").exists() and (root / "kv_strategies").is_dir()), None
+    )
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """The bench of the checkout, in this process's place."""
+    root = _checkout()
+    if root is None:
         raise RuntimeError(
             "the bench is not part of the installed package, and there is no checkout of the project in or above "
             f"{Path.cwd()}. Get one (git clone), run `make patch` in it, and run this again from inside it"
         )
-    path = os.pathsep.join(filter(None, [str(roots[0]), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-P", "-m", "bench", *options.extra]
     os.execve(sys.executable, command, os.environ | {"PYTHONPATH": path})
 
@@ -153,6 +211,7 @@ def _explain_diff(options: argparse.Namespace) -> int:
     from .models import load_model
     from .registry import parts_of
 
+    prompts = [_as_text(prompt) for prompt in options.prompt]
     model, tokenizer = load_model(options.model, dtype=getattr(torch, options.dtype) if options.dtype else None)
     given = dict(map(_parse_option, options.option))
     pair = []
@@ -160,13 +219,16 @@ def _explain_diff(options: argparse.Namespace) -> int:
         own = {option for part in parts_of(name) for option in STRATEGIES[part].options}
         known = {"num_blocks", "block_size", "kernels", *own} if name != "baseline" else set()
         pair.append(build(name, model, **{option: value for option, value in given.items() if option in known}))
-    found = first_difference(*pair, [tokenizer(text).input_ids for text in options.prompt], options.max_new_tokens)
+    found = first_difference(*pair, [tokenizer(text).input_ids for text in prompts], options.max_new_tokens)
+    if options.json:
+        print(json.dumps({"difference": found and asdict(found) | {"is_rounding": found.is_rounding}}))
+        return 0
     if found is None:
         print(f"{options.a} and {options.b} give the same {options.max_new_tokens} tokens for every prompt")
         return 0
     shown = [repr(tokenizer.decode([token])) if token >= 0 else "the end" for token in found.tokens]
     print(
-        f"they part at new token {found.token} of {options.prompt[found.prompt]!r}: {options.a} says {shown[0]}, "
+        f"they part at new token {found.token} of {prompts[found.prompt]!r}: {options.a} says {shown[0]}, "
         f"{options.b} {shown[1]}\n"
         f"margin of the two: {found.margin:+.5f} in {str(model.dtype).removeprefix('torch.')}, {found.exact:+.5f} in "
         f"float32; the dtype moves a logit there by {found.rounding:.5f}"
@@ -181,15 +243,16 @@ def _explain(options: argparse.Namespace) -> int:
     """The example of each part of the name: of the module that answers its question."""
     from .registry import STRATEGIES, parts_of
 
+    shown = {}
     for part in parts_of(options.strategy):
-        preset = STRATEGIES[part]
+        preset, text = STRATEGIES[part], io.StringIO()
         module = importlib.import_module(
             "kv_strategies.paged" if preset.answers == "layout" else preset.make.__module__
         )
-        if hasattr(module, "main"):
-            module.main()
-        else:
-            print(f"{part}: {preset.summary}")
+        with contextlib.redirect_stdout(text):
+            module.main() if hasattr(module, "main") else print(f"{part}: {preset.summary}")
+        shown[part] = {"answers": preset.answers, "summary": preset.summary, "example": text.getvalue()}
+    print(json.dumps(shown) if options.json else "".join(part["example"] for part in shown.values()), end="")
     return 0
 
 

@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .base import Placement
+from .base import Placement, Site
 from .kernels import Kernels
 from .kernels.blocks.topn import TALLY, new_tally
 from .step.plan import LayerStore, Plan
@@ -100,6 +100,7 @@ class Offload(Placement):
         self._lossy = {"top_n": top_n or 0, "mass": mass or 0.0, "renormalise": renormalise}
         # An exact step streams by copies that change with the block tables; a graph would repeat those of its capture.
         self.capturable = self.is_lossy or resident == "kv"
+        self.prefetches = not self.is_lossy
 
     def identity(self) -> dict[str, object]:
         return {"reads": self._lossy} if self.is_lossy else {}
@@ -119,6 +120,20 @@ class Offload(Placement):
                 host = torch.device("cpu")
                 needed[host] = needed.get(host, 0) + num_layers * one
         return needed
+
+    def read_bytes(self, num_tokens: int, planes: dict, site: Site, is_decode: bool) -> tuple[int, int | None]:
+        resident, streamed = self._split(planes)
+        num_layers, num_blocks = len(site.shape.layer_devices), -(-num_tokens // site.block_size)
+        read = block_bytes(num_layers, resident) * num_tokens // site.block_size
+        if not streamed:
+            return read, 0
+        if is_decode and self._lossy["mass"]:
+            return read, None
+        if is_decode and self.is_lossy:  # a V of its own for every head
+            rows = min(self._lossy["top_n"], num_tokens) * num_layers * site.shape.num_heads
+            return read, rows * _vector_bytes(streamed)
+        fetched = num_layers * block_bytes(1, streamed) * num_blocks
+        return read + 2 * fetched, fetched  # into a buffer, and out of it
 
     def allocate(self, num_blocks: int, planes: dict, layer_devices: list[torch.device]) -> None:
         resident, streamed = self._split(planes)
@@ -304,9 +319,7 @@ class _DeviceLayers:
                 num_blocks, num_layers, streamed, device, num_buffers=num_buffers, in_order=in_order
             )
             self.planes |= self.stream.planes
-            self.vector_bytes = sum(
-                math.prod(shape[2:]) * dtype.itemsize for name, (shape, dtype) in streamed.items() if name[0] == "v"
-            )
+            self.vector_bytes = _vector_bytes(streamed)
         names = ("k", "v", "k_scale", "v_scale")
         self.layers = [
             LayerStore(*(self.planes[name][:, layer] if name in self.planes else None for name in names))
@@ -345,6 +358,11 @@ class _DeviceLayers:
         """Wait, on the host, for all that is under way."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _vector_bytes(planes: dict) -> int:
+    """Bytes of the V of one token and head, its scale included."""
+    return sum(math.prod(shape[2:]) * dtype.itemsize for name, (shape, dtype) in planes.items() if name[0] == "v")
 
 
 def _rows(option: object, tokens: slice) -> object:

@@ -216,6 +216,28 @@ def build(
     )
 
 
+def outline(
+    name: str, model: LlamaForCausalLM, *, block_size: int | None = None, **options: object
+) -> tuple[Policies, Site]:
+    """The policies that `build` would give this model, without memory: the model may be on the meta device.
+
+    Raises:
+        ValueError: as `build`.
+    """
+    parts = parts_of(name)
+    if name == "baseline":
+        raise ValueError("baseline is the native cache: it has no policies")
+    check_rope(name, model)
+    with plain_defaults():
+        return _put_together(model, parts, _options_of(name, parts, options), block_size)
+
+
+def bytes_per_block(policies: Policies, site: Site) -> dict[torch.device, int]:
+    """What one block of the pool takes of the memory of each device."""
+    planes = planes_of(site.shape, policies, site.block_size)
+    return policies.placement.bytes_per_block(planes, site.shape.layer_devices)
+
+
 def _put_together(
     model: LlamaForCausalLM, parts: list[str], given: dict[str, dict[str, object]], block_size: int | None
 ) -> tuple[Policies, Site]:
@@ -416,8 +438,7 @@ def check_rope(name: str, model: LlamaForCausalLM) -> None:
 def _blocks_that_fit(model: LlamaForCausalLM, policies: Policies, site: Site, memory_fraction: float | None) -> int:
     if memory_fraction is not None and not 0 < memory_fraction <= 1:
         raise ValueError(f"memory_fraction must be in (0, 1], got {memory_fraction}")
-    shape, block_size = site.shape, site.block_size
-    needed = policies.placement.bytes_per_block(planes_of(shape, policies, block_size), shape.layer_devices)
+    shape, block_size, needed = site.shape, site.block_size, bytes_per_block(policies, site)
     on_gpu = shape.layer_devices[0].type == "cuda"
     share = memory_fraction or (0.8 if on_gpu else 0.25)
     # Host memory beside a GPU: half of what is free, whatever share of the GPU is asked for.
@@ -426,13 +447,11 @@ def _blocks_that_fit(model: LlamaForCausalLM, policies: Policies, site: Site, me
         for device, size in needed.items()
     }
     scarce = min(fits, key=fits.__getitem__)
-    num_blocks, bytes_per_block, free = fits[scarce], needed[scarce], _free_bytes(scarce)
+    num_blocks, size, free = fits[scarce], needed[scarce], _free_bytes(scarce)
     if not on_gpu and memory_fraction is None:
         num_blocks = min(num_blocks, -(-16 * model.config.max_position_embeddings // block_size))
     if num_blocks < 1:
-        raise ValueError(
-            f"one block of {block_size} tokens takes {bytes_per_block / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-        )
+        raise ValueError(f"one block of {block_size} tokens takes {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
     return num_blocks
 
 

@@ -110,6 +110,47 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
+def model_shape(spec: str | Path | None, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The model that `load_model` would give, on the meta device: its sizes, and no weights.
+
+    Args:
+        spec: as of `load_model`; or a `.gguf` file, of which its head is read.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`; a gguf file of another architecture, or none.
+    """
+    spec = str(spec if spec is not None else DEFAULT_MODEL)
+    if spec.endswith("-random") and not Path(spec).exists():
+        config = _random_config(spec)
+    else:
+        raw = gguf_config(Path(spec)) if spec.endswith(".gguf") else read_config(spec)
+        match raw.get("model_type"):
+            case "llama":
+                config = LlamaConfig.from_dict(raw)
+            case "qwen2" | "qwen":
+                config = qwen.llama_config(raw)
+            case other:
+                raise ValueError(f"{spec} is a model of type {other!r}: the strategies run on the Llama architecture")
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def gguf_config(path: Path) -> dict[str, Any]:
+    """What would be the `config.json` of a gguf file.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, no gguf file, or of an architecture that Transformers cannot read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return PreTrainedConfig.get_config_dict(path.parent, gguf_file=path.name)[0]
+    except ImportError as error:
+        raise ValueError(f"{path}: reading gguf files takes the package gguf (pip install gguf)") from error
+    except Exception as error:  # whatever the reader meets in a file that is none
+        raise ValueError(f"{path} is no gguf file of a kind that can be read: {error}") from error
+
+
 def read_config(spec: str) -> dict[str, Any]:
     """The `config.json` of a local folder or hub id."""
     path = Path(spec)
@@ -195,10 +236,8 @@ def random_model(name: str, *, dtype: torch.dtype, device: torch.device) -> Llam
 
     The seed is fixed: two calls give the same weights on the same kind of device.
     """
-    if name not in RANDOM_MODELS:
-        raise ValueError(f"unknown random model {name!r}; known are {', '.join(RANDOM_MODELS)}")
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**RANDOM_MODELS[name], name_or_path=name)).to(dtype)
+        model = LlamaForCausalLM(_random_config(name)).to(dtype)
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for parameter_name, parameter in model.named_parameters():
@@ -207,6 +246,12 @@ def random_model(name: str, *, dtype: torch.dtype, device: torch.device) -> Llam
         else:
             torch.nn.init.normal_(parameter, std=0.02, generator=generator)
     return finish(model).to(device)
+
+
+def _random_config(name: str) -> LlamaConfig:
+    if name not in RANDOM_MODELS:
+        raise ValueError(f"unknown random model {name!r}; known are {', '.join(RANDOM_MODELS)}")
+    return LlamaConfig(**RANDOM_MODELS[name], name_or_path=name)
 
 
 def finish(model: LlamaForCausalLM) -> LlamaForCausalLM:

@@ -1,0 +1,224 @@
+"""`kv-strategies plan`: the table of `planner.py` for a model and a card that need not be here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from .models.load import model_shape
+from .planner import Card, Model, Plan, Work, plan_all, settings
+from .registry import STRATEGIES, parts_of
+
+DTYPES = ("bfloat16", "float16", "float32")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+#: What stands where the command says nothing: a consumer's card of 24 GB.
+ASSUMED = {"bandwidth": 900.0, "pcie": 25.0, "tflops": 150.0}
+
+
+def num_tokens(text: str) -> int:
+    """`4096`, `32k` (of 1024) or `1m`."""
+    found = re.fullmatch(r"(\d+)([km]?)", text.strip().lower())
+    if not found or not int(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: give 4096, 32k or 1m")
+    return int(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2]]
+
+
+def num_bytes(text: str) -> int:
+    """`24GB` (10^9), `24GiB` (2^30) or plain bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    if not found or found[2] == "i" or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give 24GB, 24GiB or a number of bytes")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def positive(kind: Callable) -> Callable:
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number above 0")
+        return value
+
+    return read
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", help="a folder, a .gguf file, a hub id, or a known random shape; no weight is loaded"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache (%(default)s)")
+    parser.add_argument("--context", type=num_tokens, required=True, help="tokens a row grows to, such as 32k")
+    parser.add_argument("--batch", type=positive(int), default=1, help="rows at the same time (%(default)s)")
+    parser.add_argument("--new-tokens", type=num_tokens, default=256, help="of the context, generated (%(default)s)")
+    parser.add_argument("--gpu-memory", type=num_bytes, help="such as 24GB or 80GiB (default: of the GPU here)")
+    parser.add_argument("--reserve", type=num_bytes, default=num_bytes("0.6GB"), help="CUDA's own share (0.6GB)")
+    parser.add_argument("--bandwidth", type=positive(float), help="read, GB/s, of the card's memory")
+    parser.add_argument("--pcie", type=positive(float), help="GB/s from the host to the card")
+    parser.add_argument("--tflops", type=positive(float), help="that matrix products reach in this dtype")
+    parser.add_argument("--strategy", action="append", help="only this one; may be repeated (default: all useful)")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of --strategy")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes and seconds")
+
+
+def run(options: argparse.Namespace, parsed: dict[str, object], results: Path | None) -> int:
+    """Args: parsed: `--option` as a dictionary; results: the folder of measured results, where there is one.
+
+    Raises:
+        ValueError: a model or strategy that there is not, or nothing that fits; it says how much is missing.
+    """
+    if parsed and not options.strategy:
+        raise ValueError("--option belongs to a strategy: name it with --strategy")
+    if options.gpu_memory is None and not torch.cuda.is_available():
+        raise ValueError("there is no GPU here to take the size of: say --gpu-memory, such as 24GB")
+    rates = {name: getattr(options, name) or value for name, value in ASSUMED.items()}
+    memory = options.gpu_memory or torch.cuda.get_device_properties(0).total_memory
+    card = Card(memory, rates["bandwidth"] * 1e9, rates["pcie"] * 1e9, rates["tflops"] * 1e12, options.reserve)
+    work = Work(options.context, options.batch, min(options.new_tokens, options.context - 1))
+    chosen = [(name, parsed) for name in options.strategy] if options.strategy else list(settings())
+    model = _model(options.model, options.dtype)
+    plans = plan_all(chosen, model, work, card)
+    costs = _costs(results) if results else []
+    if options.json:
+        rows = [_as_json(plan, costs) for plan in plans]
+        print(json.dumps({"card": vars(card), "work": vars(work), "weights": model.weights, "plans": rows}))
+    else:
+        print(_head(options, model, work, rates, card))
+        print(_table([_row(plan, costs) for plan in plans]))
+        print("".join(f"\n{why}" for why in dict.fromkeys(_reasons(plans, costs))), end="")
+    if not any(plan.fits for plan in plans):
+        raise ValueError(_too_large(plans, options, chosen, model, work, card))
+    return 0
+
+
+def _model(spec: str | None, dtype: str) -> Model:
+    return Model(model_shape(spec, getattr(torch, dtype)))
+
+
+def _too_large(
+    plans: Sequence[Plan], options: argparse.Namespace, chosen: list, model: Model, work: Work, card: Card
+) -> str:
+    least = min(plans, key=lambda plan: plan.missing)
+    text = f"nothing fits: {least.label} lacks least, {_gb(least.missing)}"
+    if model.weights > card.usable:
+        text += f" (the weights alone take {_gb(model.weights)} of {_gb(card.usable)})"
+    elif least.longest_context or least.largest_batch:
+        text += f"; it holds {least.longest_context} tokens at batch {work.batch}, or batch {least.largest_batch} here"
+    smaller = "bfloat16" if options.dtype == "float32" else None
+    if smaller:
+        fit = [plan.label for plan in plan_all(chosen, _model(options.model, smaller), work, card) if plan.fits]
+        text += f". In {smaller} {'fits ' + ', '.join(fit) if fit else 'nothing fits either'}"
+    return text
+
+
+# --- what is shown
+
+
+def _head(options: argparse.Namespace, model: Model, work: Work, rates: dict[str, float], card: Card) -> str:
+    units = {"bandwidth": "GB/s read", "pcie": "GB/s over the link", "tflops": "TFLOP/s"}
+    said = [
+        f"{rates[name]:g} {unit}" + ("" if getattr(options, name) else " (assumed)") for name, unit in units.items()
+    ]
+    return (
+        f"{options.model or 'the default model'} in {options.dtype}: {_gb(model.weights)} of weights. {work.batch} x "
+        f"{work.context} tokens, {work.new_tokens} of them new. Card: {_gb(card.memory)}, {_gb(card.reserve)} of it "
+        f"reserved; {', '.join(said)}.\n"
+    )
+
+
+_COLUMNS = (
+    "strategy", "fits", "KV bytes on GPU", "on host", "peak", "step", "bound by", "TTFT", "bound by",
+    "longest context", "largest batch", "cost in quality",
+)  # fmt: skip
+
+
+def _row(plan: Plan, costs: Sequence[dict]) -> list[str]:
+    def seconds(value: float | None) -> str:
+        return "-" if value is None else f"{value * 1e3:.1f} ms"
+
+    host = plan.tiers.get("host", 0)
+    return [
+        plan.label,
+        "yes" if plan.fits else f"no, {_gb(plan.missing)} missing",
+        f"{plan.tiers['gpu']:,}",
+        f"{host:,}" if host else "",
+        _gb(plan.peak),
+        seconds(plan.step),
+        plan.step_bound or "",
+        seconds(plan.ttft),
+        plan.ttft_bound or "",
+        "no end" if plan.longest_context is None else str(plan.longest_context),
+        str(plan.largest_batch),
+        _cost(plan, costs) or "-",
+    ]
+
+
+def _reasons(plans: Sequence[Plan], costs: Sequence[dict]) -> Iterator[str]:
+    """Why there is a dash."""
+    for plan in plans:
+        if plan.unknown:
+            yield f"{plan.strategy}: no time, since {plan.unknown}\n"
+        if _cost(plan, costs) is None:
+            yield "cost in quality: a dash is a setting that was not measured here (`make bench SUITE=cost`)\n"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns where the terminal is wide enough for them, else a few lines for each strategy."""
+    widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
+    if sys.stdout.isatty() and sum(widths) + 2 * len(widths) > shutil.get_terminal_size().columns:
+        return "\n\n".join(
+            "\n".join(
+                [row[0], *(f"  {name}: {text}" for name, text in zip(_COLUMNS[1:], row[1:], strict=True) if text)]
+            )
+            for row in rows
+        )
+    lines = [_COLUMNS, *rows]
+    return "\n".join("  ".join(f"{t:<{w}}" for t, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _as_json(plan: Plan, costs: Sequence[dict]) -> dict:
+    return vars(plan) | {"peak": plan.peak, "fits": plan.fits, "cost": _cost(plan, costs)}
+
+
+# --- what is known of losses
+
+
+def _costs(results: Path) -> list[dict]:
+    """The rows of the suite `cost`, the newest last."""
+    found = []
+    for path in sorted(results.glob("cost-*.jsonl")):
+        for text in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
+            try:
+                line = json.loads(text)
+                rows = line["result"]["rows"] if line["status"] == "ok" and line["workload"] == "cost" else []
+                found += [(line["time"], row | {"model": line["model"]}) for row in rows if "error" not in row]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is no file of results: {error!r}; delete it or measure again") from error
+    return [row for _, row in sorted(found, key=lambda item: item[0])]
+
+
+def _cost(plan: Plan, costs: Sequence[dict]) -> str | None:
+    """Perplexity beside that of the native cache; None where nobody measured it."""
+    presets = [STRATEGIES[part] for part in parts_of(plan.strategy)]
+    if not any(preset.is_lossy(plan.options) for preset in presets):
+        return "none"
+
+    def whole(options: dict) -> dict:
+        return {name: p.default for preset in presets for name, p in preset.options.items()} | options
+
+    for row in reversed(costs):
+        if row["strategy"] == plan.strategy and whole(row["options"]) == whole(plan.options):
+            return f"{row['perplexity'] / row['baseline_perplexity'] - 1:+.2%} perplexity ({row['model']})"
+    return None

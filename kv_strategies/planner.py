@@ -1,0 +1,300 @@
+"""Plan: does it fit, how long does a step take, and what bounds it?
+
+Nothing is run and no weight is loaded. Bytes are those of the strategies' own ledger: the block a layout makes of a
+codec's planes, the tier a placement puts it in, how many blocks a row holds under a retention. Times are the roofline
+(Williams et al., CACM 2009): the slowest of what has to be moved and computed, and a gap for every kernel.
+
+    step    weights and visible K and V / bandwidth  |  V over the link / link rate  |  operations / rate
+    TTFT    likewise, chunk by chunk of the prompt
+
+What no ledger holds is the workspace of a forward (`workspace`): it follows from the widths of the model.
+
+    kv-strategies plan --model llama-2-7b-random --context 32k --batch 8 --gpu-memory 24GB
+
+`make plan-check` compares all of it with what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from transformers import LlamaForCausalLM
+
+from .base import Policies, Site
+from .registry import STRATEGIES, bytes_per_block, outline, parts_of
+from .strategy import planes_of
+
+LIBRARY_BYTES = 32 << 20  # what torch sets aside for cuBLAS on a GPU of compute capability 9
+
+# Of this code, as measured (bench/results: limit and default, one H100), the same on every card.
+KERNEL_GAP = 3.5e-6  # seconds from one kernel to the next
+KERNELS_PER_LAYER = 7
+FIRST_TOKEN_GAP = 5e-3  # seconds of the host before a prompt's first token: admission, and launches outside a graph
+PRODUCTS_READ = 0.95  # share of a card's read bandwidth that matrix products over few rows reach
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What attention over blocks reaches: of the bandwidth in a decode step, of the rate in a chunk of a prompt."""
+
+    read: float
+    rate: float
+
+
+ATTENTION = {"numbers": Attention(0.95, 0.58), "codes": Attention(0.72, 0.28)}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a GPU has and can do. The first limit is its size, the others are rates that it sustains.
+
+    Args:
+        memory: bytes; reserve: of them, what is not torch's to give (CUDA's context, the allocator's rounding).
+        bandwidth, link: bytes/s, read from its memory, and from the host's.
+        rate: operations/s of matrix products in the model's dtype.
+    """
+
+    memory: int
+    bandwidth: float
+    link: float
+    rate: float
+    reserve: int = 0
+
+    @property
+    def usable(self) -> int:
+        return self.memory - self.reserve
+
+
+@dataclass(frozen=True)
+class Work:
+    """`batch` rows that grow to `context` tokens each, the last `new_tokens` of them generated; prompts are fed `chunk`
+    tokens at a time.
+    """
+
+    context: int
+    batch: int = 1
+    new_tokens: int = 0
+    chunk: int = 2048
+
+    @property
+    def prompt(self) -> int:
+        return max(1, self.context - self.new_tokens)
+
+
+class Model:
+    """The sizes of a model, which may be on the meta device."""
+
+    def __init__(self, model: LlamaForCausalLM):
+        self.model, self.config = model, model.config
+        self.weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        tied = embedding is head
+        #: bytes that a decode step reads: of an input embedding of its own only the rows looked up
+        self.read = self.weights - (0 if tied else embedding.numel() * embedding.element_size())
+        self.itemsize = embedding.element_size()
+        self.num_layers = self.config.num_hidden_layers
+        self.head_dim = model.model.layers[0].self_attn.head_dim
+
+    def products(self, num_tokens: int) -> float:
+        """Operations of the matrix products with the weights, for so many tokens."""
+        return 2 * self.read / self.itemsize * num_tokens
+
+    def attention(self, num_pairs: float) -> float:
+        """Operations of the queries that see so many keys, counted together, in all layers."""
+        return 4 * num_pairs * self.config.num_attention_heads * self.head_dim * self.num_layers
+
+    def workspace(self, num_tokens: int, rows: int) -> int:
+        """Bytes beside weights and K and V in a forward of so many packed tokens: the widest moment of a layer, whose
+        gate, up and product live beside the hidden states, and the logits, which are compared in float32.
+        """
+        config = self.config
+        widest = num_tokens * (3 * config.intermediate_size + 8 * config.hidden_size) * self.itemsize
+        return LIBRARY_BYTES + widest + rows * config.vocab_size * (self.itemsize + 4)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One strategy on one card. Bytes and seconds; None where nothing says, and `unknown` says why.
+
+    `missing` is what the card lacks, 0 where all fits. `bound` names what a step or the first token waits for:
+    "memory", "link" or "compute".
+    """
+
+    strategy: str
+    options: dict[str, object]
+    tiers: dict[str, int]
+    weights: int
+    workspace: int
+    missing: int
+    step: float | None = None
+    step_bound: str | None = None
+    ttft: float | None = None
+    ttft_bound: str | None = None
+    longest_context: int | None = 0  # None where no length is too long
+    largest_batch: int = 0
+    unknown: str = ""
+
+    @property
+    def label(self) -> str:
+        said = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return self.strategy + (f" ({said})" if said else "")
+
+    @property
+    def fits(self) -> bool:
+        return not self.missing
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the card, as `torch.cuda.max_memory_allocated` counts them."""
+        return self.weights + self.tiers["gpu"] + self.workspace
+
+
+class Ours:
+    """A strategy of this project, on the meta device."""
+
+    def __init__(self, name: str, options: dict[str, object], model: Model):
+        self.name, self.options, self.model = "+".join(parts_of(name)), options, model
+        self._of_length = "max_length" in STRATEGIES[self.name.split("+")[0]].options  # one block a request
+        if not self._of_length:
+            self._outline = outline(name, model.model, **options)
+
+    def outline(self, context: int) -> tuple[Policies, Site]:
+        if self._of_length:
+            return outline(self.name, self.model.model, **{"max_length": context} | self.options)
+        return self._outline
+
+    def num_blocks(self, work: Work) -> int:
+        policies, site = self.outline(work.context)
+        return work.batch * policies.retention.num_blocks(work.context, work.chunk, site.block_size)
+
+    def tiers(self, num_blocks: int, context: int) -> dict[str, int]:
+        """Bytes of so many blocks: "gpu", and "host" where some of each lies there."""
+        needed = bytes_per_block(*self.outline(context)).items()
+        return {"host" if device.type == "cpu" else "gpu": num_blocks * size for device, size in needed}
+
+    def memory(self, work: Work) -> tuple[dict[str, int], int]:
+        """Bytes a tier of K and V, and the workspace."""
+        tokens = min(work.chunk, work.batch * work.prompt)
+        return self.tiers(self.num_blocks(work), work.context), self.model.workspace(tokens, work.batch)
+
+    def step(self, work: Work, card: Card) -> dict[str, float | None]:
+        """Seconds that each limit gives a decode step in which every row has `context` tokens."""
+        return self._forward(card, work.context - 1, 1, work.batch)
+
+    def first_token(self, work: Work, card: Card) -> dict[str, float | None]:
+        """Likewise until a row that comes alone has its first token."""
+        starts = range(0, work.prompt, work.chunk)
+        chunks = [self._forward(card, start, min(work.chunk, work.prompt - start)) for start in starts]
+        return {limit: FIRST_TOKEN_GAP + sum(chunk[limit] for chunk in chunks) for limit in chunks[0]}
+
+    def _forward(self, card: Card, before: int, num_tokens: int, rows: int = 1) -> dict[str, float | None]:
+        """Of a forward of `num_tokens` of each row behind `before` others."""
+        policies, site = self.outline(before + num_tokens)
+        visible, placement, model = policies.retention.num_visible, policies.placement, self.model
+        planes = planes_of(site.shape, policies, site.block_size)
+        reached = ATTENTION["codes" if "k_scale" in planes else "numbers"]
+        seen = min(before + num_tokens, visible(before + num_tokens) + num_tokens - 1)
+        read, link = placement.read_bytes(seen, planes, site, is_decode=num_tokens == 1)
+        pairs = num_tokens * (visible(before + 1) + visible(before + num_tokens)) / 2
+        gaps = KERNEL_GAP * KERNELS_PER_LAYER * model.num_layers
+        memory = (model.read / PRODUCTS_READ + rows * read / reached.read) / card.bandwidth + gaps
+        if link is not None:
+            link = rows * link / card.link
+            memory += 0 if placement.prefetches or num_tokens > 1 else link
+        compute = rows * (model.products(num_tokens) + model.attention(pairs) / reached.rate) / card.rate + gaps
+        return {"memory": memory, "link": link, "compute": compute}
+
+
+class Native:
+    """The native DynamicCache: the batch padded to its longest row, prompts fed whole, and K or V of one layer there
+    twice, as every step concatenates.
+    """
+
+    name = "baseline"
+
+    def __init__(self, model: Model):
+        self.model = model
+
+    def memory(self, work: Work) -> tuple[dict[str, int], int]:
+        model = self.model
+        token = model.config.num_key_value_heads * model.head_dim * model.itemsize  # bytes of K, or V, of a layer
+        kept, plane = 2 * model.num_layers * token * work.batch, work.context * work.batch * token
+        prefill = kept * work.prompt + model.workspace(work.batch * work.prompt, work.batch)
+        decode = kept * work.context + model.workspace(work.batch, work.batch) + plane
+        return {"gpu": kept * work.context}, max(prefill, decode) - kept * work.context
+
+    def step(self, work: Work, card: Card) -> None:
+        return None  # the host bounds it, and a card says nothing about that
+
+    first_token = step
+
+
+def plan(name: str, options: dict[str, object], model: Model, work: Work, card: Card) -> Plan:
+    """One strategy on one card.
+
+    Raises:
+        ValueError: as `build`.
+    """
+    system = Native(model) if name == "baseline" else Ours(name, options, model)
+    tiers, workspace = system.memory(work)
+
+    def fits(work: Work) -> bool:
+        tiers, workspace = system.memory(work)
+        return model.weights + tiers["gpu"] + workspace <= card.usable
+
+    found = Plan(
+        system.name, options, tiers, model.weights, workspace,
+        missing=max(0, model.weights + tiers["gpu"] + workspace - card.usable),
+        longest_context=largest(lambda n: fits(replace(work, context=n))),
+        largest_batch=largest(lambda n: fits(replace(work, batch=n))) or 0,
+    )  # fmt: skip
+    step, ttft = system.step(work, card), system.first_token(work, card)
+    if step is None:
+        return replace(found, unknown="native steps wait for the host's processor, not for the card")
+    ttft_bound = max(ttft, key=ttft.__getitem__)
+    found = replace(found, ttft=ttft[ttft_bound], ttft_bound=ttft_bound)
+    if step["link"] is None:
+        return replace(found, unknown="how much a step fetches depends on the text")
+    bound = max(step, key=step.__getitem__)
+    return replace(found, step=step[bound], step_bound=bound)
+
+
+def largest(fits: Callable[[int], bool], limit: int = 1 << 28) -> int | None:
+    """The largest number that fits, where every smaller one does; None for whatever is beyond `limit`."""
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+        if high > limit:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def settings() -> Iterator[tuple[str, dict[str, object]]]:
+    """What a plan looks at unless told: every strategy, the reads of offload, and all sums of those that save memory.
+
+    `prefix` is in no sum: it takes what its rows would without it, less what they share.
+    """
+    yield "baseline", {}
+    saving = []
+    for name, preset in STRATEGIES.items():
+        if name != "baseline":
+            yield name, {}
+        if preset.answers in ("retention", "placement", "codec"):
+            saving.append((name, {}))
+        if "top_n" in preset.options:
+            saving.append((name, {"top_n": 128}))
+            yield saving[-1]
+    for count in (2, 3, 4):
+        for parts in combinations(saving, count):
+            names = [name for name, _ in parts]
+            if len({STRATEGIES[name].answers for name in names}) == count:
+                yield "+".join(names), {name: value for _, options in parts for name, value in options.items()}
+
+
+def plan_all(chosen: Sequence[tuple[str, dict[str, object]]], model: Model, work: Work, card: Card) -> list[Plan]:
+    return [plan(name, options, model, work, card) for name, options in chosen]
