@@ -38,7 +38,7 @@ else
     echo 'make: no Python 3.11 or later with venv found; install python3.11 and python3.11-venv, or set PYTHON=' >&2; exit 1
 endif
 
-.PHONY: help patch tree install model test soak load test-upstreams upstream-news lint bench report refresh bundle clean
+.PHONY: help patch tree install model test soak load test-upstreams upstream-news lint bench report plan-check refresh bundle clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -104,6 +104,9 @@ bench: install model  ## measure every strategy and the native caches [MODEL= SU
 
 report: install  ## write bench/results/comparison_table.md and the plots from the results [OUT=]
 	@$(python) -m bench report $(bench_out)
+
+plan-check: install model  ## what `kv-strategies plan` would have said of the results, and by how much it errs [OUT=]
+	@$(python) -m bench plan-check $(bench_out)
 
 refresh: $(venv)  ## export the commits of transformers-dev into patches/ [CHECK=1] [FORCE=1]
 	@$(python) patches/fork.py refresh $(if $(CHECK),--check) $(if $(FORCE),--force)

@@ -5,6 +5,7 @@
     python -m bench --model llama-2-7b-random --out results
     python -m bench --resume                          go on with a run that was interrupted
     python -m bench report                            tables and plots once more, from the results there are
+    python -m bench plan-check                        what `kv-strategies plan` says of the results, and its errors
     python -m bench workloads                         what is asked, suite by suite
     python -m bench --load my_module --suite mine     a workload of yours: see workload.py
 
@@ -31,6 +32,7 @@ import torch
 import bench.suites.all  # noqa: F401  registers the workloads
 from bench import driver, lines, machine, report
 from bench.case import Case
+from bench.report import predictions
 from bench.workload import LOADED, questions, suite, suites
 
 
@@ -44,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         description="Compare KV-cache strategies and native caches.",
         epilog="Exit status: 0 all done, 1 a case failed, 2 refused before anything ran, 130 interrupted.",
     )
-    commands = ["run", "report", "workloads"]
-    parser.add_argument("command", nargs="?", choices=commands, default="run", help="report, workloads: run nothing")
+    commands = ["run", "report", "plan-check", "workloads"]
+    parser.add_argument("command", nargs="?", choices=commands, default="run", help="all but run measure nothing")
     parser.add_argument("--suite", default="default", help=f"{', '.join(suites())} (default: %(default)s)")
     parser.add_argument("--model", help="a folder, a hub id or llama-2-7b-random (default: the embedded SmolLM2)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
@@ -62,10 +64,13 @@ def main(argv: list[str] | None = None) -> int:
         if options.command == "workloads":
             print(questions())
             return 0
+        if options.command != "run" and not options.out.is_dir():
+            raise Refused(f"--out {options.out}: there is no such folder")
         if options.command == "report":
-            if not options.out.is_dir():
-                raise Refused(f"--out {options.out}: there is no such folder")
             print(report.write(options.out))
+            return 0
+        if options.command == "plan-check":
+            print(predictions.render(predictions.compare(lines.read(options.out))))
             return 0
         return run(options)
     except Refused as error:

@@ -1,0 +1,223 @@
+"""What `kv-strategies plan` would have said of every run in the results, beside what was measured there.
+
+Bytes of K and V are compared to the byte, peaks and times within `WITHIN`. A time is compared where the planner names
+one: decode steps and first tokens of this project's strategies on a GPU, at the read bandwidth and link rate that the
+machine itself reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from bench.lines import Found, machine_of
+from bench.markdown import table, unique
+from bench.suites.limit.table import LINEAR_RATE
+from bench.systems import BLOCK_SIZE, CHUNK, DOOR, Capacity
+from kv_strategies import STRATEGIES
+from kv_strategies.models.load import DEFAULT_MODEL, RANDOM_MODELS, model_shape
+from kv_strategies.planner import Card, Model, Native, Ours, Work
+
+WITHIN = {"KV bytes": 0.0, "peak": 0.03, "step": 0.15, "TTFT": 0.15}
+SHOWN = {"KV bytes": (1e-6, "MB", 1), "peak": (1e-9, "GB", 2), "step": (1e3, "ms", 2), "TTFT": (1e3, "ms", 1)}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """`what` of a system on a workload; values in bytes or seconds, measured ones with the smallest and largest."""
+
+    machine: str
+    model: str
+    workload: str
+    system: str
+    at: str
+    what: str
+    predicted: float
+    measured: float
+    low: float
+    high: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+    @property
+    def is_within(self) -> bool:
+        return abs(self.error) <= WITHIN[self.what]
+
+    @property
+    def in_words(self) -> tuple[str, str]:
+        """What was predicted and what was measured."""
+        scale, unit, digits = SHOWN[self.what]
+        measured = f"{self.measured * scale:.{digits}f} {unit}"
+        if self.low < self.high:
+            measured += f" ({self.low * scale:.{digits}f} to {self.high * scale:.{digits}f})"
+        return f"{self.predicted * scale:.{digits}f} {unit}", measured
+
+
+def compare(lines: Sequence[dict]) -> list[Compared]:
+    """All that can be compared, GPU by GPU; of several runs of a case the latest. A CPU's store leaves no gaps between
+    planes, and its peak is that of a whole process.
+    """
+    found = []
+    for machine in unique(machine_of(line) for line in lines if "gpu" in line["machine"]):
+        own = Found([line for line in lines if machine_of(line) == machine])
+        for line in own.lines:
+            is_planned = _is_known(line["model"]) and _is_planned(line["system"])
+            if line["status"] == "ok" and line["workload"] in _READ and is_planned:
+                found += _READ[line["workload"]](line, own)
+    return found
+
+
+def _is_planned(system: str) -> bool:
+    return system == "baseline" or set(system.removesuffix(DOOR).split("+")) <= set(STRATEGIES)
+
+
+def _is_known(model: str) -> bool:
+    """Results name a model without its place: only those that the project itself knows can be looked at again."""
+    return model in RANDOM_MODELS or (model == DEFAULT_MODEL.name and DEFAULT_MODEL.is_dir())
+
+
+def render(found: Sequence[Compared], only_missed: bool = False) -> str:
+    """A table, and how many of what are within which error."""
+    rows = [
+        [
+            c.machine,
+            c.model,
+            f"{c.workload}, {c.at}",
+            c.system,
+            c.what,
+            *c.in_words,
+            f"{c.error:+.1%}",
+            "" if c.is_within else "missed",
+        ]
+        for c in found
+        if not (only_missed and c.is_within)
+    ]
+    head = ["machine", "model", "workload", "system", "what", "predicted", "measured", "error", ""]
+    return table(head, rows) + "\n\n" + summary(found)
+
+
+def summary(found: Sequence[Compared]) -> str:
+    parts = []
+    for what, within in WITHIN.items():
+        own = [c for c in found if c.what == what]
+        if own:
+            errors = sorted(abs(c.error) for c in own)
+            limit = f"within {within:.0%}" if within else "to the byte"
+            parts.append(
+                f"{what}: {sum(c.is_within for c in own)} of {len(own)} {limit}, median error "
+                f"{errors[len(errors) // 2]:.1%}, largest {errors[-1]:.1%}"
+            )
+    return "\n".join(parts)
+
+
+# --- what each workload measured
+
+
+@cache
+def _sizes(model: str, dtype: str) -> Model:
+    return Model(model_shape(None if model == DEFAULT_MODEL.name else model, getattr(torch, dtype)))
+
+
+def _card(found: Found) -> Card:
+    about, limits = found.lines[-1]["machine"], found.limits
+    return Card(about["gpu_memory"], limits["read"], limits["host_to_device"], LINEAR_RATE)
+
+
+def _compared(line: dict, system: str, at: str, what: str, predicted: float, measured: dict | float) -> Compared:
+    if not isinstance(measured, dict):
+        measured = dict.fromkeys(("median", "min", "max"), measured)
+    values = (predicted, measured["median"], measured["min"], measured["max"])
+    return Compared(machine_of(line), line["model"], line["workload"], system, at, what, *values)
+
+
+def _step(
+    line: dict, found: Found, name: str, batch: int, context: int, new: int, measured: dict, **options
+) -> Compared:
+    """A decode step in the middle of `new` tokens behind `context` others."""
+    ours = Ours(name, options, _sizes(line["model"], line["dtype"]))
+    predicted = max(ours.step(Work(context + new // 2, batch), _card(found)).values())
+    system = name + "".join(f" ({option}={value})" for option, value in options.items())
+    return _compared(line, system, f"{batch} x {context}", "step", predicted, measured)
+
+
+def _pool(line: dict, capacity: Capacity) -> dict[str, int]:
+    """Bytes a tier of the pool that the bench builds for such batches."""
+    name, sizes = line["system"].removesuffix(DOOR), _sizes(line["model"], line["dtype"])
+    if name == "contiguous":
+        ours = Ours(name, {"max_length": capacity.max_length}, sizes)
+        return ours.tiers(capacity.max_requests, capacity.max_length)
+    return Ours(name, {}, sizes).tiers(capacity.blocks(BLOCK_SIZE), capacity.max_length)
+
+
+def _throughput(line: dict, found: Found) -> Iterator[Compared]:
+    lengths, new = line["params"]["lengths"], line["params"]["new_tokens"]
+    system, sizes = line["system"], _sizes(line["model"], line["dtype"])
+    if system == "baseline":  # it grows to one token less than it has said
+        tiers, workspace = Native(sizes).memory(Work(max(lengths) + new - 1, len(lengths), new - 1))
+    else:
+        tiers = _pool(line, Capacity([[length + new for length in lengths]]))
+        padded = len(lengths) * max(lengths)  # generate() feeds the batch at once
+        workspace = sizes.workspace(padded if DOOR in system else min(CHUNK, sum(lengths)), len(lengths))
+    at, result = f"{len(lengths)} requests", line["result"]
+    if DOOR not in system:
+        yield _compared(line, system, at, "KV bytes", sum(tiers.values()), result["kv"]["bytes"])
+    yield _compared(line, system, at, "peak", sizes.weights + tiers["gpu"] + workspace, result["peak"])
+
+
+def _points(line: dict, found: Found) -> Iterator[Compared]:
+    """Of `context` and `batch`: the peak, the step and, of a single request, the first token."""
+    system, sizes = line["system"], _sizes(line["model"], line["dtype"])
+    if DOOR in system or system == "baseline":
+        return
+    shapes = [(b, c, line["params"]["new_tokens"] + b * c // CHUNK) for b, c in line["params"]["points"]]
+    tiers = _pool(line, Capacity([[context + new] * batch for batch, context, new in shapes]))
+    for (batch, context, new), point in zip(shapes, line["result"]["points"], strict=True):
+        if "error" in point:
+            continue
+        workspace = sizes.workspace(min(CHUNK, batch * context), batch)
+        at = f"{batch} x {context}"
+        yield _compared(line, system, at, "peak", sizes.weights + tiers["gpu"] + workspace, point["peak"])
+        if point["step"]:
+            yield _step(line, found, system, batch, context, new, point["step"])
+        if batch == 1:
+            first = Ours(system, {}, sizes).first_token(Work(context), _card(found))
+            yield _compared(line, system, at, "TTFT", max(first.values()), point["ttft"])
+
+
+def _decode(line: dict, found: Found) -> Iterator[Compared]:
+    for point in line["result"]["points"]:
+        name = point["system"]
+        if "error" not in point and DOOR not in name and name != "baseline" and _is_planned(name):
+            new = line["params"]["new_tokens"]
+            yield _step(line, found, name, point["batch"], point["context"], new, point["step"])
+
+
+def _offload(line: dict, found: Found) -> Iterator[Compared]:
+    params, result = line["params"], line["result"]
+    settings = {"paged": ("paged", {}), "exact": ("offload", {}), "heaviest": ("offload", {"top_n": params["top_n"]})}
+    for key, (name, options) in settings.items():
+        if "error" not in result[key]:
+            measured = result[key]["step"]
+            yield _step(line, found, name, 1, params["context"], params["new_tokens"], measured, **options)
+
+
+def _eight_bits(line: dict, found: Found) -> Iterator[Compared]:
+    params = line["params"]
+    for name, point in line["result"].items():
+        if "error" not in point:
+            yield _step(line, found, name, params["batch"], params["context"], params["new_tokens"], point["step"])
+
+
+_READ = {
+    "throughput": _throughput,
+    "context": _points,
+    "batch": _points,
+    "decode": _decode,
+    "offload": _offload,
+    "8 bits": _eight_bits,
+}

@@ -1,0 +1,183 @@
+"""The planner says before a run what the strategies say in it, and says clearly what cannot be."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from common import VOCAB, tiny_llama
+
+from bench import lines, report
+from bench.report import predictions
+from kv_strategies import Request, Runner, build
+from kv_strategies.cli import main
+from kv_strategies.models.load import model_shape
+from kv_strategies.planner import Card, Model, Ours, Work, largest, plan, settings
+
+PLANNED = [setting for setting in settings() if setting[0] not in ("baseline", "contiguous")]
+
+
+def small(name, options):
+    """The setting at the size of a tiny model."""
+    window = {"window": 32} if "window" in name.split("+") else {}
+    return options | window | ({"top_n": 5} if "top_n" in options else {})
+
+
+@pytest.mark.parametrize(("name", "options"), PLANNED)
+def test_the_ledger_is_what_a_run_takes(name, options):
+    """Bytes of the pool, blocks of a batch, and what a decode step fetches: as a real run has them."""
+    options, model, chunk = small(name, options), tiny_llama(), 48
+    work = Work(context=90, batch=3, new_tokens=20, chunk=chunk)
+    ours = Ours(name, options, Model(model))
+    num_blocks = ours.num_blocks(work)
+    strategy = build(name, model, num_blocks=num_blocks, **options)
+    on_a_card = Ours(name, options, Model(_meta(model)))
+    assert sum(on_a_card.tiers(num_blocks, work.context).values()) == strategy.stats()["kv_bytes"]
+    runner = Runner(model, strategy, max_num_seqs=3, max_batch_tokens=chunk)
+    prompts = [[(7 * token + row) % VOCAB for token in range(work.prompt)] for row in range(work.batch)]
+    results = runner.generate([Request(prompt, max_new_tokens=20, stop_token_ids=()) for prompt in prompts])
+    assert [len(result.token_ids) for result in results] == [20, 20, 20] and runner.num_preemptions == 0
+
+
+def _meta(model):
+    return copy.deepcopy(model).to("meta")
+
+
+@pytest.mark.parametrize("options", [{}, {"resident": "none"}, {"top_n": 5}])
+@pytest.mark.parametrize("name", ["offload", "offload+int8"])
+def test_bytes_over_the_link_are_those_of_a_step(name, options):
+    model = tiny_llama(num_heads=4, num_kv_heads=2)
+    strategy = build(name, model, num_blocks=16, **options)
+    runner, fetched = Runner(model, strategy), []
+    for _ in runner.stream([Request(list(range(1, 48)), max_new_tokens=6, stop_token_ids=())]):
+        fetched.append(strategy.stats()["bytes_to_device"])
+    steps = [after - before for before, after in pairwise(fetched)]
+    policies, site = Ours(name, options, Model(_meta(model))).outline(64)
+    planes = policies.codec.planes(2, 16, 16, torch.float32)
+    expected = {policies.placement.read_bytes(n, planes, site, is_decode=True)[1] for n in range(48, 54)}
+    assert set(steps[1:]) <= expected, (steps, expected)
+
+
+def test_the_largest_that_fits():
+    for limit in (0, 1, 2, 3, 7, 8, 1000):
+        assert largest(lambda n, limit=limit: n <= limit) == limit
+    assert largest(lambda n: True) is None
+
+
+def test_what_fits_fits_and_one_more_does_not():
+    model = Model(model_shape("llama-3.1-8b-random", torch.bfloat16))
+    card = Card(24 * 10**9, 9e11, 25e9, 150e12)
+    for name, options in settings():
+        found = plan(name, options, model, Work(4096, 2, 256), card)
+        assert found.fits == (found.peak <= card.memory) and found.missing == max(0, found.peak - card.memory)
+        for more in (0, 1):
+            if found.longest_context is not None:
+                again = plan(name, options, model, Work(found.longest_context + more, 2, 256), card)
+                assert again.fits == (not more), name
+            assert plan(name, options, model, Work(4096, found.largest_batch + more, 256), card).fits == (not more)
+
+
+def test_what_the_results_say_of_the_planner():
+    """Memory everywhere; times for the most part. `make plan-check` shows each and says which miss."""
+    found = predictions.compare(lines.read(report.RESULTS))
+    of = {what: [compared for compared in found if compared.what == what] for what in predictions.WITHIN}
+    assert len(of["KV bytes"]) >= 8 and all(compared.predicted == compared.measured for compared in of["KV bytes"])
+    assert len(of["peak"]) >= 20 and all(compared.is_within for compared in of["peak"])
+    for what in ("step", "TTFT"):
+        within = sum(compared.is_within for compared in of[what])
+        assert len(of[what]) >= 20 and within >= 0.75 * len(of[what]), predictions.render(of[what], only_missed=True)
+
+
+# --- the command
+
+
+def kv_plan(*arguments):
+    return main(["plan", "--model", "llama-2-7b-random", *arguments])
+
+
+def test_plan_prints_bytes_and_what_bounds(capsys):
+    arguments = ["--context", "32k", "--batch", "8", "--gpu-memory", "80GB", "--pcie", "25", "--bandwidth", "900"]
+    assert kv_plan(*arguments, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {(row["strategy"], json.dumps(row["options"])): row for row in found["plans"]}
+    window = rows["window", "{}"]
+    assert window["tiers"] == {"gpu": 8 * 258 * 16 * 524288} and window["fits"]  # sinks, window and a chunk of 2048
+    assert rows["offload", "{}"]["step_bound"] == "link" and rows["int8", "{}"]["cost"].endswith("Instruct)")
+    assert kv_plan(*arguments) == 0
+    out = capsys.readouterr().out
+    assert f"{8 * 258 * 16 * 524288:,}" in out and "150 TFLOP/s (assumed)" in out and "900 GB/s read," in out
+    assert "baseline: no time, since native steps wait for the host's processor" in out
+
+
+def test_a_narrow_terminal_gets_a_list(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert kv_plan("--context", "4k", "--gpu-memory", "24GB", "--strategy", "paged") == 0
+    assert "\npaged\n  fits: yes\n" in capsys.readouterr().out
+
+
+def test_a_gguf_file_is_planned_without_its_weights(capsys):
+    from kv_strategies.models.fetch import GGUF_NAME
+    from kv_strategies.models.load import MODELS
+
+    shapes = []
+    for model in (MODELS / GGUF_NAME, MODELS / "SmolLM2-135M-Instruct"):
+        arguments = ["--context", "2k", "--gpu-memory", "8GB", "--json"]
+        assert main(["plan", "--model", str(model), *arguments]) == 0
+        shapes.append(json.loads(capsys.readouterr().out)["plans"])
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--context", "32q"], "'32q' is no number of tokens: give 4096, 32k or 1m"),
+        (["--context", "0"], "'0' is no number of tokens"),
+        (["--context", "4k", "--gpu-memory", "24XB"], "'24XB' is no size: give 24GB, 24GiB or a number of bytes"),
+        (["--context", "4k", "--batch", "-1"], "'-1' is no whole number above 0"),
+        (["--context", "4k", "--bandwidth", "nan"], "'nan' is no number above 0"),
+    ],
+)
+def test_sizes_that_are_none(arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        kv_plan(*arguments)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_what_does_not_fit_says_how_much_is_missing(capsys):
+    assert kv_plan("--context", "4k", "--gpu-memory", "24GB", "--dtype", "float32") == 1
+    error = capsys.readouterr().err
+    assert "(the weights alone take 26.95 GB of 23.40 GB). In bfloat16 fits baseline, contiguous, paged" in error
+    assert kv_plan("--context", "64k", "--batch", "9", "--gpu-memory", "24GB", "--strategy", "paged") == 1
+    assert "nothing fits: paged lacks least, 299.62 GB; it holds 2032 tokens at batch 9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, b"no gguf at all", b"GGUF\x03\x00\x00\x00" + bytes(16)])
+def test_a_gguf_that_cannot_be_read(tmp_path, content, capsys):
+    path = tmp_path / "model.gguf"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["plan", "--model", str(path), "--context", "4k", "--gpu-memory", "24GB"]) == 1
+    assert str(path) in capsys.readouterr().err
+
+
+def test_a_gguf_of_another_architecture(tmp_path, capsys):
+    import gguf
+
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert main(["plan", "--model", str(path), "--context", "4k", "--gpu-memory", "24GB"]) == 1
+    assert "mamba" in capsys.readouterr().err
+
+
+def test_without_a_gpu_its_size_must_be_said(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kv_plan("--context", "4k") == 1
+    assert "there is no GPU here to take the size of: say --gpu-memory" in capsys.readouterr().err
