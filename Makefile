@@ -38,7 +38,7 @@ else
     echo 'make: no Python 3.11 or later with venv found; install python3.11 and python3.11-venv, or set PYTHON=' >&2; exit 1
 endif
 
-.PHONY: help patch tree install model test soak load test-upstreams upstream-news lint bench report plan-check refresh bundle clean
+.PHONY: help patch tree install model test soak load test-upstreams upstream-news lint bench bench-compare report plan-check refresh bundle clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -95,7 +95,7 @@ lint: install  ## check style and the layers: who may import whom
 	@$(python) -c 'from importlinter.cli import lint_imports_command as main; main()' --no-cache
 
 # Exported and quoted by the shell: whatever they hold is one argument.
-export MODEL SUITE ONLY OUT
+export MODEL SUITE ONLY OUT A B
 bench_out = $${OUT:+--out="$$OUT"}
 
 bench: install model  ## measure every strategy and the native caches [MODEL= SUITE= ONLY= OUT= RESUME=1 KEEP_FAILURES=1]
@@ -104,6 +104,9 @@ bench: install model  ## measure every strategy and the native caches [MODEL= SU
 
 report: install  ## write bench/results/comparison_table.md and the plots from the results [OUT=]
 	@$(python) -m bench report $(bench_out)
+
+bench-compare: install  ## what changed beyond noise between two results: folders, files or commits [A= B=]
+	@$(python) -m bench compare "$$A" "$$B"
 
 plan-check: install model  ## what `kv-strategies plan` would have said of the results, and by how much it errs [OUT=]
 	@$(python) -m bench plan-check $(bench_out)

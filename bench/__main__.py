@@ -6,6 +6,7 @@
     python -m bench --resume                          go on with a run that was interrupted
     python -m bench report                            tables and plots once more, from the results there are
     python -m bench plan-check                        what `kv-strategies plan` says of the results, and its errors
+    python -m bench compare A B                       what changed beyond noise: folders, files or commits
     python -m bench workloads                         what is asked, suite by suite
     python -m bench --load my_module --suite mine     a workload of yours: see workload.py
 
@@ -19,21 +20,24 @@ files of a folder, whatever their names and wherever they were made. Of a case t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import bench.suites.all  # noqa: F401  registers the workloads
-from bench import driver, lines, machine, report
+from bench import compare, driver, lines, machine, report
 from bench.case import Case
 from bench.report import predictions
-from bench.workload import LOADED, questions, suite, suites
+from bench.workload import LOADED, WORKLOADS, questions, suite, suites
 
 
 class Refused(Exception):
@@ -46,8 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         description="Compare KV-cache strategies and native caches.",
         epilog="Exit status: 0 all done, 1 a case failed, 2 refused before anything ran, 130 interrupted.",
     )
-    commands = ["run", "report", "plan-check", "workloads"]
+    commands = ["run", "report", "plan-check", "compare", "workloads"]
     parser.add_argument("command", nargs="?", choices=commands, default="run", help="all but run measure nothing")
+    parser.add_argument("sides", nargs="*", metavar="A B", help="of compare: a folder, a file or a commit each")
     parser.add_argument("--suite", default="default", help=f"{', '.join(suites())} (default: %(default)s)")
     parser.add_argument("--model", help="a folder, a hub id or llama-2-7b-random (default: the embedded SmolLM2)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
@@ -57,22 +62,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep-failures", action="store_true", help="failed cases are rows of the results as well")
     parser.add_argument("--load", action="append", default=[], metavar="MODULE", help="registers workloads of yours")
     parser.add_argument("--full", action="store_true", help="cost on a CPU: texts and settings of a GPU; hours")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and all else on standard error")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     options = parser.parse_args(argv)
+    out = sys.stdout
     try:
-        load(options.load)
-        if options.command == "workloads":
-            print(questions())
-            return 0
-        if options.command != "run" and not options.out.is_dir():
-            raise Refused(f"--out {options.out}: there is no such folder")
-        if options.command == "report":
-            print(report.write(options.out))
-            return 0
-        if options.command == "plan-check":
-            print(predictions.render(predictions.compare(lines.read(options.out))))
-            return 0
-        return run(options)
+        with contextlib.redirect_stdout(sys.stderr if options.json else out):
+            status, said, text = answer(options)
+        print(json.dumps(said) if options.json else text, file=out, end="\n" if options.json or text else "")
+        return status
     except Refused as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -81,11 +79,39 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def run(options: argparse.Namespace) -> int:
+def answer(options: argparse.Namespace) -> tuple[int, dict | list, str]:
+    """The exit status, and what was found as JSON and in words."""
+    load(options.load)
+    if options.command != "compare" and options.sides:
+        raise Refused(f"{options.command} takes no {' '.join(options.sides)}")
+    if options.command == "workloads":
+        return (
+            0,
+            [{"name": w.name, "suites": list(w.cases), "question": w.question} for w in WORKLOADS.values()],
+            questions(),
+        )
+    if options.command == "compare":
+        if len(options.sides) != 2:
+            raise Refused("compare takes two results: each a folder, a file or a commit")
+        changed = compare.compare(*map(compare.read, options.sides))
+        return 0, asdict(changed), compare.render(changed)
+    if options.command == "run":
+        return run(options)
+    if not options.out.is_dir():
+        raise Refused(f"--out {options.out}: there is no such folder")
+    if options.command == "plan-check":
+        found = predictions.compare(lines.read(options.out))
+        rows = [asdict(one) | {"error": one.error, "is_within": one.is_within} for one in found]
+        return 0, rows, predictions.render(found)
+    path = report.write(options.out)
+    return 0, {"table": str(path)}, str(path)
+
+
+def run(options: argparse.Namespace) -> tuple[int, dict | list, str]:
     cases = choose(options)
     if options.list:
-        print("\n".join(case.name for case in cases))
-        return 0
+        names = [case.name for case in cases]
+        return 0, names, "\n".join(names)
     check_out(options.out)
     check_models(cases)
     results = options.out / f"{options.suite}-{machine.device_name(options.device)}.jsonl"
@@ -98,14 +124,14 @@ def run(options: argparse.Namespace) -> int:
         failed = driver.run_all(cases, results, options.suite, keep_failures=options.keep_failures)
     except (KeyboardInterrupt, SystemExit) as error:
         print(f"\nInterrupted. What is done stands in {results}; --resume goes on from there.", file=sys.stderr)
-        return error.code if isinstance(error, SystemExit) else 130
+        return error.code if isinstance(error, SystemExit) else 130, {"results": str(results), "interrupted": True}, ""
     report.write(options.out)
     table = report.page_of(options.suite, options.out)
-    print(f"\n{table.read_text()}" if table.exists() else "")
-    print(f"Results: {results}\nTable:   {table}")
+    text = f"\n{table.read_text()}\n" if table.exists() else ""
+    text += f"Results: {results}\nTable:   {table}"
     if failed and not options.keep_failures:
-        print(f"The {failed} that failed are not among them; --keep-failures makes them rows that say why.")
-    return 1 if failed else 0
+        text += f"\nThe {failed} that failed are not among them; --keep-failures makes them rows that say why."
+    return bool(failed), {"results": str(results), "table": str(table), "cases": len(cases), "failed": failed}, text
 
 
 def load(modules: Sequence[str]) -> None:

@@ -26,21 +26,25 @@ def read_file(path: Path) -> list[dict]:
         ValueError: a line that is no JSON, or not of this schema; it says which.
     """
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        return read_text(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text: {error}") from None
+
+
+def read_text(text: str, source: str) -> list[dict]:
+    """The lines of a file that has been read; `source` names it."""
     lines = []
-    for number, text in enumerate(texts, 1):
-        if not text.strip():
+    for number, one in enumerate(text.splitlines(), 1):
+        if not one.strip():
             continue
         try:
-            line = json.loads(text)
+            line = json.loads(one)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path}, line {number} is no JSON ({error.msg}, column {error.colno}): mend or delete it"
+                f"{source}, line {number} is no JSON ({error.msg}, column {error.colno}): mend or delete it"
             ) from None
         if wrong := _wrong(line):
-            raise ValueError(f"{path}, line {number} is not a result of this bench: {wrong}")
+            raise ValueError(f"{source}, line {number} is not a result of this bench: {wrong}")
         lines.append(line)
     return lines
 
