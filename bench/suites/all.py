@@ -4,6 +4,6 @@
 from bench.suites import machine  # noqa: F401
 from bench.suites.default import throughput, latency, busy, tokens, sharing, pressure  # noqa: F401
 from bench.suites.strategies import prefix, fan_out, window, offload, eight_bits, stream  # noqa: F401
-from bench.suites import cost  # noqa: F401
+from bench.suites import cost, replay  # noqa: F401
 from bench.suites.limit import attention, decode, first_token, profile, batching, deterministic  # noqa: F401
 from bench.suites import quality  # noqa: F401
