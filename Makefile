@@ -38,7 +38,7 @@ else
     echo 'make: no Python 3.11 or later with venv found; install python3.11 and python3.11-venv, or set PYTHON=' >&2; exit 1
 endif
 
-.PHONY: help patch tree install model test soak load test-upstreams upstream-news lint bench bench-compare report plan-check refresh bundle clean
+.PHONY: help patch tree install model test soak load test-upstreams upstream-news lint bench bench-compare report picture plan-check refresh bundle clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -102,8 +102,11 @@ bench: install model  ## measure every strategy and the native caches [MODEL= SU
 	@$(python) -m bench $${MODEL:+--model="$$MODEL"} $${SUITE:+--suite="$$SUITE"} $${ONLY:+--only="$$ONLY"} $(bench_out) \
 	  $(if $(RESUME),--resume) $(if $(KEEP_FAILURES),--keep-failures)
 
-report: install  ## write bench/results/comparison_table.md and the plots from the results [OUT=]
+report: install model  ## write the tables, report.html (one page, all results) and results.csv from the results [OUT=]
 	@$(python) -m bench report $(bench_out)
+
+picture: install  ## of bench/results/report.html, as the README shows it; needs Chromium
+	@$(python) -m bench picture $(bench_out)
 
 bench-compare: install  ## what changed beyond noise between two results: folders, files or commits [A= B=]
 	@$(python) -m bench compare "$$A" "$$B"

@@ -5,6 +5,7 @@
     python -m bench --model llama-2-7b-random --out results
     python -m bench --resume                          go on with a run that was interrupted
     python -m bench report                            tables and plots once more, from the results there are
+    python -m bench picture                           of report.html in a browser without a screen
     python -m bench plan-check                        what `kv-strategies plan` says of the results, and its errors
     python -m bench compare A B                       what changed beyond noise: folders, files or commits
     python -m bench workloads                         what is asked, suite by suite
@@ -36,7 +37,7 @@ import torch
 import bench.suites.all  # noqa: F401  registers the workloads
 from bench import compare, driver, lines, machine, report
 from bench.case import Case
-from bench.report import predictions
+from bench.report import browse, predictions
 from bench.workload import LOADED, WORKLOADS, questions, suite, suites
 
 
@@ -45,12 +46,15 @@ class Refused(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows its code
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Compare KV-cache strategies and native caches.",
         epilog="Exit status: 0 all done, 1 a case failed, 2 refused before anything ran, 130 interrupted.",
     )
-    commands = ["run", "report", "plan-check", "compare", "workloads"]
+    commands = ["run", "report", "picture", "plan-check", "compare", "workloads"]
     parser.add_argument("command", nargs="?", choices=commands, default="run", help="all but run measure nothing")
     parser.add_argument("sides", nargs="*", metavar="A B", help="of compare: a folder, a file or a commit each")
     parser.add_argument("--suite", default="default", help=f"{', '.join(suites())} (default: %(default)s)")
@@ -74,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     except Refused as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    except (ValueError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
 
@@ -103,8 +107,11 @@ def answer(options: argparse.Namespace) -> tuple[int, dict | list, str]:
         found = predictions.compare(lines.read(options.out))
         rows = [asdict(one) | {"error": one.error, "is_within": one.is_within} for one in found]
         return 0, rows, predictions.render(found)
+    if options.command == "picture":
+        taken = browse.take_pictures(options.out / "report.html", options.out)
+        return 0, {"pictures": [str(path) for path in taken]}, "\n".join(map(str, taken))
     path = report.write(options.out)
-    return 0, {"table": str(path)}, str(path)
+    return 0, {"table": str(path), "page": str(options.out / "report.html")}, str(path)
 
 
 def run(options: argparse.Namespace) -> tuple[int, dict | list, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 
 import hypothesis
 import pytest
@@ -18,19 +20,29 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: before any test module
 
 
+def has_browser() -> bool:
+    """What a person's machine may lack. In CI it has to be there."""
+    from bench.report.browse import NAMES
+
+    found = all(map(importlib.util.find_spec, ("playwright", "vl_convert"))) and any(map(shutil.which, NAMES))
+    return found or bool(os.environ.get("CI"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if ON_GPU:
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=gpu)
+    lacking = {name for name, has in (("gpu", ON_GPU), ("browser", has_browser())) if not has}
+    deselected = [item for item in items if any(map(item.get_closest_marker, lacking))]
+    if deselected:
+        items[:] = [item for item in items if item not in deselected]
+        config.hook.pytest_deselected(items=deselected)
 
 
-def pytest_report_header() -> str:
+def pytest_report_header() -> list[str]:
+    said = ["device: CPU; tests marked gpu are deselected, Triton kernels run in its interpreter"]
     if ON_GPU:
-        return f"device: {torch.cuda.get_device_name()}"
-    return "device: CPU; tests marked gpu are deselected, Triton kernels run in its interpreter"
+        said = [f"device: {torch.cuda.get_device_name()}"]
+    if not has_browser():
+        said.append("no Chromium, playwright or vl-convert-python: tests marked browser are deselected")
+    return said
 
 
 @pytest.fixture

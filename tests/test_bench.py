@@ -209,7 +209,7 @@ def test_the_readme_shows_the_largest_model_on_a_gpu():
         f"before\n{readmes.MARKS[0]}\nold\n{readmes.MARKS[1]}\nafter\n", [small, large], [small, large]
     )
     assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once
-    assert "4321.0" in once and "a-card-llama-2-7b-random-bfloat16.png" in once and "10.0" not in once
+    assert "4321.0" in once and readmes.PICTURE in once and "10.0" not in once
     assert readmes.with_headline(once, [small, large], [small, large]) == once
     assert readmes.with_headline(once, [], []) == once
 

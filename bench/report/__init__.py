@@ -1,15 +1,18 @@
-"""From result lines to tables, plots and the README's table (`python -m bench report`). Nothing is typed.
+"""From result lines to tables, plots, one page of both, and the README's table (`python -m bench report`). Nothing is
+typed.
 
 Every machine has its own section, every model its own tables. Of several runs of the same case the latest counts.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 
-from bench import lines, machine
+from bench import lines, machine, records
 from bench.lines import write_whole
-from bench.report import frontier, page, plots, readme
+from bench.report import frontier, page, plots, readme, web
 
 RESULTS = machine.ROOT / "bench" / "results"
 README = machine.ROOT / "README.md"
@@ -17,7 +20,8 @@ COMPARISON = ("default", "equality")  # suites that make comparison_table.md; an
 
 
 def write(folder: Path = RESULTS) -> Path:
-    """Writes the tables and plots of all lines in `folder` there. Returns the path of the comparison table.
+    """Writes the tables and plots of all lines in `folder` there, `report.html` with all of both, and every figure as
+    `results.csv`. Returns the path of the comparison table.
 
     Raises:
         ValueError: a line that is no result; nothing is written then.
@@ -31,13 +35,19 @@ def write(folder: Path = RESULTS) -> Path:
         own = [line for line in found if line["suite"] == suite]
         pages[suite] = page.render(own, f"Suite {suite}", f"`make bench SUITE={suite}`")
     for suite, text in pages.items():
-        write_whole(page_of(suite, folder), lambda path, text=text: path.write_text(text))
+        write_whole(page_of(suite, folder), lambda path, text=text: path.write_text(text, encoding="utf-8"))
     plots.comparison(compared, folder)
     plots.cost(found, folder)
     frontier.write(found, folder)
+    write_whole(folder / "results.csv", lambda path: records.write_csv(records.of_lines(found), path))
+    if importlib.util.find_spec("vl_convert"):
+        html = web.render(found, frontier.rows(found))
+        write_whole(folder / "report.html", lambda path: path.write_text(html, encoding="utf-8"))
+    else:  # a machine that only measures may lack it
+        print("report.html is not written anew: that takes vl-convert-python", file=sys.stderr)
     if folder.resolve() == RESULTS:
-        text = readme.with_headline(README.read_text(), found, compared)
-        write_whole(README, lambda path: path.write_text(text))
+        text = readme.with_headline(README.read_text(encoding="utf-8"), found, compared)
+        write_whole(README, lambda path: path.write_text(text, encoding="utf-8"))
     return page_of("default", folder)
 
 

@@ -12,7 +12,14 @@ GENERATE_BATCH_NOTE = (
 )
 
 
-def comparison(found: Found, model: str, dtype: str) -> str:
+HEAD = (
+    "system", "peak memory (GB)", "throughput (tokens/s)", "equal to baseline", "handles > 4k tokens",
+    "shared across requests",
+)  # fmt: skip
+
+
+def rows(found: Found, model: str, dtype: str) -> list[list[str]]:
+    """A row for every system, its cells as `HEAD` says."""
     throughput, context = found.of("throughput", model, dtype), found.of("context", model, dtype)
     judged = _judged(found, model)
     accuracy = found.of("accuracy", judged, "float32") or found.of("accuracy", judged)
@@ -22,11 +29,8 @@ def comparison(found: Found, model: str, dtype: str) -> str:
         for system, line in found.of(workload, judged).items()
         if "hit_rate" in line.get("result", {})
     }
-    systems = unique([*throughput, *context])
-    if not throughput:
-        return ""
     rows = []
-    for system in systems:
+    for system in unique([*throughput, *context]) if throughput else ():
         line = throughput.get(system)
         rows.append(
             [
@@ -38,6 +42,14 @@ def comparison(found: Found, model: str, dtype: str) -> str:
                 cell(hits.get(system), lambda result: f"{result['hit_rate']:.0%} of repeated prompts"),
             ]
         )
+    return rows
+
+
+def comparison(found: Found, model: str, dtype: str) -> str:
+    """The rows as Markdown, and what they were measured with."""
+    throughput, judged = found.of("throughput", model, dtype), _judged(found, model)
+    if not throughput:
+        return ""
     sample = next((line["result"] for line in throughput.values() if line["status"] == "ok"), None)
     params = next(iter(throughput.values()))["params"]
     lengths, new_tokens = params["lengths"], params["new_tokens"]
@@ -51,8 +63,7 @@ def comparison(found: Found, model: str, dtype: str) -> str:
         text += f" Equality and sharing are those of {judged} in float32 here: tokens of random weights mean nothing."
     if any(line["status"] == "ok" for system, line in throughput.items() if system == "generate_batch"):
         text += " " + GENERATE_BATCH_NOTE
-    head = ["system", "peak memory (GB)", "throughput (tokens/s)", "equal to baseline", "handles > 4k tokens"]
-    return f"**All systems, {dtype}**\n\n{text}\n\n" + table([*head, "shared across requests"], rows)
+    return f"**All systems, {dtype}**\n\n{text}\n\n" + table(HEAD, rows(found, model, dtype))
 
 
 def _judged(found: Found, model: str) -> str:

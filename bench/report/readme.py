@@ -5,9 +5,9 @@ from __future__ import annotations
 from bench.lines import Found, machine_of
 from bench.report.claims import claims
 from bench.report.comparison import comparison
-from bench.report.plots import picture_of
 from bench.suites.limit.table import headline
 
+PAGE, PICTURE = "bench/results/report.html", "bench/results/report-desktop.png"  # `make picture` takes it
 MARKS = ("<!-- made by make report -->", "<!-- end -->")
 
 
@@ -19,11 +19,13 @@ def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
         return readme
     best = max(throughput, key=lambda line: ("gpu" in line["machine"], line["result"]["parameter_bytes"]))
     found = Found([line for line in compared if machine_of(line) == machine_of(best)])
-    model, dtype, picture = best["model"], best["dtype"], picture_of(best["device"], best["model"], best["dtype"])
+    model, dtype = best["model"], best["dtype"]
     text = [
-        f"![{model}: throughput, memory and decode step](bench/results/{picture})",
+        f"[![The page of all results: comparison, step and first token of every strategy]({PICTURE})]({PAGE})",
         f"{model} ({dtype}) on {machine_of(best)}. All tables, conditions and losses: "
-        "[bench/results/comparison_table.md](bench/results/comparison_table.md).",
+        "[bench/results/comparison_table.md](bench/results/comparison_table.md); all results with their plots on one "
+        f"page, to open in a browser: [{PAGE}]({PAGE}); every figure: "
+        "[bench/results/results.csv](bench/results/results.csv).",
         comparison(found, model, dtype).split("\n\n", 1)[1],
     ]
     if limit := _newest_on_a_gpu(lines, "limit", model):

@@ -1,0 +1,309 @@
+"""The plots of the page as Vega-Lite specifications: JSON that says what is drawn, and holds the figures itself.
+
+Every mark says on hover what it is, the command that measures it again, and the commit. A plot has no size or colours
+of a theme of its own: the page gives it both. See https://vega.github.io/vega-lite/docs/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from bench.lines import Found, machine_of
+from bench.markdown import unique
+from bench.records import command
+
+#: Distinct on light and on dark, for as many systems as there are.
+COLOURS = (
+    "#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#9d755d", "#72b7b2", "#d6a400",
+    "#ff9da6", "#8e8e8e", "#79706e", "#6f8fff", "#2ca02c", "#c56cf0", "#00a8a8", "#bc5090",
+)  # fmt: skip
+LIMIT = "limit of the machine"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """`spec["data"]["values"]` are rows with machine, model, system and workload, by which the page filters."""
+
+    name: str
+    title: str
+    note: str
+    spec: dict
+
+
+def charts(found: Sequence[Found], frontier: Sequence[dict] = ()) -> list[Chart]:
+    """All that have something to show, of the results of each machine.
+
+    Args:
+        frontier: points with model, dtype, machine, commit, length, batch, strategy, setting, `dominated` (the names of
+            the pictures in which another point is better in both ways, joined by spaces) and what `FRONTIERS` draws.
+    """
+    points = [row for own in found for row in _points(own)]
+    drawn = [
+        _against("step", "Decode step against context", "context", "step_ms", "decode step, ms", points, "context"),
+        _against("ttft", "Time to first token against context", "context", "ttft_ms", "TTFT, ms", points, "context"),
+        _throughput([row for own in found for row in _batches(own)]),
+        _roofline(points, [row for own in found for row in _limits(own, points)]),
+        *(_frontier(name, frontier) for name in FRONTIERS),
+        _against("batch", "Throughput of decode steps against batch", "batch", "rate", "tokens/s", points, "batch"),
+        _concurrency([row for own in found for row in _concurrent(own)]),
+        _loss([row for own in found for row in _losses(own)]),
+        _memory([row for own in found for row in _replays(own)]),
+    ]
+    return [chart for chart in drawn if chart.spec["data"]["values"]]
+
+
+def colours(charts: Sequence[Chart]) -> dict[str, str]:
+    """A colour a system, the same in every plot."""
+    systems = unique(
+        row["system"] for chart in charts for row in chart.spec["data"]["values"] if row["system"] != LIMIT
+    )
+    return {system: COLOURS[index % len(COLOURS)] for index, system in enumerate(systems)}
+
+
+def with_rows(chart: Chart, rows: Sequence[dict], colours: dict[str, str]) -> dict:
+    """The specification with these rows alone (the page does the same when it filters)."""
+    left = unique(row["system"] for row in rows if row["system"] != LIMIT)
+    palette = {"range": {"category": [colours[system] for system in left]}}
+    return chart.spec | {"data": {"values": list(rows)}, "config": palette}
+
+
+# --- rows
+
+
+def _head(line: dict) -> dict:
+    commit = line["commit"][:12] + (" with local changes" if line["dirty"] else "")
+    names = ("model", "dtype", "workload", "system")
+    return {"machine": machine_of(line), **{n: line[n] for n in names}, "command": command(line), "commit": commit}
+
+
+def _ok(found: Found, *workloads: str) -> Iterator[dict]:
+    return (line for line in found.lines if line["workload"] in workloads and line["status"] == "ok")
+
+
+def _points(found: Found) -> Iterator[dict]:
+    """Of decode steps at a batch and context: times in ms, bytes moved, and the share of the read bandwidth."""
+    for line in _ok(found, "context", "batch", "decode"):
+        for point in line["result"]["points"]:
+            if "error" in point or not point.get("step"):
+                continue
+            step, ttft = point["step"], point.get("ttft")
+            yield _head(line) | {
+                "system": point.get("system", line["system"]),
+                "batch": point["batch"],
+                "context": point["context"],
+                "step_ms": step["median"] * 1e3,
+                "range": f"{step['min'] * 1e3:.3g} to {step['max'] * 1e3:.3g} ms of {step['repeats']}",
+                "ttft_ms": ttft["median"] * 1e3 if ttft else None,
+                "rate": point["batch"] / step["median"],
+                "gigabytes": point["step_bytes"] / 1e9,
+                "share": found.share(line, point["step_bytes"] / step["median"]),
+            }
+
+
+def _limits(found: Found, points: Iterable[dict]) -> Iterator[dict]:
+    """The two ends of the line that no point can lie under."""
+    if "read" not in found.limits:
+        return
+    line = next(line for line in reversed(found.lines) if line["workload"] == "machine")
+    for model in found.models():
+        own = [p["gigabytes"] for p in points if p["machine"] == machine_of(line) and p["model"] == model]
+        for gigabytes in (min(own) * 0.8, max(own) * 1.25) if own else ():
+            head = _head(line) | {"model": model, "system": LIMIT, "workload": ""}
+            yield head | {"gigabytes": gigabytes, "step_ms": gigabytes * 1e12 / found.limits["read"]}
+
+
+def _concurrent(found: Found) -> Iterator[dict]:
+    for line in _ok(found, "batching"):
+        for batch in line["result"]["batches"]:
+            if "tokens_per_second" in batch:
+                rate = batch["tokens_per_second"]["median"]
+                yield _head(line) | {"system": batch["system"], "requests": batch["requests"], "rate": rate}
+    for line in _ok(found, "throughput"):
+        rate = line["result"]["tokens_per_second"]["median"]
+        yield _head(line) | {"requests": len(line["params"]["lengths"]), "rate": rate}
+
+
+def _batches(found: Found) -> Iterator[dict]:
+    for line in _ok(found, "throughput"):
+        rate, peak = line["result"]["tokens_per_second"]["median"], line["result"]["peak"] / 1e9
+        yield _head(line) | {"rate": rate, "peak_gb": peak}
+
+
+def _losses(found: Found) -> Iterator[dict]:
+    for line in _ok(found, "cost"):
+        for row in line["result"]["rows"]:
+            if "error" not in row:
+                yield _head(line) | {
+                    "system": row["strategy"],
+                    "setting": row["label"],
+                    "share": row["gpu_share"],
+                    "perplexity": 100 * (row["perplexity"] / row["baseline_perplexity"] - 1),
+                    "kl": max(row["mean_kl"], 1e-7),
+                }
+
+
+def _replays(found: Found) -> Iterator[dict]:
+    for line in _ok(found, "replay"):
+        result = line["result"]
+        for seconds, blocks in zip(result["seconds"], result["blocks"], strict=True):
+            used = len(blocks) - blocks.count(".") - blocks.count("-")
+            yield _head(line) | {"seconds": seconds, "megabytes": used * result["bytes_per_block"] / 1e6}
+
+
+#: What is paid, and what for: the name of each is drawn to the right, less is better; upwards more is.
+FRONTIERS = {
+    "kv_bytes": ("accuracy", "Accuracy against KV bytes", "KV bytes of a request on the GPU", "accuracy"),
+    "step_ms": ("accuracy", "Accuracy against step time", "decode step, ms", "accuracy"),
+    "itl_ms": ("tokens_per_s", "Throughput against ITL", "time between tokens of a request, ms", "tokens/s"),
+}
+
+
+# --- plots
+
+
+def _field(name: str, title: str, kind: str = "quantitative", **options: object) -> dict:
+    return {"field": name, "type": kind, "title": title, **options}
+
+
+_COLOUR = _field("system", None, "nominal", sort=None, legend={"orient": "bottom", "columns": 4})
+
+
+_NUMBERS = {"step_ms", "ttft_ms", "rate", "share", "gigabytes", "peak_gb", "kl", "perplexity", "seconds", "megabytes"}
+
+
+def _tooltip(**shown: str) -> list[dict]:
+    """Field -> its title; what every mark says stands around them."""
+    ends = {name: name for name in ("workload", "model", "dtype", "machine", "command", "commit")}
+    return [
+        {"field": name, "title": title} | ({"format": ".4~g"} if name in _NUMBERS else {})
+        for name, title in {"system": "system", **shown, **ends}.items()
+    ]
+
+
+_POINT = {"batch": "requests", "context": "context"}
+_STEP = _POINT | {"step_ms": "decode step, ms", "range": "smallest to largest", "share": "share of the limit"}
+
+
+def _spec(values: Sequence[dict], **parts: object) -> dict:
+    return {"data": {"values": list(values)}, "width": "container", "height": 300, **parts}
+
+
+def _against(name: str, title: str, x: str, y: str, what: str, points: Sequence[dict], workload: str) -> Chart:
+    own = [p for p in points if p["workload"] == workload and p[y] is not None]
+    x_axis = _field(
+        x, {"context": "context, tokens", "batch": "requests at a time"}[x], scale={"type": "log", "base": 2}
+    )
+    encoding = {
+        "x": x_axis,
+        "y": _field(y, what, scale={"type": "log", "nice": False, "padding": 12}),
+        "color": _COLOUR,
+        "detail": [{"field": "machine"}, {"field": "model"}, {"field": "dtype"}],
+        "tooltip": _tooltip(**(_POINT | {"ttft_ms": "TTFT, ms"} if name == "ttft" else _STEP | {"rate": "tokens/s"})),
+    }
+    spec = _spec(own, mark={"type": "line", "point": {"size": 60}, "strokeWidth": 2}, encoding=encoding)
+    return Chart(name, title, "Both axes are logarithmic.", spec)
+
+
+def _frontier(x: str, points: Sequence[dict]) -> Chart:
+    y, title, x_title, y_title = FRONTIERS[x]
+    rows = [
+        point
+        | {"system": point["strategy"], "workload": "frontier", "is_dominated": x in (point["dominated"] or "").split()}
+        | {"commit": point["commit"][:12], "command": "make report"}
+        for point in points
+        if point[x] is not None and point[y] is not None
+    ]
+    shown = {"setting": "setting", "length": "tokens", "batch": "requests", x: x_title, y: y_title}
+    interval = {"low": "95 % from", "high": "to"} if y == "accuracy" else {}
+    encoding = {
+        "x": _field(x, x_title, scale={"type": "log", "nice": False, "padding": 12}),
+        "y": _field(y, y_title),
+        "color": _COLOUR,
+        "shape": _field("length", "tokens", "ordinal", legend={"orient": "bottom"}),
+        "opacity": {"condition": {"test": "datum.is_dominated", "value": 0.3}, "value": 1},
+        "tooltip": _tooltip(**shown, **interval),
+    }
+    mark = {"type": "point", "filled": True, "size": 90}
+    note = "Up and to the left is better; pale where another point is better in both ways."
+    return Chart(f"frontier-{x}", title, note, _spec(rows, mark=mark, encoding=encoding))
+
+
+def _concurrency(rows: Sequence[dict]) -> Chart:
+    encoding = {
+        "x": _field("requests", "requests handed over together", "ordinal", axis={"labelAngle": 0}),
+        "y": _field("rate", "tokens/s", scale={"zero": True}),
+        "color": _COLOUR,
+        "shape": _field("workload", None, "nominal", legend={"orient": "bottom"}),
+        "tooltip": _tooltip(requests="requests", rate="tokens/s"),
+    }
+    spec = _spec(rows, mark={"type": "point", "filled": True, "size": 90}, encoding=encoding)
+    return Chart("concurrency", "Throughput against concurrency", "Ragged batches, prefill included.", spec)
+
+
+def _roofline(points: Sequence[dict], limits: Sequence[dict]) -> Chart:
+    scale = {"type": "log", "nice": False, "padding": 10}
+    encoding = {
+        "x": _field("gigabytes", "weights and KV a step has to read, GB", scale=scale),
+        "y": _field("step_ms", "decode step, ms", scale=scale),
+    }
+    is_limit = f"datum.system == '{LIMIT}'"
+    spec = _spec(
+        [*points, *limits],
+        encoding=encoding,
+        layer=[
+            {
+                "transform": [{"filter": is_limit}],
+                "mark": {"type": "line", "strokeDash": [6, 4], "strokeWidth": 2},
+                "encoding": {"detail": [{"field": "machine"}, {"field": "model"}], "color": {"value": "#888888"}},
+            },
+            {
+                "transform": [{"filter": f"!({is_limit})"}],
+                "mark": {"type": "point", "filled": True, "size": 70, "opacity": 0.8},
+                "encoding": {"color": _COLOUR, "tooltip": _tooltip(**_STEP, gigabytes="GB to read")},
+            },
+        ],
+    )
+    note = (
+        "The dashed line is the measured read bandwidth, over the weights and all K and V. On it, a step is all "
+        "reading; under it is only what reads less of K and V."
+    )
+    return Chart("roofline", "How near to the limit: time against bytes", note, spec)
+
+
+def _throughput(rows: Sequence[dict]) -> Chart:
+    encoding = {
+        "x": _field("peak_gb", "peak memory, GB", scale={"zero": False, "padding": 20}),
+        "y": _field("rate", "tokens/s", scale={"zero": True}),
+        "color": _COLOUR,
+        "tooltip": _tooltip(rate="tokens/s", peak_gb="peak, GB"),
+    }
+    mark = {"type": "point", "filled": True, "size": 120}
+    note = "A ragged batch. Up and to the left is better."
+    return Chart("memory", "Throughput against peak memory", note, _spec(rows, mark=mark, encoding=encoding))
+
+
+def _loss(rows: Sequence[dict]) -> Chart:
+    encoding = {
+        "x": _field(
+            "share", "KV on the GPU, of the plain cache in 16 bits", axis={"format": "%"}, scale={"zero": True}
+        ),
+        "y": _field("kl", "mean KL from the native cache, nats", scale={"type": "log"}),
+        "color": _COLOUR,
+        "tooltip": _tooltip(setting="setting", kl="KL, nats", perplexity="perplexity, % more", share="KV, of plain"),
+    }
+    mark = {"type": "point", "filled": True, "size": 100}
+    note = "Down and to the left is better; 1e-7 is the rounding of float32."
+    return Chart("loss", "What is lost against what is saved", note, _spec(rows, mark=mark, encoding=encoding))
+
+
+def _memory(rows: Sequence[dict]) -> Chart:
+    encoding = {
+        "x": _field("seconds", "seconds"),
+        "y": _field("megabytes", "KV blocks in use, MB"),
+        "color": _COLOUR,
+        "tooltip": _tooltip(seconds="s", megabytes="MB"),
+    }
+    mark = {"type": "line", "interpolate": "step-after", "strokeWidth": 2}
+    note = "One small batch through every strategy on a CPU; the block table below is of the same runs."
+    return Chart("replay", "Memory against time", note, _spec(rows, mark=mark, encoding=encoding))
