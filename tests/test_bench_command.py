@@ -225,6 +225,8 @@ for write in (lambda: driver._append(path, {{"n": "x" * 50}}),
         (["--only", "no such peer"], "no case of suite default matches 'no such peer'. A name is workload / system"),
         (["--suite", "other"], "unknown suite 'other'; known are default, equality"),
         (["--device", "gpu"], "--device gpu: give cpu, cuda or cuda:0"),
+        (["--device", "cuda:99"], f"--device cuda:99: torch finds {torch.cuda.device_count()} GPUs here"),
+        (["workloads", "stray"], "workloads takes no stray"),
         (["--load", "no_such_module"], "--load no_such_module: No module named 'no_such_module'"),
         (["report", "--out", "/no/such/folder"], "--out /no/such/folder: there is no such folder"),
     ],
@@ -236,6 +238,28 @@ def test_what_cannot_be_done_is_said_before_anything_runs(tmp_path, capsys, monk
     assert main(["--device", "cpu", *out, *arguments]) == 2
     assert said in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
+
+
+def test_one_json_object_and_all_else_elsewhere(tmp_path, capsys):
+    toy(tmp_path, "a", "killed")
+    arguments = ["--load", "toy", "--suite", "toys", "--only", "toy", "--out", "out", "--json"]
+    done = bench(tmp_path, *arguments)
+    assert json.loads(done.stdout) == {
+        "results": "out/toys-cpu.jsonl", "table": "out/toys_table.md", "cases": 2, "failed": 1,
+    } and "the answer is 42" in done.stderr and done.returncode == 1  # fmt: skip
+    for command in ("workloads", "report", "plan-check"):
+        assert main([command, "--out", str(tmp_path / "out"), "--json"]) == 0
+        json.loads(capsys.readouterr().out)
+
+
+def test_letters_that_a_terminal_lacks(tmp_path):
+    """A model's name in the tables, in a C locale: files are UTF-8, and the terminal gets codes."""
+    line = LINE | {"model": "modèle", "status": "failed", "error": "naïve"}
+    (tmp_path / "mine.jsonl").write_text(json.dumps({k: v for k, v in line.items() if k != "result"}) + "\n")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = bench(tmp_path, "report", "--out", ".", **plain)
+    assert done.returncode == 0, done.stderr
+    assert "naïve" in (tmp_path / "comparison_table.md").read_text(encoding="utf-8")
 
 
 def test_out_is_a_file(tmp_path, capsys):

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import common  # noqa: F401  registers strategies from outside
 import pytest
 
 from kv_strategies.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_generate_prints_text_and_what_the_strategy_held(capsys):
@@ -75,3 +82,48 @@ def test_a_tie_of_bfloat16_is_rounding():
 
     assert Difference(0, 3, (1, 2), 0.0, 0.004, 0.01).is_rounding
     assert not Difference(0, 3, (1, 2), 0.5, 0.4, 0.01).is_rounding
+
+
+# --- whatever the shell is like
+
+
+def kv_strategies(*arguments: str | bytes, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "kv_strategies.cli", *arguments]
+    return subprocess.run(command, env=os.environ | environment, cwd=ROOT, capture_output=True)
+
+
+PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("environment", [PLAIN, {"PYTHONIOENCODING": "ascii"}])
+def test_an_answer_is_printed_where_letters_are_missing(environment):
+    done = kv_strategies("generate", "naïve café →", "--max-new-tokens", "4", **environment)
+    assert done.returncode == 0, done.stderr
+    assert rb"--- na\xefve caf\xe9 \u2192" in done.stdout
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_anything_is_loaded():
+    for locale in ({}, PLAIN):
+        done = kv_strategies("generate", b"caf\xe9", "--model", "no/such/folder", **locale)
+        assert done.returncode == 1 and b"is not UTF-8: unexpected end of data at byte 3" in done.stderr
+        assert b"Traceback" not in done.stderr and b"folder" not in done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_every_command(shell, capsys):
+    assert main(["completion", shell]) == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("generate", "plan", "explain-diff", "gpu-memory"))
+
+
+def test_completion_says_what_it_takes(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 1
+    assert "pip install 'kv-strategies[completion]'" in capsys.readouterr().err
+
+
+def test_explain_as_json(capsys):
+    assert main(["explain", "prefix+window", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: part["answers"] for name, part in found.items()} == {"prefix": "sharing", "window": "retention"}
+    assert "sinks" in found["window"]["example"]
