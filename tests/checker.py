@@ -215,7 +215,10 @@ class Oracle:
         self.strategy = build("+".join(lossy) or "baseline", MODEL, **self._options(lossy, block_size))
         self.is_native = not lossy
         self._margin = 1e-3 if set(lossy) <= {"window", "every4"} else 2e-2  # a rounded code is further off
-        self._runner = Runner(MODEL, self.strategy, **({} if self.is_native else {"max_num_seqs": 4}))
+        # Without graphs, which would draw the likeliest tokens themselves.
+        self._runner = Runner(
+            MODEL, self.strategy, **({} if self.is_native else {"max_num_seqs": 4, "cuda_graphs": False})
+        )
         self._known: dict[tuple, list[list[int]] | None] = {}
         self._states: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
