@@ -1,6 +1,6 @@
 """The contract of a policy, and the answers of a plain block pool.
 
-A strategy is a block pool and four policies. Each answers one question; none asks what another one is:
+A strategy is a block pool and five policies. Each answers one question; none asks what another one is:
 
 | policy      | question                          | here: the null object     | answered in    |
 |-------------|-----------------------------------|---------------------------|----------------|
@@ -8,18 +8,19 @@ A strategy is a block pool and four policies. Each answers one question; none as
 | `Retention` | which blocks may still be seen?   | `KeepAll`: all of them    | `window.py`    |
 | `Placement` | which tier holds these bytes?     | `OnDevice`: the model's   | `offload.py`   |
 | `Codec`     | what bytes encode K and V?        | `Plain`: as they come     | `quantized.py` |
+| `Selection` | which tokens are worth keeping?   | `KeepAllTokens`: each     | `evict.py`     |
 
-The fifth question, where is token t, is the pool's own (`paged.py`); a `Layout` says no more than how large a block is.
+The sixth question, where is token t, is the pool's own (`paged.py`); a `Layout` says no more than how large a block is.
 `strategy.py` runs the policies together, `registry.py` puts them together by name.
 
-**To write one**, subclass one of the four and override what differs: every method here works as it stands, but for the
+**To write one**, subclass one of them and override what differs: every method here works as it stands, but for the
 three of `Codec`. Options are the keywords of its constructor, with annotations, which `build` checks what it is given
 against. What the model is like comes at `bind`.
 
 **Who calls when.** Once, at `build`: the constructor, `bind`, `Codec.planes`, `Placement.allocate`, `identity`,
 `Sharing.open`. Once a forward, on integers: `Sharing.follow` where the model has changed; `Sharing.match` for a new
-row; `Retention.dead`, `Sharing.evict` and `Placement.copy_blocks` to make room; the plan; after the forward
-`Sharing.publish`. Once a layer, on tensors: `Placement.open`, the codec's `encode`, `Retention.sink_query`,
+row; `Selection.choose` and `Placement.compact` where a row shrinks; `Retention.dead`, `Sharing.evict` and
+`Placement.copy_blocks` to make room; the plan; after the forward `Sharing.publish`. Once a layer, on tensors: `Placement.open`, the codec's `encode`, `Retention.sink_query`,
 `Placement.read` (which decodes and masks), then `Placement.close`.
 
 **What it may not do.** Per layer: no `.item()`, no wait for the device, no allocation whose size depends on values;
@@ -41,7 +42,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .kernels import Kernels
+from .kernels import Kernels, compact
 from .paged import BlockPool, BlockTable, Ranges
 from .step.plan import LayerStore, Plan
 from .step.store import BlockStore, KVShape, Planes, block_bytes
@@ -270,12 +271,72 @@ class Plain(Codec):
         return {}  # the planes say the dtype
 
 
+class Selection(Policy):
+    """Which tokens are worth keeping? Here: all of them.
+
+    A row is *compacted* at the end of its prompt, and perhaps as it grows: each KV head keeps the tokens that it
+    chooses, all heads of all layers equally many, and the blocks that this empties go back to the pool.
+    """
+
+    question = "selection"
+    name = "the selection"  # as errors call it
+    reads_queries = False  # whether `choose` wants the last queries of a row
+    reads_values = False  # whether it wants V
+    every: int | None = None  # tokens that a row may grow by before it is compacted again; None for no further time
+
+    def cap(self, num_prompt: int) -> int:
+        """How many tokens a row keeps of those of its prompt, and whenever it is compacted again."""
+        return num_prompt
+
+    def open(self, num_tokens: int) -> None:
+        """The pool holds so many tokens. Raises ValueError where that cannot serve."""
+
+    def choose(
+        self, layer_idx: int, keys: Tensor, values: Tensor | None, queries: Tensor | None, num_kept: int, position: int
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens of a row that each head of a layer keeps. Called for all layers before any of them changes.
+
+        Args:
+            keys, values: [Hkv, n, D] as they are stored, decoded; queries: [Hq, m, D] the last of the row. See
+                `scores.Score.score`.
+            num_kept: fewer than n.
+            position: of the newest token.
+
+        Returns:
+            indices [Hkv, num_kept] int64, ascending, and whether they can be trusted, bool [].
+
+        Raises:
+            Unsound: they cannot, and why.
+        """
+        raise NotImplementedError
+
+    def num_blocks(self, num_prompt: int, num_tokens: int, block_size: int, is_shared: bool) -> int:
+        """The most blocks that a row with a prompt of `num_prompt` tokens holds at once on its way to `num_tokens`.
+
+        Args:
+            is_shared: others may hold its blocks as well, so that survivors need blocks of their own beside them.
+        """
+        return -(-num_tokens // block_size)
+
+
+class Unsound(ValueError):
+    """What was to say which tokens to keep did not."""
+
+
+class KeepAllTokens(Selection):
+    """The null object."""
+
+    def identity(self) -> dict[str, object]:
+        return {}
+
+
 class Placement(Policy):
     """Which tier holds these bytes? Here: the device of each layer, K and V alike."""
 
     question = "placement"
     tiers = LowerTiers()
     capturable = True  # whether a decode step may be recorded as a CUDA graph
+    reads_some = False  # whether a read leaves tokens out
     prefill_capturable = True  # whether a step with new tokens of a prompt may be, too
     prefetches = True  # whether what comes over the link comes while something else is computed
 
@@ -319,9 +380,27 @@ class Placement(Policy):
 
     # Between forwards
 
-    def key_layers(self) -> Iterable[LayerStore]:
-        """The K of every layer where it lies, to be changed between two steps. V need not be there."""
+    def layers(self) -> Iterable[LayerStore]:
+        """K and V of every layer where they lie, to be read, and K to be changed, between two steps."""
         return self._layers
+
+    def planes(self) -> list[dict[str, Tensor]]:
+        """For each device of layers, in their order, the planes in all layers of that device where they lie: name ->
+        [num_blocks, L, Hkv, block_size, ..].
+        """
+        return [store.planes for store in self.stores.values()]
+
+    def compact(self, sources: Sequence[int], targets: Sequence[int], kept: Sequence[Tensor]) -> None:
+        """Move survivors of one row into its first blocks: what stood in `sources` at index kept[l, h, j] of the row
+        stands in `targets` at index j, for layer l and head h.
+
+        Args:
+            targets: each of them is free of others' tokens: it is the same in `sources`, or not in there.
+            kept: for each device of layers, in their order, [L, Hkv, m] int64, ascending.
+        """
+        for planes, index in zip(self.planes(), kept, strict=True):
+            for plane in planes.values():
+                compact(plane, sources, targets, index)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy (source, destination) blocks of all layers."""
@@ -372,3 +451,4 @@ class Policies:
     retention: Retention = field(default_factory=KeepAll)
     placement: Placement = field(default_factory=OnDevice)
     codec: Codec = field(default_factory=Plain)
+    selection: Selection = field(default_factory=KeepAllTokens)

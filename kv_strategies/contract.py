@@ -11,11 +11,14 @@ import inspect
 
 import torch
 
-from .base import Codec, Layout, Placement, Policy, Retention, Sharing, Site
+from .base import Codec, Layout, Placement, Policy, Retention, Selection, Sharing, Site, Unsound
 from .kernels.reference import quantise
+from .step.plan import RING_SIZE
 
 #: Question -> the class whose methods are asked.
-ROLES: dict[str, type[Policy]] = {role.question: role for role in (Layout, Sharing, Retention, Placement, Codec)}
+ROLES: dict[str, type[Policy]] = {
+    role.question: role for role in (Layout, Sharing, Retention, Placement, Codec, Selection)
+}
 
 
 def check_form(name: str, question: str, policy: object) -> None:
@@ -123,3 +126,33 @@ def check_retention(name: str, retention: Retention, site: Site) -> None:
             )
     if retention.stale(40 * size, size) != (0, 0) and type(retention).turn_keys is Retention.turn_keys:
         raise ValueError(f"{who}.stale cuts blocks out, so turn_keys must say how the keys behind them turn")
+
+
+def check_selection(name: str, selection: Selection, placement: Placement, site: Site) -> None:
+    """After it is bound: that it chooses as many tokens as it is asked for, in their order, and goes with the reads."""
+    who, shape = f"{name!r}: {type(selection).__name__}", site.shape
+    if placement.reads_some:
+        raise ValueError(
+            f"{name!r} and reads of the heaviest tokens alone (top_n, mass) both leave tokens out, and what each drops "
+            "would be counted against what the other has left: choose one"
+        )
+    generator = torch.Generator().manual_seed(0)
+    for num_tokens, num_kept in ((2, 1), (100, 37)):
+
+        def states(num_heads: int, count: int) -> torch.Tensor:
+            return torch.randn(num_heads, count, shape.head_dim, generator=generator).to(shape.dtype)
+
+        keys, values = states(shape.num_kv_heads, num_tokens), states(shape.num_kv_heads, num_tokens)
+        queries = states(shape.num_heads, min(num_tokens, RING_SIZE)) if selection.reads_queries else None
+        given = keys, values if selection.reads_values else None, queries
+        try:
+            index, is_sound = selection.choose(0, *given, num_kept, num_tokens - 1)
+        except Unsound as error:
+            raise ValueError(f"{name!r}: {error}") from error
+        if not is_sound:
+            raise ValueError(f"{name!r}: {selection.name} gives NaN for random keys")
+        wanted = (shape.num_kv_heads, num_kept)
+        if tuple(index.shape) != wanted or index.dtype != torch.int64:
+            raise ValueError(f"{who}.choose must give int64 {list(wanted)}, got {index.dtype} {list(index.shape)}")
+        if not ((index[:, 1:] > index[:, :-1]).all() and index.min() >= 0 and index.max() < num_tokens):
+            raise ValueError(f"{who}.choose must give ascending indices of {num_tokens} tokens, got {index.tolist()}")

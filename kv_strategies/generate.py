@@ -34,6 +34,7 @@ class Generation:
 
     def __init__(self) -> None:
         self._graphs: StackGraphs | None = None
+        self._addresses: tuple[int, int] | None = None  # that they take for granted
 
     def cache(
         self, strategy: Strategy, input_ids: Any = None, attention_mask: Tensor | None = None, salt: str = ""
@@ -60,8 +61,8 @@ class Generation:
         stack = strategy.seen.stack
         if stack is None or stack.device.type != "cuda" or not strategy.capturable:
             return None
-        if self._graphs is None or self._graphs.stack is not stack:
-            self._graphs = StackGraphs(stack, strategy.block_size)
+        if self._graphs is None or self._graphs.stack is not stack or self._addresses != strategy.addresses:
+            self._graphs, self._addresses = StackGraphs(stack, strategy.block_size), strategy.addresses
         return self._graphs
 
     @torch.inference_mode()
@@ -150,6 +151,8 @@ class StrategyCache(AttendingCache):
         self._check_continues(position_ids, num_columns)
         rows = list(zip(self.tables, query_lens, strict=True))
         try:
+            if num_columns == 1 and self._is_prompt_known:
+                self._compact()
             reservation = self.strategy.reserve(rows, owner=self)
         except OutOfBlocks as error:
             held = sum(table.num_tokens for table in self.tables)
@@ -158,6 +161,28 @@ class StrategyCache(AttendingCache):
                 f"{num_rows} rows and adds {sum(query_lens)}. Build the strategy with a larger num_blocks ({error})"
             ) from None
         self._pending = _Pending(rows, num_columns, is_token, position_ids, reservation)
+
+    def compact(self) -> None:
+        """Let the strategy say now which of the cached tokens are worth keeping, where it says so at all (`evict.py`):
+        of a context, say, before the question about it is fed, which then stays whole. Else this happens with the first
+        forward over a single column, as the end of a prompt is not announced.
+        """
+        with self.strategy.lock:
+            self._undo()
+            self._compact()
+
+    def _compact(self) -> None:
+        try:
+            self.strategy.compact([(table, 0) for table in self.tables], owner=self)
+        except BaseException:
+            if self.num_columns and any(not table.num_tokens for table in self.tables):
+                self.reset()  # some survivors were moved and some were not
+            raise
+
+    @property
+    def _is_prompt_known(self) -> bool:
+        """Whether a single new column means that the prompt has ended."""
+        return True
 
     @property
     def decoder_layers(self) -> list[Callable[..., Tensor]]:
@@ -244,7 +269,10 @@ class StrategyCache(AttendingCache):
             return
         kept = self._column_mask()[:, : max(0, keep)]
         with self.strategy.lock:
-            for table, num_tokens in zip(self.tables, kept.sum(dim=1).tolist(), strict=True):
+            rows = list(zip(self.tables, kept.sum(dim=1).tolist(), strict=True))
+            for table, num_tokens in rows:
+                self.strategy.check_truncate(table, num_tokens)
+            for table, num_tokens in rows:
                 self.strategy.truncate(table, num_tokens)
             self.num_columns = max(0, keep)
             self._columns = [(self.num_columns, kept)] if self.num_columns else []
@@ -310,7 +338,7 @@ class StrategyCache(AttendingCache):
         seen = attention_mask != 0
         on_host = torch.cat([seen.sum(dim=1, keepdim=True), seen[:, self.num_columns :].long()], dim=1).cpu()
         is_token = on_host[:, 1:].bool()
-        stored = torch.tensor([table.num_tokens for table in self.tables], device="cpu")
+        stored = torch.tensor([table.num_seen for table in self.tables], device="cpu")
         if not torch.equal(on_host[:, 0] - is_token.sum(dim=1), stored):
             self._hide(seen[:, : self.num_columns].cpu())
         return is_token
@@ -339,7 +367,7 @@ class StrategyCache(AttendingCache):
         if not self.num_columns or position_ids is None or (num_columns == 1 and position_ids.is_cuda):
             return
         newest = position_ids[:, -1].expand(len(self.tables)).tolist()
-        if any(last < table.num_tokens for last, table in zip(newest, self.tables, strict=True)):
+        if any(last < table.num_seen for last, table in zip(newest, self.tables, strict=True)):
             raise ValueError(
                 f"the cache holds {self.num_columns} columns, and this forward begins again at position 0: generate() "
                 "feeds other tokens than those that follow, or an earlier call with this cache failed at its end; give "
@@ -457,6 +485,10 @@ class PromptCache(StrategyCache):
     def reset(self) -> None:
         super().reset()
         self._prompts = []
+
+    @property
+    def _is_prompt_known(self) -> bool:
+        return not self._prompts  # until all of them are computed
 
     def _start(self, num_rows: int, num_columns: int) -> None:
         """Before the first forward, which shows what kind of generation this is."""

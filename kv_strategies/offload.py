@@ -82,12 +82,12 @@ class Offload(Placement):
             raise ValueError(f"mass must be in (0, 1], got {mass}; leave it out for exact reads")
         if resident not in ("k", "none", "kv"):
             raise ValueError(f"resident must be 'k', 'none' or 'kv', got {resident!r}")
-        self.is_lossy = top_n is not None or mass is not None
-        if self.is_lossy and resident != "k":
+        self.reads_some = top_n is not None or mass is not None
+        if self.reads_some and resident != "k":
             raise ValueError(
                 f"top_n and mass read K on the GPU and V on the host: resident must be 'k', not {resident!r}"
             )
-        if renormalise and not self.is_lossy:
+        if renormalise and not self.reads_some:
             raise ValueError("renormalise goes with top_n or mass: an exact read drops nothing")
         if (disk_path is None) != (disk_bytes is None):
             raise ValueError("disk_path and disk_bytes go together: a folder, and how much of it to use")
@@ -99,11 +99,11 @@ class Offload(Placement):
         self._disk_path, self._disk_bytes = disk_path, disk_bytes
         self._lossy = {"top_n": top_n or 0, "mass": mass or 0.0, "renormalise": renormalise}
         # An exact step streams by copies that change with the block tables; a graph would repeat those of its capture.
-        self.capturable = self.is_lossy or resident == "kv"
-        self.prefetches = not self.is_lossy
+        self.capturable = self.reads_some or resident == "kv"
+        self.prefetches = not self.reads_some
 
     def identity(self) -> dict[str, object]:
-        return {"reads": self._lossy} if self.is_lossy else {}
+        return {"reads": self._lossy} if self.reads_some else {}
 
     # --- memory
 
@@ -129,7 +129,7 @@ class Offload(Placement):
             return read, 0
         if is_decode and self._lossy["mass"]:
             return read, None
-        if is_decode and self.is_lossy:  # a V of its own for every head
+        if is_decode and self.reads_some:  # a V of its own for every head
             rows = min(self._lossy["top_n"], num_tokens) * num_layers * site.shape.num_heads
             return read, rows * _vector_bytes(streamed)
         fetched = num_layers * block_bytes(1, streamed) * num_blocks
@@ -140,7 +140,7 @@ class Offload(Placement):
         self._names = list(planes)
         self._devices = [
             _DeviceLayers(
-                device, layer_devices.count(device), num_blocks, resident, streamed, self._num_buffers, self.is_lossy
+                device, layer_devices.count(device), num_blocks, resident, streamed, self._num_buffers, self.reads_some
             )
             for device in dict.fromkeys(layer_devices)
         ]
@@ -160,7 +160,7 @@ class Offload(Placement):
         """Layers on the device at once: one attends while the next arrives. Where only prompts stream one is enough, as
         they have other work to hide a copy behind.
         """
-        return 1 if self.is_lossy else 2
+        return 1 if self.reads_some else 2
 
     def _split(self, planes: dict) -> tuple[dict, dict]:
         """The planes that stay on the device, and those that stream; a scale goes with what it scales."""
@@ -199,7 +199,7 @@ class Offload(Placement):
 
     def read(self, layer_idx: int, query: Tensor, layer: LayerStore, plan: Plan, kernels: Kernels, **options) -> Tensor:
         num_decodes = plan.num_decodes
-        if not self.is_lossy or not num_decodes:
+        if not self.reads_some or not num_decodes:
             return kernels.attention(query, layer, plan, **options)
         home, index = self._layers[layer_idx]
         is_mixed = not self._reads_on_host(plan)
@@ -226,14 +226,26 @@ class Offload(Placement):
 
     def _reads_on_host(self, plan: Plan) -> bool:
         """Whether this forward reads and writes V in host memory, where it is, and nothing streams."""
-        return self.is_lossy and plan.num_decodes == len(plan.query_lens)
+        return self.reads_some and plan.num_decodes == len(plan.query_lens)
 
     # --- whole blocks
 
-    def key_layers(self) -> list[LayerStore]:
+    def layers(self) -> list[LayerStore]:
         for home in self._devices:
             home.synchronize()
         return [home.layers[layer] for home, layer in self._layers]
+
+    def planes(self) -> list[dict[str, Tensor]]:
+        return [home.planes for home in self._devices]
+
+    def compact(self, sources: Sequence[int], targets: Sequence[int], kept: Sequence[Tensor]) -> None:
+        for home in self._devices:
+            home.synchronize()
+        try:
+            super().compact(sources, targets, kept)
+        finally:
+            for home in self._devices:
+                home.touched()
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         for home in self._devices:
@@ -282,7 +294,7 @@ class Offload(Placement):
             "bytes_to_host": sum(stream.bytes_appended for stream in streams),
             **self.tiers.stats(),
         }
-        if self.is_lossy:
+        if self.reads_some:
             reads, kept, dropped, _ = sum(home.tally.cpu() for home in self._devices).tolist()
             worst = max(float(home.tally[TALLY.index("worst")]) for home in self._devices)
             home = self._devices[0]

@@ -21,11 +21,15 @@ Everything here is Python integers, once a step. The tensors live in `BlockStore
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .step.plan import NULL_BLOCK, Row
+from .step.plan import NULL_BLOCK, NULL_RING, Row
+
+if TYPE_CHECKING:
+    from .step.rings import Ring
 
 #: First and last + 1 of stretches of a block table.
 Ranges = tuple[tuple[int, int], ...]
@@ -140,7 +144,11 @@ class BlockTable:
         self.num_tokens = num_tokens
         self._ids = np.array(list(blocks), dtype=np.int32)
         self._size = len(self._ids)
-        self.num_cut = 0  # tokens that the row has seen and that no longer stand in this table (see `cut`)
+        self.num_cut = 0  # tokens that the row has seen and that no longer stand in this table (`cut`, `compact`)
+        self.num_evicted = 0  # those of them that left gaps between positions (`compact`)
+        self.num_settled = 0  # tokens seen when it was last compacted: it cannot go back behind them
+        self.cap: int | None = None  # tokens that a compaction leaves; None before the first
+        self.ring: Ring | None = None  # where its last queries are kept (`step/rings.py`)
         self.is_mixed = False  # whether the model has changed since its first token was computed
         self._dropped: Ranges = ()  # the last that `drop` was given
         pool.tables.add(self)
@@ -198,7 +206,8 @@ class BlockTable:
 
     def row(self, num_new: int) -> Row:
         """What a forward over the last `num_new` tokens has to know. Valid until the table changes."""
-        return Row(self.blocks, self.num_tokens, num_new)
+        ring = NULL_RING if self.ring is None else self.ring.number
+        return Row(self.blocks, self.num_tokens, num_new, self.num_evicted, ring)
 
     def fork(self) -> BlockTable:
         """A second table over the same blocks (parallel sample, beam). The first to write copies."""
@@ -272,13 +281,28 @@ class BlockTable:
         self.num_cut += (last - first) * self.pool.block_size
         self._dropped = ()
 
+    def compact(self, blocks: Sequence[int], num_tokens: int) -> None:
+        """Of all tokens, `num_tokens` are left, and lie in `blocks`. Those of them that the table does not hold come
+        with a reference; of those that it holds, the others are given back.
+        """
+        left = set(blocks)
+        for block in reversed(self.blocks.tolist()):
+            if block not in left:
+                self.pool.release(block)
+        num_evicted = self.num_tokens - num_tokens
+        self._ids, self._size, self._dropped = np.array(blocks, dtype=np.int32), len(blocks), ()
+        self.num_tokens = num_tokens
+        self.num_cut += num_evicted
+        self.num_evicted += num_evicted
+        self.num_settled = self.num_seen
+
     def num_shared(self, first: int) -> int:
         """Blocks at index `first` of the table and behind it that somebody else holds as well."""
         return sum(self.pool.ref_counts[block] > 1 for block in self.blocks[first:] if block != NULL_BLOCK)
 
     @property
     def num_seen(self) -> int:
-        """Tokens of the request so far, those cut out included."""
+        """Tokens of the request so far, those cut out or evicted included."""
         return self.num_tokens + self.num_cut
 
     @property
@@ -289,11 +313,16 @@ class BlockTable:
     def release(self) -> None:
         """Give everything back. May be called twice."""
         self.truncate(0)
-        self.num_cut, self.is_mixed = 0, False
+        self.num_cut = self.num_evicted = self.num_settled = 0
+        self.cap, self.ring, self.is_mixed = None, None, False
 
     def _twin(self, blocks: np.ndarray) -> BlockTable:
         twin = BlockTable(self.pool, blocks, self.num_tokens)
         twin.num_cut, twin.is_mixed, twin._dropped = self.num_cut, self.is_mixed, self._dropped
+        twin.num_evicted, twin.num_settled, twin.cap = self.num_evicted, self.num_settled, self.cap
+        twin.ring = self.ring
+        if self.ring is not None:
+            self.ring.is_shared = True
         return twin
 
     def _must_copy_last(self) -> bool:

@@ -28,6 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from . import contract
 from .base import Layout, Policies, Policy, Retention, Site
 from .baseline import Baseline
+from .evict import Evict
 from .generate import Generation
 from .kernels import FAST, INVARIANT, Kernels, reference_kernels
 from .offload import Offload
@@ -48,6 +49,12 @@ QUESTIONS = {
     "retention": "which blocks may still be seen?",
     "placement": "which tier holds these bytes?",
     "codec": "what bytes encode K and V?",
+    "selection": "which tokens are worth keeping?",
+}
+#: Questions that cannot both be answered, and why.
+EXCLUSIVE = {
+    ("retention", "selection"): "a mask names tokens by their index in the row, which no longer says how old they are "
+    "once some have been evicted (evict with score='window' keeps the newest)"
 }
 
 
@@ -111,6 +118,10 @@ STRATEGIES: dict[str, Preset] = {
     "offload": Preset(
         "K on the GPU, V in host memory: streamed, or the heaviest tokens alone (KCache)",
         "placement", Offload, lossy=("top_n", "mass"),
+    ),
+    "evict": Preset(
+        "of a prompt, what a score likes best: each head keeps its own tokens (SnapKV and others); lossy",
+        "selection", Evict, lossy=True,
     ),
     "int8": Preset("one byte a number and a scale a token and head; lossy", "codec", Int8, lossy=True),
     "fp8": Preset("the same bytes as float8 e4m3, where the GPU has it; lossy", "codec", Fp8, lossy=True),
@@ -254,6 +265,8 @@ def _put_together(
             contract.check_codec(part, policies.codec, site)
         if STRATEGIES[part].answers == "retention":
             contract.check_retention(part, policies.retention, site)
+        if STRATEGIES[part].answers == "selection":
+            contract.check_selection(part, policies.selection, policies.placement, site)
     return policies, site
 
 
@@ -281,6 +294,9 @@ def parts_of(name: str) -> list[str]:
         if question in answered:
             raise ValueError(f"{answered[question]} and {part} both say {QUESTIONS[question][:-1]}: choose one")
         answered[question] = part
+    for pair, reason in EXCLUSIVE.items():
+        if set(pair) <= set(answered):
+            raise ValueError(f"{' and '.join(answered[question] for question in pair)}: {reason}; choose one")
     return parts
 
 

@@ -255,6 +255,7 @@ class Runner:
         while True:
             decoding = [seq for seq in self._running if seq.is_decoding and seq.wants_more]
             try:
+                self.strategy.compact([(seq.table, len(seq.prompt)) for seq in self._running], self)
                 self._reserved = [self.strategy.reserve([(seq.table, 1) for seq in decoding], self)]
                 break
             except OutOfBlocks:
@@ -269,7 +270,8 @@ class Runner:
             seq = self._in_prompt() or self._admit()
             if seq is None:
                 break
-            num_tokens = min(seq.num_uncomputed, seq.request.chunk, budget)
+            until_due = self.strategy.compaction.num_until_due(seq.table, len(seq.prompt))
+            num_tokens = min(seq.num_uncomputed, seq.request.chunk, budget, until_due)
             try:
                 self._reserved.append(self.strategy.reserve([(seq.table, num_tokens)], self))
             except OutOfBlocks:  # the decoding ones are ahead of it; it goes on when they give blocks back
@@ -279,7 +281,7 @@ class Runner:
             prefilling.append((seq, num_tokens))
             budget -= num_tokens
             if not seq.is_decoding:
-                break
+                break  # there is no room for more of it, or it is to be compacted on its way
         return decoding, prefilling
 
     def _in_prompt(self) -> _Sequence | None:
@@ -291,10 +293,10 @@ class Runner:
         if not self._waiting or len(self._free_seats) < self._waiting[0].num_samples:
             return None
         seq = self._waiting[0]
-        table = self.strategy.open_table(seq.tokens, seq.request.salt, seq.suspended)
+        table = self.strategy.open_table(seq.tokens, seq.request.salt, seq.suspended, len(seq.prompt))
         try:
-            num_tokens = len(seq.tokens) - table.num_tokens
-            has_room = self.strategy.has_room(table, num_tokens, seq.request.chunk, self)
+            num_tokens = len(seq.tokens) - table.num_seen
+            has_room = self.strategy.has_room(table, num_tokens, seq.request.chunk, self, len(seq.prompt))
             if has_room and (seq.suspended is None or table is not seq.suspended.table):
                 self.strategy.count_hit(seq.tokens, table)
         except BaseException:

@@ -1,6 +1,7 @@
-"""A strategy at work: a block pool, its memory, and four policies (`base.py`) that are asked in turn.
+"""A strategy at work: a block pool, its memory, and five policies (`base.py`) that are asked in turn.
 
-Once a step, on integers: `reserve` finds room in the block tables, `retire` and `rebase` let go of what nobody sees.
+Once a step, on integers: `reserve` finds room in the block tables, `retire` and `rebase` let go of what nobody sees,
+`compact` (`compaction.py`) of what is not worth keeping.
 Once a layer, on tensors: `attend` stores the new K and V and attends to the blocks.
 """
 
@@ -20,8 +21,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache
 
-from .base import Policies
-from .kernels import Kernels
+from .base import NoSharing, Policies
+from .compaction import Compaction
+from .kernels import Kernels, store_kv
 from .kernels.linear import Rotary
 from .paged import BlockPool, BlockTable, OutOfBlocks
 from .step.defaults import plain_defaults
@@ -65,14 +67,16 @@ class Strategy:
         self.lock = Lock()
         self.name, self.model, self.kernels, self.door = name, model, kernels, door
         self.sharing, self.retention = policies.sharing, policies.retention
-        self.placement, self.codec = policies.placement, policies.codec
+        self.placement, self.codec, self.selection = policies.placement, policies.codec, policies.selection
         self.shape, self._watch = KVShape.of(model), watch(model)
         self.pool = BlockPool(num_blocks, block_size)
+        self.selection.open(num_blocks * block_size)
         self._planes = planes_of(self.shape, policies, block_size)
         with self.lock, torch.inference_mode(False):  # blocks made in that mode could not be written outside of it
             self.placement.allocate(num_blocks, self._planes, self.shape.layer_devices)
         said = {policy.question: policy.identity() for policy in (self.retention, self.placement, self.codec)}
         self.sharing.open(self.pool, identity(model, self._planes, block_size, said), self.placement.tiers)
+        self.compaction = Compaction(self.pool, policies, self.shape)
         self.num_prompt_tokens = self.num_hit_tokens = 0
         self.num_evictions = 0
         self._promises: dict[int, _Promise] = {}  # by the id of their owner
@@ -131,6 +135,11 @@ class Strategy:
         return self.placement.capturable and self.kernels.capturable
 
     @property
+    def addresses(self) -> tuple[int, int]:
+        """What a captured step takes for granted: weights and code of the model, and where queries are kept."""
+        return self.seen.layout, self.compaction.rings.num_growths
+
+    @property
     def block_size(self) -> int:
         return self.pool.block_size
 
@@ -156,17 +165,26 @@ class Strategy:
         with uninterrupted(), self.lock:
             return self.door.cache(self, input_ids, attention_mask, salt)
 
-    def open_table(self, token_ids: Sequence[int], salt: str = "", suspended: Suspended | None = None) -> BlockTable:
+    def open_table(
+        self,
+        token_ids: Sequence[int],
+        salt: str = "",
+        suspended: Suspended | None = None,
+        num_prompt: int | None = None,
+    ) -> BlockTable:
         """A block table for a new request, with the blocks that already hold the start of `token_ids`.
 
-        At least the last token is left to compute, since its logits are wanted.
+        At least the last token is left to compute, since its logits are wanted; and of the prompt as many as have to be
+        seen computed.
 
         Args:
             suspended: what `suspend` gave when the request was preempted; brought back where that pays.
+            num_prompt: tokens of the prompt, where others follow it; all unless told.
         """
         if len(token_ids):
             self.follow()
-        table = BlockTable(self.pool, *self.sharing.match(token_ids[:-1], salt))
+        known = self.compaction.num_sharable(len(token_ids), len(token_ids) if num_prompt is None else num_prompt)
+        table = BlockTable(self.pool, *self.sharing.match(token_ids[:known], salt))
         if suspended is None or table.num_tokens + self.block_size > suspended.table.num_seen:
             return table
         try:
@@ -217,16 +235,28 @@ class Strategy:
 
     def num_blocks_for(self, token_ids: Sequence[int], num_tokens: int, chunk: int, salt: str) -> int:
         """The most blocks, pinned ones apart, that this prompt takes at once on its way to `num_tokens`."""
-        needed = self.retention.num_blocks(num_tokens, chunk, self.block_size)
+        needed = self._num_blocks(len(token_ids), num_tokens, chunk)
         if needed < -(-num_tokens // self.block_size):
             return needed  # it lets go of blocks on the way, and those may be the pinned ones
         return needed - self.sharing.num_pinned_of(token_ids[:-1], salt)
 
-    def has_room(self, table: BlockTable, num_tokens: int, chunk: int, owner: object = None) -> bool:
-        """Whether `reserve` would find room for `num_tokens` more tokens, `chunk` at a time, in this table alone."""
+    def _num_blocks(self, num_prompt: int, num_tokens: int, chunk: int) -> int:
+        """The most blocks that a row with such a prompt holds at once on its way to `num_tokens`."""
+        is_shared = not isinstance(self.sharing, NoSharing)
+        selected = self.selection.num_blocks(num_prompt, num_tokens, self.block_size, is_shared)
+        return min(self.retention.num_blocks(num_tokens, chunk, self.block_size), selected)
+
+    def has_room(
+        self, table: BlockTable, num_tokens: int, chunk: int, owner: object = None, num_prompt: int | None = None
+    ) -> bool:
+        """Whether `reserve` would find room for `num_tokens` more tokens, `chunk` at a time, in this table alone.
+
+        Args:
+            num_prompt: tokens of the prompt, where others follow it; all unless told.
+        """
         total = table.num_tokens + num_tokens
         needed = table.num_new_blocks(num_tokens) - -(-total // self.block_size)
-        needed += self.retention.num_blocks(total, chunk, self.block_size)
+        needed += self._num_blocks(total if num_prompt is None else num_prompt, total, chunk)
         return needed <= self.pool.num_free + self.sharing.num_evictable() - self._promised_to_others(owner)
 
     def reserve(self, rows: Sequence[tuple[BlockTable, int]], owner: object = None) -> Reservation:
@@ -242,15 +272,8 @@ class Strategy:
             OutOfBlocks: there is not enough room. Whatever is raised, no table was changed but for its dead blocks.
         """
         self.retire([table for table, _ in rows])
-        needed = sum(table.num_new_blocks(num_tokens) for table, num_tokens in rows)
-        within_reach = self.pool.num_free + self.sharing.num_evictable() - self._promised_to_others(owner)
-        if self.pool.num_free < needed <= within_reach:
-            self.num_evictions += self.sharing.evict(needed - self.pool.num_free)
-        if needed > min(within_reach, self.pool.num_free):
-            raise OutOfBlocks(
-                f"{needed} more blocks of {self.block_size} tokens are needed and {self.pool.num_free} of "
-                f"{self.pool.num_blocks} are free{self.holders(owner)}"
-            )
+        self._make_room(sum(table.num_new_blocks(num_tokens) for table, num_tokens in rows), owner)
+        self.compaction.watch([table for table, num_tokens in rows if num_tokens])
         done: list[tuple[BlockTable, int, list[tuple[int, int]]]] = []
         try:
             for table, num_tokens in rows:
@@ -263,6 +286,30 @@ class Strategy:
                 table.retract(before, copies)
             raise
         return Reservation([(table, before) for table, before, _ in done])
+
+    def _make_room(self, needed: int, owner: object) -> None:
+        """So many blocks are free, and nobody else was promised them.
+
+        Raises:
+            OutOfBlocks: there are not.
+        """
+        within_reach = self.pool.num_free + self.sharing.num_evictable() - self._promised_to_others(owner)
+        if self.pool.num_free < needed <= within_reach:
+            self.num_evictions += self.sharing.evict(needed - self.pool.num_free)
+        if needed > min(within_reach, self.pool.num_free):
+            raise OutOfBlocks(
+                f"{needed} more blocks of {self.block_size} tokens are needed and {self.pool.num_free} of "
+                f"{self.pool.num_blocks} are free{self.holders(owner)}"
+            )
+
+    def compact(self, rows: Sequence[tuple[BlockTable, int]], owner: object = None) -> None:
+        """Leave of each table only what is worth keeping, where its prompt of so many tokens has just been computed, or
+        where it has grown by enough since. See `compaction.py`.
+
+        Raises:
+            OutOfBlocks: survivors need blocks of their own beside shared ones, and there is no room for them.
+        """
+        self.compaction.compact(rows, lambda needed: self._make_room(needed, owner))
 
     # --- who was promised what
 
@@ -356,7 +403,7 @@ class Strategy:
             live = table.blocks[first:]
             blocks = torch.from_numpy(live[live != NULL_BLOCK].astype("int64"))
             try:
-                for layer in self.placement.key_layers():
+                for layer in self.placement.layers():
                     self._turn_keys(layer, blocks.to(layer.k.device), (first - last) * self.block_size)
             except BaseException:
                 table.release()  # some keys are turned and some are not: the row has to be computed again
@@ -370,11 +417,24 @@ class Strategy:
             layer.k_scale[blocks] = scale
 
     def truncate(self, table: BlockTable, num_tokens: int) -> None:
-        """Forget all tokens of a table after the first `num_tokens`.
+        """Forget all tokens of a table after the first `num_tokens` of those that it has seen.
 
         Raises:
-            ValueError: what the next token sees has been given back already.
+            ValueError: as `check_truncate`.
         """
+        self.check_truncate(table, num_tokens)
+        if num_tokens:
+            table.truncate(num_tokens - table.num_cut)
+        else:
+            table.release()
+
+    def check_truncate(self, table: BlockTable, num_tokens: int) -> None:
+        """Raises ValueError where `truncate` cannot go back: what the next token sees has been given back already."""
+        if 0 < num_tokens < table.num_settled:
+            raise ValueError(
+                f"cannot go back to {num_tokens} of {table.num_seen} tokens: the row was compacted at "
+                f"{table.num_settled}, and what {self.name!r} evicted of those before is gone"
+            )
         gone = {index for index, block in enumerate(table.blocks[: -(-num_tokens // self.block_size)]) if block < 0}
         for first, last in self.retention.dead(num_tokens, self.block_size) if gone else ():
             gone.difference_update(range(first, last))
@@ -383,7 +443,6 @@ class Strategy:
                 f"cannot go back to {num_tokens} of {table.num_tokens} tokens: what the next token sees there has been "
                 f"given back, as {self.name!r} keeps no more than it needs"
             )
-        table.truncate(num_tokens)
 
     # --- the data plane: once a layer, tensors only
 
@@ -409,6 +468,9 @@ class Strategy:
         """
         layer = self.placement.open(layer_idx, plan)
         self.kernels.store_kv(key, value, layer, plan.slot_mapping, query, rotary)
+        if self.compaction.records(plan):
+            ring = self.compaction.rings.layer(layer_idx)
+            store_kv(query, query, ring, plan.query_slots)
         own = {"key": key, "value": value} if self.codec.lossless else {}  # else what comes later reads other bytes
         out = self.placement.read(
             layer_idx,
@@ -488,6 +550,7 @@ class Strategy:
             "prompt_tokens": self.num_prompt_tokens,
             "hit_tokens": self.num_hit_tokens,
             "evictions": self.num_evictions,
+            **self.compaction.stats(),
             **self.placement.stats(),
         }
 
@@ -496,6 +559,7 @@ class Strategy:
         with self.lock:
             self.pool.check_integrity(self.sharing.held_blocks())
             self.sharing.check_integrity()
+            self.compaction.check_integrity()
             self.placement.tiers.check_integrity()
 
     def reset(self) -> None:
@@ -513,6 +577,7 @@ class Strategy:
             self.sharing.clear()
             self.placement.tiers.clear()
             self.num_prompt_tokens = self.num_hit_tokens = self.num_evictions = 0
+            self.compaction.reset()
 
 
 def planes_of(shape: KVShape, policies: Policies, block_size: int) -> Planes:

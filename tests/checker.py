@@ -36,7 +36,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from common import OUTSIDE, VOCAB, tiny_llama
+from common import OUTSIDE, VOCAB, can_be_built, tiny_llama
 from transformers import DynamicCache
 
 from kv_strategies import STRATEGIES, Request, Runner, build
@@ -67,7 +67,7 @@ SUMS = [
     "+".join(parts)
     for count in range(1, len(_PARTS) + 1)
     for parts in combinations(_PARTS, count)
-    if len({STRATEGIES[part].answers for part in parts}) == len(parts)
+    if can_be_built(parts)
     and len(set(parts) & set(OUTSIDE)) < 2
     and (len(parts) == 1 or "paged" not in parts)  # every other implies it
 ]
@@ -121,7 +121,7 @@ class Faults:
             BlockTable: "append fork own_blocks",
             BlockPool: "allocate_run",
             sharing: "match publish evict" + (" insert pin save load" if hasattr(sharing, "insert") else ""),
-            placement: "open read close copy_blocks read_blocks write_blocks key_layers",
+            placement: "open read close copy_blocks read_blocks write_blocks layers compact",
             tiers: "demote num_promotable promote",
             Runner: "_schedule _admit _draw _forward _fork _preempt _launch",
             PlanBuffer: "fill",

@@ -6,7 +6,7 @@ import itertools
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kv_strategies import STRATEGIES, Request, Runner, build, register
 from kv_strategies.paged import BlockTable
+from kv_strategies.registry import EXCLUSIVE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from codec_int4 import INT4
@@ -27,6 +28,12 @@ OUTSIDE = {"int4": INT4, "every4": EVERY_FOURTH}
 for name, preset in OUTSIDE.items():
     if name not in STRATEGIES:
         register(name, preset)
+
+
+def can_be_built(parts: Iterable[str]) -> bool:
+    """Whether no two of the parts answer the same question, or questions that exclude each other."""
+    answered = [STRATEGIES[part].answers for part in parts]
+    return len(set(answered)) == len(answered) and not any(set(pair) <= set(answered) for pair in EXCLUSIVE)
 
 
 def slots(table: BlockTable, start: int, stop: int) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""Store K and V into blocks, attend over a block table: one signature, three implementations.
+"""Store K and V into blocks, attend over a block table, compact rows: one signature, three implementations.
 
     reference.py          the specification, plain torch, any device
     blocks/cpu.py         torch's flash attention over zero-copy views of the blocks
-    blocks/triton_*.py    the GPU: store, split-KV decode, prefill, cascade
+    blocks/triton_*.py    the GPU: store, split-KV decode, prefill, cascade, compaction
     blocks/library.py     the GPU: long prompts, by cuDNN
     linear/               what a decoder layer has beside attention, in the same manner
     */invariant.py        both, so that no result depends on what is computed beside it
@@ -13,10 +13,11 @@ functions here. See `reference.py` for what the arguments mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..step.plan import LayerStore, Plan
@@ -69,6 +70,16 @@ def attention(
         from .blocks.gpu import attention as attend
     options = {"scaling": scaling, "window": window, "sinks": sinks, "sink_query": sink_query}
     return attend(query, layer, plan, key=key, value=value, **options)
+
+
+def compact(plane: Tensor, sources: Sequence[int], targets: Sequence[int], kept: Tensor) -> None:
+    """Move survivors of a row into its first blocks, in a plane [N, L, Hkv, block_size, ..]. See `reference`."""
+    if plane.is_cuda:
+        from .blocks.triton_compact import compact as move
+    else:
+        move = reference.compact
+    sources, targets = (torch.tensor(blocks, dtype=torch.int64, device=plane.device) for blocks in (sources, targets))
+    move(plane, sources, targets, kept.to(plane.device))
 
 
 class Kernels(NamedTuple):

@@ -151,6 +151,28 @@ def attention(
     return out
 
 
+def compact(plane: Tensor, sources: Tensor, targets: Tensor, kept: Tensor) -> None:
+    """Move the tokens of a row that each head keeps into its first blocks, in place: one read and one write of each.
+
+        head h   sources  [ 0 1 2 3 | 4 5 6 7 | 8 9 .. ]    kept[l, h] = 1 4 6 9
+                 targets  [ 1 4 6 9 ]                       token j of them to index j
+
+    Args:
+        plane: [N, L, Hkv, block_size, ..], codes or scales alike: bytes move as they are.
+        sources: [n] int64, the blocks of the row; targets: [ceil(m / block_size)], each the same as in `sources` at its
+            place, or none of those.
+        kept: [L, Hkv, m] int64 indices of the row, ascending along m, so that nothing is written over before it is
+            read.
+    """
+    if plane.dtype.itemsize == 1:
+        plane = plane.view(torch.uint8)  # no index serves float8
+    size, device = plane.shape[3], plane.device
+    head, place = torch.arange(plane.shape[2], device=device)[:, None], torch.arange(kept.shape[2], device=device)
+    for layer, index in enumerate(kept):
+        data = plane[:, layer]
+        data[targets[place // size], head, place % size] = data[sources[index // size], head, index % size]
+
+
 def sees(position: Tensor, index: Tensor, window: int, sinks: int, visible: Visible | None = None) -> Tensor:
     """Whether queries at `position` [n, 1] see the tokens at `index` [s] -> [n, s]."""
     mask = index <= position

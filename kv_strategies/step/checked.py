@@ -12,13 +12,15 @@ from pathlib import Path
 
 def checked(option: str, value: object, hint: object) -> object:
     """A value as an annotation says: whole floats and numpy's numbers are numbers, and no number is true or false.
+    Where both int and float are taken, a number stays what it is.
 
     Raises:
         ValueError: says what the option takes.
     """
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) else (hint,)
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    for kind in kinds:
+    own = int if isinstance(value, numbers.Integral) else float
+    for kind in sorted(kinds, key=lambda kind: kind is not own):
         if kind is type(None) and value is None:
             return None
         if kind is int and is_number and float(value).is_integer():

@@ -45,6 +45,7 @@ class Attends(Protocol):
     kernels: Kernels
     fused: bool
     seen: Seen
+    addresses: tuple[int, int]  # differ where a captured step would read or write elsewhere
 
     def follow(self) -> None: ...
 

@@ -63,7 +63,7 @@ class StepGraphs:
         self._graphs: dict[tuple[int, int, int, int], _Graph | None] = {}  # None where there is no memory for one
         self._memory = torch.cuda.graph_pool_handle()
         self._stream = _stream(last_token.device)
-        self._layout = strategy.seen.layout
+        self._addresses = strategy.addresses
 
     def decode(self, rows: Sequence[Row], seats: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """One step over rows of one query each. The likeliest tokens are the newest of their seats when it has run.
@@ -96,11 +96,11 @@ class StepGraphs:
     def _run(self, shape: tuple[int, int, int], rows, inputs: dict[str, Sequence[int]]) -> tuple[Tensor, Tensor] | None:
         """A step of at most so many rows, tokens, and tokens of a row's context."""
         num_rows, num_tokens, bucket = shape
-        if self._layout != self._strategy.seen.layout:  # weights lie elsewhere, or other code runs
+        if self._addresses != self._strategy.addresses:  # what a graph reads lies elsewhere, or other code runs
             torch.cuda.synchronize(self._last_token.device)  # the last step may still run
             self._graphs.clear()
             self._memory = torch.cuda.graph_pool_handle()
-            self._layout = self._strategy.seen.layout
+            self._addresses = self._strategy.addresses
         if shape not in self._buffers:
             sizes = {name: num_tokens if name == "input_ids" else num_rows for name in inputs}
             self._buffers[shape] = _buffer(self._last_token.device, *shape, self._block_size, sizes)

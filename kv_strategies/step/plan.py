@@ -3,7 +3,9 @@
 The control plane (Python integers, once a step) writes it; the data plane (kernels, once a layer) reads it. All
 tensors are packed: T query tokens of B rows, one row after the other, without padding. Row `b` owns the queries
 `cu_seqlens_q[b]:cu_seqlens_q[b + 1]`, and they are the *last* tokens of its context: query `i` of a row of `n` queries
-stands at token index `context_lens[b] - n + i` of that row and sees all tokens up to and including itself.
+stands at token index `context_lens[b] - n + i` of that row and sees all tokens up to and including itself. Indices
+count what is stored of a row. Positions, by which queries and keys are rotated, count what the row has seen, and run
+ahead of them once tokens have been evicted.
 """
 
 from __future__ import annotations
@@ -23,8 +25,21 @@ from torch import Tensor
 NULL_BLOCK = -1
 #: Stands in a slot mapping where a token must not be stored (the padding rows of a CUDA graph).
 NULL_SLOT = -1
+#: Stands for the ring of a row whose queries nobody asks for.
+NULL_RING = -1
 #: The tensors of a plan, in the order of `Plan`.
-PLAN_TENSORS = ("cu_seqlens_q", "context_lens", "positions", "slot_mapping", "block_tables", "groups", "shared_lens")
+PLAN_TENSORS = (
+    "cu_seqlens_q",
+    "context_lens",
+    "positions",
+    "slot_mapping",
+    "query_slots",
+    "block_tables",
+    "groups",
+    "shared_lens",
+)
+#: Of the queries of a row the last so many are kept, where somebody asks for them (`rings.py`).
+RING_SIZE = 64
 #: Rows that begin with the same blocks are read as one group where that spares reading so many tokens of a layer. Below
 #: it, one more part to merge costs more (an estimate: 16 KiB a token and layer at 3 TB/s against 20 us).
 MIN_TOKENS_SPARED = 4096
@@ -54,6 +69,8 @@ class Row(NamedTuple):
     blocks: np.ndarray  # [n] int32 block ids in the order of the tokens, NULL_BLOCK where freed
     num_tokens: int  # those that the blocks hold, the new ones included
     num_new: int  # the last ones, queries of this forward
+    num_evicted: int = 0  # tokens before them that are no longer stored: positions run so far ahead of indices
+    ring: int = NULL_RING  # which ring takes in the last of the queries (`rings.py`)
 
 
 class Group(NamedTuple):
@@ -77,8 +94,9 @@ class Plan:
 
     cu_seqlens_q: Tensor  # [B + 1] int32
     context_lens: Tensor  # [B] int32, tokens including those of this step; 0 for a padding row of a CUDA graph
-    positions: Tensor  # [T] int64, index of each query token in its row
+    positions: Tensor  # [T] int64, of each query token: its index in its row, and the tokens evicted before it
     slot_mapping: Tensor  # [T] int64, block * block_size + offset, NULL_SLOT writes nowhere
+    query_slots: Tensor  # [T] int64, ring * RING_SIZE + position % RING_SIZE, NULL_SLOT where the query is not kept
     block_tables: Tensor  # [B, max_blocks] int32, NULL_BLOCK where freed or beyond the context
 
     query_lens: list[int]  # [B] on the host
@@ -160,6 +178,7 @@ class PlanBuffer:
         self.fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "positions": ((num_tokens,), torch.int64),
             "slot_mapping": ((num_tokens,), torch.int64),
+            "query_slots": ((num_tokens,), torch.int64),
             **{name: ((size,), torch.int64) for name, size in (extra or {}).items()},
             "cu_seqlens_q": ((num_rows + 1,), torch.int32),
             "context_lens": ((num_rows,), torch.int32),
@@ -197,19 +216,23 @@ class PlanBuffer:
         arrays["block_tables"].fill(NULL_BLOCK)
         arrays["positions"][total:] = 0
         arrays["slot_mapping"][total:] = NULL_SLOT
+        arrays["query_slots"].fill(NULL_SLOT)
         begin = 0
-        for number, (blocks, stop, num_new) in enumerate(rows):
+        for number, (blocks, stop, num_new, num_evicted, ring) in enumerate(rows):
             end = begin + num_new
             arrays["context_lens"][number] = stop
             arrays["block_tables"][number, : len(blocks)] = blocks
             if num_new == 1:  # a decode row: scalars, since a numpy call costs more than the arithmetic
                 block, rest = divmod(stop - 1, size)
-                arrays["positions"][begin] = stop - 1
+                arrays["positions"][begin] = stop - 1 + num_evicted
                 arrays["slot_mapping"][begin] = int(blocks[block]) * size + rest
             else:
                 index = np.arange(stop - num_new, stop)
-                arrays["positions"][begin:end] = index
+                arrays["positions"][begin:end] = index + num_evicted
                 arrays["slot_mapping"][begin:end] = blocks[index // size].astype(np.int64) * size + index % size
+            if ring >= 0:
+                kept = arrays["positions"][max(begin, end - RING_SIZE) : end]
+                arrays["query_slots"][end - len(kept) : end] = ring * RING_SIZE + kept % RING_SIZE
             begin = end
         past_lens = [row.num_tokens - row.num_new for row in rows]
         groups = find_groups(arrays["block_tables"], past_lens, size) if len(rows) > 1 else []

@@ -1,0 +1,136 @@
+"""Evict: which tokens are worth keeping?
+
+Of a long prompt most tokens are never looked at again, and which ones, each head may say for itself. A *score*
+(`scores/`) gives every token of a row a number, head by head; the highest are kept, equally many by all heads, and the
+blocks that this empties go back to the pool:
+
+    before   [ 7 | 4 | 2 | 9 | 1 ]   80 tokens          head 0 keeps 3 17 40 ..   head 1 keeps 0 5 77 ..   32 each
+    after    [ 7 | 4 ]               32 tokens, position 80 comes next             2, 9 and 1 are free
+
+That fits blocks: all tokens that are kept are in the past of every later query, and attention does not ask in which
+order they lie, since keys are stored rotated. So slot j of a head holds whichever token that head kept, and one block
+table serves all heads and layers. Positions go on from the tokens seen, indices from the tokens kept.
+
+A row is compacted once its prompt is computed, before its first decode step: the whole prompt is seen by itself, and
+the first token is exact. With `every` it is compacted again whenever it has grown by so many tokens, so a row of any
+length takes flat memory. A part of the prompt that others share stays whole: survivors are then copied.
+
+Saves: memory, and the step time of reading it, in proportion to what is dropped. Costs: what is dropped is forgotten,
+which is lossy; scoring reads K once (some scores attend to it, `step/rings.py`), compaction reads and writes what
+survives. While its prompt is computed a row takes as much as ever.
+
+    python -m kv_strategies.evict       prints a block table as it evolves
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .base import Selection, Site, Unsound
+from .scores import SCORES, At
+
+
+class Evict(Selection):
+    """Keeps the tokens that a score likes best.
+
+    Args:
+        score: a name of `SCORES`.
+        keep: how much of a prompt: a share in (0, 1], rounded up to a token, or a number of tokens. A prompt of fewer
+            stays whole.
+        every: compact a row again, to as many tokens, whenever it has grown by so many; None for the prompt alone.
+
+    Raises:
+        ValueError: an unknown score, or numbers that make no sense.
+    """
+
+    def __init__(self, *, score: str = "snapkv", keep: float | int = 0.5, every: int | None = None):
+        if score not in SCORES:
+            raise ValueError(f"unknown score {score!r}; known are {', '.join(SCORES)}")
+        if isinstance(keep, float) and not 0 < keep <= 1:
+            raise ValueError(f"keep as a share must be in (0, 1], got {keep}; a number of tokens is a whole number")
+        if isinstance(keep, int) and keep < 1:
+            raise ValueError(f"keep must be at least 1 token, or a share in (0, 1], got {keep}")
+        if every is not None and every < 1:
+            raise ValueError(f"every must be at least 1 token, got {every}; leave it out to compact prompts alone")
+        self.every, self._keep = every, keep
+        self.name, self._score = f"score {score!r}", SCORES[score]()
+        self.reads_queries, self.reads_values = self._score.reads_queries, self._score.reads_values
+
+    def bind(self, site: Site) -> None:
+        self._score.bind(site)
+
+    def identity(self) -> dict[str, object]:
+        return {}  # blocks that are shared were computed before anything was dropped
+
+    def open(self, num_tokens: int) -> None:
+        if isinstance(self._keep, int) and self._keep > num_tokens:
+            raise ValueError(
+                f"keep is {self._keep} tokens and the pool holds {num_tokens}: nothing would ever be evicted. Keep "
+                "less, or build with a larger num_blocks"
+            )
+
+    def cap(self, num_prompt: int) -> int:
+        return self._keep if isinstance(self._keep, int) else math.ceil(round(self._keep * num_prompt, 6))
+
+    def choose(
+        self, layer_idx: int, keys: Tensor, values: Tensor | None, queries: Tensor | None, num_kept: int, position: int
+    ) -> tuple[Tensor, Tensor]:
+        score = self._score.score(keys, values, queries, At(layer_idx, position))
+        num_heads, num_tokens = keys.shape[:2]
+        if not torch.is_tensor(score) or score.shape != (num_heads, num_tokens) or not score.is_floating_point():
+            got = f"{score.dtype} {list(score.shape)}" if torch.is_tensor(score) else type(score).__name__
+            raise Unsound(f"{self.name} must give [Hkv, n], floats {[num_heads, num_tokens]}, got {got}")
+        num_recent = min(self._score.num_recent(num_kept), num_kept)
+        first_recent = num_tokens - num_recent
+        best = score[:, :first_recent].topk(num_kept - num_recent).indices.sort().values  # [Hkv, kept - recent]
+        recent = torch.arange(first_recent, num_tokens, device=keys.device).expand(num_heads, -1)
+        return torch.cat((best, recent), 1), ~score.isnan().any()
+
+    def num_blocks(self, num_prompt: int, num_tokens: int, block_size: int, is_shared: bool) -> int:
+        cap = self.cap(num_prompt)
+        longest = num_tokens - max(0, num_prompt - cap)  # but for the prompt itself, and what it grows by at once
+        if self.every is not None:
+            longest = min(longest, cap + self.every)
+        longest = max(longest, min(num_prompt, num_tokens))
+        copies = -(-cap // block_size) if is_shared and longest > cap else 0
+        return -(-longest // block_size) + copies
+
+
+def main() -> None:
+    from .paged import BlockPool, BlockTable
+
+    pool, size = BlockPool(num_blocks=8, block_size=4), 4
+    evict = Evict(score="window", keep=8, every=8)
+    table = BlockTable(pool)
+    print("Blocks of 4 tokens; a row keeps 8 tokens of its prompt, and again whenever it has grown by 8.\n")
+    print(f"{'event':<26} {'seen':>4} {'kept':>4} {'free':>4}   block table")
+
+    def show(event: str) -> None:
+        blocks = " ".join(map(str, table.blocks))
+        print(f"{event:<26} {table.num_seen:>4} {table.num_tokens:>4} {pool.num_free:>4}   [ {blocks} ]")
+
+    def compact() -> None:
+        cap = evict.cap(table.num_seen)
+        keys = torch.zeros(1, table.num_tokens, 2)
+        kept, _ = evict.choose(0, keys, None, None, cap, table.num_seen - 1)
+        table.compact(table.blocks[: -(-cap // size)].tolist(), cap)
+        show(f"kept {' '.join(map(str, kept[0].tolist()))}")
+
+    table.append(22)
+    show("a prompt of 22 tokens")
+    compact()
+    for _ in range(18):
+        if table.num_tokens >= 8 + evict.every:
+            show("grown by 8")
+            compact()
+        table.append(1)
+    show("so far")
+    pool.check_integrity()
+    print("\nPositions go on from the tokens seen, indices from the tokens kept; memory stays flat.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""expected: the attention that later queries will pay, in expectation (Devoto et al., 2025, arXiv 2510.00636).
+
+Queries are about normal, q ~ N(mu, S) before they are rotated. What comes next stands at positions p + 1 to
+p + `future`; with R the mean of those rotations, a later query is N(R mu, R S R'), and exp(q k) is in expectation in closed form:
+
+    z     = exp(k R mu / sqrt(D) + k R S R' k / 2D)          the expected unnormalised weight of a token
+    score = (z / sum of z + `epsilon`) * || v ||             and what it would add to the output
+
+The first `sinks` tokens are kept. mu and S are of the last queries that are kept as attention passes, turned back to
+position 0; the paper takes those of the whole prompt. Costs one read of K and V, and a product of K by a D x D matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..base import Site
+from .base import At, Score, over_groups
+
+
+class ExpectedAttention(Score):
+    reads_queries = reads_values = True
+
+    def __init__(self, future: int = 512, sinks: int = 4, epsilon: float = 0.02):
+        self.future, self.sinks, self.epsilon = future, sinks, epsilon
+
+    def bind(self, site: Site) -> None:
+        self._rotary_emb = site.rotary_emb
+
+    def score(self, keys: Tensor, values: Tensor, queries: Tensor, at: At) -> Tensor:
+        num_queries, head_dim = queries.shape[1:]
+        positions = torch.arange(at.position + 1 - num_queries, at.position + 1, device=queries.device)
+        cos, sin = self._angles(positions)
+        plain = turn(queries.float(), cos, -sin)  # [Hq, m, D]
+        ahead = self._angles(at.position + 1 + torch.arange(self.future, device=queries.device))
+        later = turn(plain, *(part.mean(0) for part in ahead))  # R q, since the mean of rotations is linear
+        mean = later.mean(1)  # [Hq, D]
+        spread = later - mean[:, None]  # [Hq, m, D]
+        heads = keys.float().repeat_interleave(len(queries) // len(keys), 0)  # [Hq, n, D]
+        z = (heads @ mean[..., None]).squeeze(-1) * head_dim**-0.5
+        z += (heads @ spread.mT).square().mean(-1) / (2 * head_dim)  # k S k' = the mean of (k s)^2
+        weight = over_groups(z.softmax(-1), len(keys))
+        score = (weight + self.epsilon) * torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+        score[:, : self.sinks] = float("inf")
+        return score
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [p, D / 2] float32 of turning to each position [p]."""
+        angles = positions[:, None] * self._rotary_emb.inv_freq.to(positions.device, torch.float32)
+        return angles.cos(), angles.sin()
+
+
+def turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries [.., D] by cos and sin [.., D / 2], in the pairs of Transformers' Llama: i and i + D / 2."""
+    first, second = states.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

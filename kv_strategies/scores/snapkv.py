@@ -1,0 +1,33 @@
+"""snapkv: what the end of the prompt looks at, the answer will look at, too (Li et al., NeurIPS 2024, 2404.14469).
+
+    votes = sum over the last `window` queries of softmax(q k / sqrt(D))        the observation window
+    score = mean of the votes of `kernel` neighbours                            what stands together stays together
+
+The window itself is always kept. The query heads of a group vote together. Costs one read of K, and `window` rows of
+attention weights for each head, a layer at a time.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, pad
+
+from .base import At, Score, attention_paid, over_groups
+
+
+class SnapKV(Score):
+    reads_queries = True
+
+    def __init__(self, window: int = 64, kernel: int = 5):
+        self.window, self.kernel = window, kernel
+
+    def num_recent(self, num_kept: int) -> int:
+        return self.window
+
+    def score(self, keys: Tensor, values: None, queries: Tensor, at: At) -> Tensor:
+        queries = queries[:, -self.window :]
+        num_older = keys.shape[1] - queries.shape[1]
+        votes = over_groups(attention_paid(keys, queries)[..., :num_older].sum(1), len(keys))  # [Hkv, older]
+        if num_older:
+            votes = avg_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
+        return pad(votes, (0, queries.shape[1]))

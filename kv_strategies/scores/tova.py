@@ -1,0 +1,24 @@
+"""tova: drop what the newest token looks at least (Oren et al., EMNLP 2024, arXiv 2401.06104).
+
+    score = mean over all query heads of softmax(q k / sqrt(D)) of the last query
+
+A transformer with a bounded cache is a recurrent one with as many states; which state to drop, the last query says. The
+heads of a layer decide together, so all of them keep the same tokens. The newest is kept. Costs one read of K.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import At, Score, attention_paid
+
+
+class Tova(Score):
+    reads_queries = True
+
+    def num_recent(self, num_kept: int) -> int:
+        return 1
+
+    def score(self, keys: Tensor, values: None, queries: Tensor, at: At) -> Tensor:
+        paid = attention_paid(keys, queries[:, -1:])  # [Hq, 1, n]
+        return paid.mean((0, 1)).expand(len(keys), -1)

@@ -1,0 +1,79 @@
+"""Rings of queries: the last of a row's, kept as attention passes for who asks what they looked at (`evict.py`).
+
+A row under way has a ring of RING_SIZE places for each layer; the query at position p goes to place p % RING_SIZE, over
+the one that stood there. To the kernel that stores K and V a ring is a block of RING_SIZE tokens with as many heads as
+there are queries, so it stores these as well, also in a CUDA graph.
+
+Costs RING_SIZE queries a layer for each row whose prompt is being computed (Llama-2-7B: 16.8 MB), and where rows are
+compacted as they grow, for each row. Memory is added as rows ask for it, and stays.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .plan import RING_SIZE, LayerStore
+from .store import KVShape
+
+
+class Ring:
+    """One ring, free again when no table refers to it."""
+
+    def __init__(self, number: int, free: list[int]):
+        self.number = number
+        self.is_shared = False  # whether the row was forked: who writes next takes one of its own
+        weakref.finalize(self, free.append, number).atexit = False
+
+
+class QueryRings:
+    """All rings of a strategy, on the devices of the layers."""
+
+    def __init__(self, shape: KVShape):
+        self._shape = shape
+        self._layers: list[Tensor] = [self._memory(0, device) for device in shape.layer_devices]  # [n, Hq, size, D]
+        self.free: list[int] = []
+        self.num_growths = 0  # a captured step reads and writes where the rings lay
+
+    def take(self, count: int) -> list[Ring]:
+        """Rings that nobody has; more memory is set aside where there are too few."""
+        lacking = count - len(self.free)
+        if lacking > 0:
+            before = len(self._layers[0])
+            more = max(lacking, before)
+            with torch.inference_mode(False):  # what is made in that mode could not be written outside of it
+                self._layers = [torch.cat((old, self._memory(more, old.device))) for old in self._layers]
+            self.free += range(before, before + more)
+            self.num_growths += 1
+        return [Ring(self.free.pop(), self.free) for _ in range(count)]
+
+    def copy(self, source: Ring, target: Ring) -> None:
+        """Copy what a ring holds, of all layers."""
+        for memory in self._layers:
+            memory[target.number] = memory[source.number]
+
+    def layer(self, layer_idx: int) -> LayerStore:
+        """Where the queries [T, Hq, D] of a layer go, K and V being the same."""
+        memory = self._layers[layer_idx]
+        return LayerStore(memory, memory)
+
+    def read(self, ring: Ring, layer_idx: int, num_seen: int) -> Tensor:
+        """The last queries [Hq, m, D] of a row that has seen so many tokens, the newest last."""
+        kept = torch.arange(max(0, num_seen - RING_SIZE), num_seen, device=self._layers[layer_idx].device)
+        return self._layers[layer_idx][ring.number][:, kept % RING_SIZE]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(memory.numel() * memory.element_size() for memory in self._layers)
+
+    def check_integrity(self, held: Iterable[Ring]) -> None:
+        """Raises AssertionError where a ring is lost or has two owners."""
+        used = {id(ring): ring.number for ring in held}.values()
+        assert sorted([*self.free, *used]) == list(range(len(self._layers[0]))), "a ring is lost, or has two owners"
+
+    def _memory(self, count: int, device: torch.device) -> Tensor:
+        shape = self._shape
+        return torch.zeros(count, shape.num_heads, RING_SIZE, shape.head_dim, dtype=shape.dtype, device=device)
