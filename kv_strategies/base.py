@@ -20,8 +20,9 @@ against. What the model is like comes at `bind`.
 **Who calls when.** Once, at `build`: the constructor, `bind`, `Codec.planes`, `Placement.allocate`, `identity`,
 `Sharing.open`. Once a forward, on integers: `Sharing.follow` where the model has changed; `Sharing.match` for a new
 row; `Selection.choose` and `Placement.compact` where a row shrinks; `Retention.dead`, `Sharing.evict` and
-`Placement.copy_blocks` to make room; the plan; after the forward `Sharing.publish`. Once a layer, on tensors: `Placement.open`, the codec's `encode`, `Retention.sink_query`,
-`Placement.read` (which decodes and masks), then `Placement.close`.
+`Placement.copy_blocks` to make room; the plan; after the forward `Sharing.publish`. Once a layer, on tensors:
+`Placement.open`, the codec's `encode`, `Retention.sink_query`, `Placement.read` (which decodes and masks), then
+`Placement.close`.
 
 **What it may not do.** Per layer: no `.item()`, no wait for the device, no allocation whose size depends on values;
 this is what a CUDA graph could not hold. It never runs a forward (a door's work), never keeps a `Plan` (its memory is
@@ -280,7 +281,7 @@ class Selection(Policy):
 
     question = "selection"
     name = "the selection"  # as errors call it
-    reads_queries = False  # whether `choose` wants the last queries of a row
+    num_queries = 0  # how many of the last queries of a row `choose` wants, at most `step.plan.RING_SIZE`
     reads_values = False  # whether it wants V
     every: int | None = None  # tokens that a row may grow by before it is compacted again; None for no further time
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .base import KeepAllTokens, Policies, Unsound
 from .paged import BlockPool, BlockTable
-from .step.plan import RING_SIZE, Plan
+from .step.plan import Plan
 from .step.rings import QueryRings
 from .step.store import KVShape
 
@@ -45,8 +45,7 @@ class Compaction:
         """
         if self._keeps_all:
             return max(0, num_tokens - 1)
-        own = RING_SIZE if self._selection.reads_queries else 1
-        return max(0, min(num_tokens, num_prompt) - own)
+        return max(0, min(num_tokens, num_prompt) - max(1, self._selection.num_queries))
 
     def num_until_due(self, table: BlockTable, num_prompt: int) -> int:
         """Tokens that a row with such a prompt takes in before it is to be compacted; 0 for now."""
@@ -61,7 +60,7 @@ class Compaction:
 
     def watch(self, tables: Iterable[BlockTable]) -> None:
         """These rows are about to take in tokens: those to be compacted later have a ring, and nobody else has it."""
-        if not self._selection.reads_queries:
+        if not self._selection.num_queries:
             return
         new = [table for table in tables if self._is_asked(table) and (not table.ring or table.ring.is_shared)]
         for table, own in zip(new, self.rings.take(len(new)), strict=True):
@@ -76,7 +75,7 @@ class Compaction:
     def records(self, plan: Plan) -> bool:
         """Whether rings take in queries of this forward. The same for all decode steps, as a CUDA graph needs it."""
         selection, is_decoding = self._selection, plan.num_decodes == len(plan.query_lens)
-        return selection.reads_queries and (selection.every is not None or not is_decoding)
+        return selection.num_queries > 0 and (selection.every is not None or not is_decoding)
 
     # --- a compaction
 
@@ -125,7 +124,9 @@ class Compaction:
         for layer_idx, (layer, device) in enumerate(zip(self._placement.layers(), devices, strict=True)):
             keys = self._read(table, layer.k, layer.k_scale, device)
             values = self._read(table, layer.v, layer.v_scale, device) if selection.reads_values else None
-            queries = self.rings.read(table.ring, layer_idx, table.num_seen) if selection.reads_queries else None
+            queries = None
+            if selection.num_queries:
+                queries = self.rings.read(table.ring, layer_idx, table.num_seen, selection.num_queries)
             index, is_sound = selection.choose(layer_idx, keys, values, queries, num_kept, table.num_seen - 1)
             kept[device].append(index)
             are_sound.append(is_sound.to(devices[0]))

@@ -13,7 +13,6 @@ import torch
 
 from .base import Codec, Layout, Placement, Policy, Retention, Selection, Sharing, Site, Unsound
 from .kernels.reference import quantise
-from .step.plan import RING_SIZE
 
 #: Question -> the class whose methods are asked.
 ROLES: dict[str, type[Policy]] = {
@@ -143,7 +142,7 @@ def check_selection(name: str, selection: Selection, placement: Placement, site:
             return torch.randn(num_heads, count, shape.head_dim, generator=generator).to(shape.dtype)
 
         keys, values = states(shape.num_kv_heads, num_tokens), states(shape.num_kv_heads, num_tokens)
-        queries = states(shape.num_heads, min(num_tokens, RING_SIZE)) if selection.reads_queries else None
+        queries = states(shape.num_heads, min(num_tokens, selection.num_queries)) if selection.num_queries else None
         given = keys, values if selection.reads_values else None, queries
         try:
             index, is_sound = selection.choose(0, *given, num_kept, num_tokens - 1)

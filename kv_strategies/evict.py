@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .base import Selection, Site, Unsound
 from .scores import SCORES, At
+from .step.plan import RING_SIZE
 
 
 class Evict(Selection):
@@ -57,7 +58,9 @@ class Evict(Selection):
             raise ValueError(f"every must be at least 1 token, got {every}; leave it out to compact prompts alone")
         self.every, self._keep = every, keep
         self.name, self._score = f"score {score!r}", SCORES[score]()
-        self.reads_queries, self.reads_values = self._score.reads_queries, self._score.reads_values
+        self.num_queries, self.reads_values = self._score.num_queries, self._score.reads_values
+        if self.num_queries > RING_SIZE:
+            raise ValueError(f"{self.name} asks for {self.num_queries} queries, and the last {RING_SIZE} are kept")
 
     def bind(self, site: Site) -> None:
         self._score.bind(site)

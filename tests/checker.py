@@ -43,6 +43,7 @@ from kv_strategies import STRATEGIES, Request, Runner, build
 from kv_strategies import baseline as baseline_module
 from kv_strategies import prefix as prefix_module
 from kv_strategies import runner as runner_module
+from kv_strategies.compaction import Compaction
 from kv_strategies.paged import BlockPool, BlockTable, OutOfBlocks
 from kv_strategies.step.plan import PlanBuffer
 from kv_strategies.step.requests import Result
@@ -58,6 +59,7 @@ MODEL = tiny_llama(num_heads=2, num_kv_heads=1)  # two layers: K and V of the se
 MAX_NEW = 12
 SALTS = ["", "a", "b"]
 WINDOW = {"window": 7, "sinks": 2, "rebase_at": 28}
+EVICT = {"score": "tova", "keep": 0.6, "every": 4}
 
 # --- what is driven
 
@@ -83,6 +85,10 @@ CHOSEN = [
     "window",
     "prefix+window",
     "prefix+int8",
+    "evict",
+    "prefix+evict",
+    "offload+evict:tiers",
+    "prefix+evict+int8",
     "prefix+window+int8",
     "prefix+window+offload+int8:disk",
     "contiguous",
@@ -110,15 +116,16 @@ class Faults:
     """Raises at one call of one of the operations inside, when armed."""
 
     #: Raised when the work is done as well: what a device has been told cannot be untold.
-    AFTER = frozenset({"attend", "copy_blocks", "write_blocks", "read_blocks", "sample", "fill"})
+    AFTER = frozenset({"attend", "compact", "copy_blocks", "write_blocks", "read_blocks", "sample", "fill"})
 
     def __init__(self, strategy: Strategy):
         sharing, placement = type(strategy.sharing), type(strategy.placement)
         tiers = type(strategy.placement.tiers)
         owners = {
-            Strategy: "follow attend reserve retire rebase open_table suspend _resume count_hit has_room truncate"
-            " _turn_keys",
+            Strategy: "follow attend reserve retire rebase compact open_table suspend _resume count_hit has_room"
+            " truncate _turn_keys",
             BlockTable: "append fork own_blocks",
+            Compaction: "_choose watch",
             BlockPool: "allocate_run",
             sharing: "match publish evict" + (" insert pin save load" if hasattr(sharing, "insert") else ""),
             placement: "open read close copy_blocks read_blocks write_blocks layers compact",
@@ -214,7 +221,7 @@ class Oracle:
         lossy = [part for part in name.split("+") if STRATEGIES[part].lossy is True]
         self.strategy = build("+".join(lossy) or "baseline", MODEL, **self._options(lossy, block_size))
         self.is_native = not lossy
-        self._margin = 1e-3 if set(lossy) <= {"window", "every4"} else 2e-2  # a rounded code is further off
+        self._margin = 1e-3 if set(lossy) <= {"window", "every4", "evict"} else 2e-2  # a rounded code is further off
         # Without graphs, which would draw the likeliest tokens themselves.
         self._runner = Runner(
             MODEL, self.strategy, **({} if self.is_native else {"max_num_seqs": 4, "cuda_graphs": False})
@@ -289,6 +296,8 @@ def options_of(name: str) -> dict:
         options.pop(
             "rebase_at", None
         )  # keys that are turned are rounded again: when, depends on what was computed when
+    if "evict" in parts:
+        options |= EVICT
     return options | ({"recent": 6} if "every4" in parts else {})
 
 
@@ -397,7 +406,8 @@ class World:
         rng = random.Random(f"{case}/{seed}")
         self.corpus = Corpus(seed // 50)
         self.can_share = "prefix" in self.parts
-        self.can_keep = STRATEGIES[self.parts[0]].alone is False
+        # What a kept cache was compacted at is another turn's end than that of the oracle.
+        self.can_keep = STRATEGIES[self.parts[0]].alone is False and "evict" not in self.parts
         self.block_size, self.num_blocks = rng.choice([2, 3, 4]), rng.randint(10, 40)
         self.oracle = Oracle.of(self.name, self.block_size)
         self.seats, self.chunk = rng.randint(3, 6), rng.choice([7, 11, 24])
@@ -559,7 +569,7 @@ class World:
 
     def check_contents(self) -> None:
         """What is in the tree is what the native cache computes."""
-        if not self.can_share or not self.oracle.is_native:
+        if not self.can_share or not (self.oracle.is_native or self.parts == ["prefix", "evict"]):
             return
         with self.faults.quiet():
             for node in self.strategy.sharing._nodes.values():
@@ -661,7 +671,8 @@ class World:
         longest = max(len(one.request.token_ids) + one.request.max_new_tokens - 1 for one in asked)
         if any(one.request.n > self.seats for one in asked):
             return True
-        return -(-longest // self.block_size) > self.num_blocks
+        copies = longest if {"prefix", "evict"} <= set(self.parts) else 0  # survivors of blocks that the tree holds
+        return -(-longest // self.block_size) + -(-copies // self.block_size) > self.num_blocks
 
     def submit(self, rng: random.Random) -> None:
         runner, asked = rng.choice(self.runners), self.draw_some(rng, 4)

@@ -20,8 +20,9 @@ class At(NamedTuple):
 class Score:
     """A number a token and head; the highest are kept. Tokens are never seen whole: a layer at a time."""
 
-    #: Whether it is given queries: the last of the row, at most `step.plan.RING_SIZE`, kept as attention passes.
-    reads_queries = False
+    #: How many queries it is given: the last of the row, as far as there are any, kept as attention passes. At most
+    #: `step.plan.RING_SIZE`.
+    num_queries = 0
     #: Whether it is given values.
     reads_values = False
 
@@ -37,7 +38,7 @@ class Score:
         Args:
             keys: [Hkv, n, D] of any float dtype, rotated as they are stored, in the order of the tokens.
             values: [Hkv, n, D], or None unless `reads_values`.
-            queries: [Hq, m, D] rotated, of the newest m tokens, the newest last; or None unless `reads_queries`. The
+            queries: [Hq, m, D] rotated, of the newest m tokens, the newest last; or None where `num_queries` is 0. The
                 heads of a group lie next to each other.
 
         Returns:

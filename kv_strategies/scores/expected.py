@@ -1,7 +1,8 @@
 """expected: the attention that later queries will pay, in expectation (Devoto et al., 2025, arXiv 2510.00636).
 
 Queries are about normal, q ~ N(mu, S) before they are rotated. What comes next stands at positions p + 1 to
-p + `future`; with R the mean of those rotations, a later query is N(R mu, R S R'), and exp(q k) is in expectation in closed form:
+p + `future`; with R the mean of those rotations, a later query is N(R mu, R S R'), and exp(q k) is in expectation, in
+closed form:
 
     z     = exp(k R mu / sqrt(D) + k R S R' k / 2D)          the expected unnormalised weight of a token
     score = (z / sum of z + `epsilon`) * || v ||             and what it would add to the output
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ..base import Site
+from ..step.plan import RING_SIZE
 from .base import At, Score, over_groups
 
 
 class ExpectedAttention(Score):
-    reads_queries = reads_values = True
+    num_queries, reads_values = RING_SIZE, True
 
     def __init__(self, future: int = 512, sinks: int = 4, epsilon: float = 0.02):
         self.future, self.sinks, self.epsilon = future, sinks, epsilon

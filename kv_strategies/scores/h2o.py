@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..step.plan import RING_SIZE
 from .base import At, Score, attention_paid, over_groups
 
 
 class H2O(Score):
-    reads_queries = True
+    num_queries = RING_SIZE
 
     def num_recent(self, num_kept: int) -> int:
         return num_kept // 2

@@ -16,16 +16,13 @@ from .base import At, Score, attention_paid, over_groups
 
 
 class SnapKV(Score):
-    reads_queries = True
-
     def __init__(self, window: int = 64, kernel: int = 5):
-        self.window, self.kernel = window, kernel
+        self.num_queries, self.kernel = window, kernel
 
     def num_recent(self, num_kept: int) -> int:
-        return self.window
+        return self.num_queries
 
     def score(self, keys: Tensor, values: None, queries: Tensor, at: At) -> Tensor:
-        queries = queries[:, -self.window :]
         num_older = keys.shape[1] - queries.shape[1]
         votes = over_groups(attention_paid(keys, queries)[..., :num_older].sum(1), len(keys))  # [Hkv, older]
         if num_older:

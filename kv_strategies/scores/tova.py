@@ -14,11 +14,11 @@ from .base import At, Score, attention_paid
 
 
 class Tova(Score):
-    reads_queries = True
+    num_queries = 1
 
     def num_recent(self, num_kept: int) -> int:
         return 1
 
     def score(self, keys: Tensor, values: None, queries: Tensor, at: At) -> Tensor:
-        paid = attention_paid(keys, queries[:, -1:])  # [Hq, 1, n]
+        paid = attention_paid(keys, queries)  # [Hq, 1, n]
         return paid.mean((0, 1)).expand(len(keys), -1)

@@ -60,10 +60,11 @@ class QueryRings:
         memory = self._layers[layer_idx]
         return LayerStore(memory, memory)
 
-    def read(self, ring: Ring, layer_idx: int, num_seen: int) -> Tensor:
-        """The last queries [Hq, m, D] of a row that has seen so many tokens, the newest last."""
-        kept = torch.arange(max(0, num_seen - RING_SIZE), num_seen, device=self._layers[layer_idx].device)
-        return self._layers[layer_idx][ring.number][:, kept % RING_SIZE]
+    def read(self, ring: Ring, layer_idx: int, num_seen: int, count: int) -> Tensor:
+        """The last queries [Hq, count or fewer, D] of a row that has seen so many tokens, the newest last."""
+        memory = self._layers[layer_idx]
+        newest = torch.arange(max(0, num_seen - count), num_seen, device=memory.device)
+        return memory[ring.number][:, newest % RING_SIZE]
 
     @property
     def num_bytes(self) -> int:
