@@ -33,7 +33,7 @@ class Compaction:
     def __init__(self, pool: BlockPool, policies: Policies, shape: KVShape):
         self._pool, self._layer_devices = pool, shape.layer_devices
         self._selection, self._placement, self._codec = policies.selection, policies.placement, policies.codec
-        self._keeps_all = isinstance(policies.selection, KeepAllTokens)
+        self.keeps_all = isinstance(policies.selection, KeepAllTokens)
         self.rings = QueryRings(shape)
         self.num_compacted = self.num_evicted = self.num_unsound = 0
 
@@ -43,13 +43,13 @@ class Compaction:
         """How many of its first tokens a new row may take from others: of the prompt alone, since what follows was
         computed after a compaction, and without the queries that are asked for.
         """
-        if self._keeps_all:
+        if self.keeps_all:
             return max(0, num_tokens - 1)
         return max(0, min(num_tokens, num_prompt) - max(1, self._selection.num_queries))
 
     def num_until_due(self, table: BlockTable, num_prompt: int) -> int:
         """Tokens that a row with such a prompt takes in before it is to be compacted; 0 for now."""
-        if self._keeps_all:
+        if self.keeps_all:
             return _NEVER
         if table.cap is None:
             return max(0, num_prompt - table.num_seen)
@@ -89,7 +89,7 @@ class Compaction:
         Raises:
             OutOfBlocks: there is no room for survivors that need blocks of their own.
         """
-        if self._keeps_all:
+        if self.keeps_all:
             return
         alike: dict[object, list[BlockTable]] = {}
         for table, num_prompt in rows:
@@ -126,7 +126,8 @@ class Compaction:
             values = self._read(table, layer.v, layer.v_scale, device) if selection.reads_values else None
             queries = None
             if selection.num_queries:
-                queries = self.rings.read(table.ring, layer_idx, table.num_seen, selection.num_queries)
+                count = min(selection.num_queries, table.num_tokens)
+                queries = self.rings.read(table.ring, layer_idx, table.num_seen, count)
             index, is_sound = selection.choose(layer_idx, keys, values, queries, num_kept, table.num_seen - 1)
             kept[device].append(index)
             are_sound.append(is_sound.to(devices[0]))
@@ -173,7 +174,7 @@ class Compaction:
 
     def stats(self) -> dict[str, int]:
         """Nothing where all is kept."""
-        if self._keeps_all:
+        if self.keeps_all:
             return {}
         return {
             "rows_compacted": self.num_compacted,

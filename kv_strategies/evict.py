@@ -88,7 +88,8 @@ class Evict(Selection):
             raise Unsound(f"{self.name} must give [Hkv, n], floats {[num_heads, num_tokens]}, got {got}")
         num_recent = min(self._score.num_recent(num_kept), num_kept)
         first_recent = num_tokens - num_recent
-        best = score[:, :first_recent].topk(num_kept - num_recent).indices.sort().values  # [Hkv, kept - recent]
+        order = score[:, :first_recent].argsort(descending=True, stable=True)  # of equal ones the earlier goes first
+        best = order[:, : num_kept - num_recent].sort().values
         recent = torch.arange(first_recent, num_tokens, device=keys.device).expand(num_heads, -1)
         return torch.cat((best, recent), 1), ~score.isnan().any()
 

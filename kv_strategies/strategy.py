@@ -242,9 +242,10 @@ class Strategy:
 
     def _num_blocks(self, num_prompt: int, num_tokens: int, chunk: int) -> int:
         """The most blocks that a row with such a prompt holds at once on its way to `num_tokens`."""
+        if self.compaction.keeps_all:
+            return self.retention.num_blocks(num_tokens, chunk, self.block_size)
         is_shared = not isinstance(self.sharing, NoSharing)
-        selected = self.selection.num_blocks(num_prompt, num_tokens, self.block_size, is_shared)
-        return min(self.retention.num_blocks(num_tokens, chunk, self.block_size), selected)
+        return self.selection.num_blocks(num_prompt, num_tokens, self.block_size, is_shared)
 
     def has_room(
         self, table: BlockTable, num_tokens: int, chunk: int, owner: object = None, num_prompt: int | None = None
