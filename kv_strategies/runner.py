@@ -255,7 +255,7 @@ class Runner:
         while True:
             decoding = [seq for seq in self._running if seq.is_decoding and seq.wants_more]
             try:
-                self.strategy.compact([(seq.table, len(seq.prompt)) for seq in self._running], self)
+                self.strategy.compact([(seq.table, len(seq.prompt)) for seq in self._running if seq.wants_more], self)
                 self._reserved = [self.strategy.reserve([(seq.table, 1) for seq in decoding], self)]
                 break
             except OutOfBlocks:
@@ -270,9 +270,10 @@ class Runner:
             seq = self._in_prompt() or self._admit()
             if seq is None:
                 break
-            until_due = self.strategy.compaction.num_until_due(seq.table, len(seq.prompt))
-            num_tokens = min(seq.num_uncomputed, seq.request.chunk, budget, until_due)
             try:
+                self.strategy.compact([(seq.table, len(seq.prompt))], self)  # it may have been preempted right before
+                until_due = self.strategy.compaction.num_until_due(seq.table, len(seq.prompt))
+                num_tokens = min(seq.num_uncomputed, seq.request.chunk, budget, until_due)
                 self._reserved.append(self.strategy.reserve([(seq.table, num_tokens)], self))
             except OutOfBlocks:  # the decoding ones are ahead of it; it goes on when they give blocks back
                 if not decoding and not prefilling and not self._in_flight:
