@@ -309,7 +309,7 @@ def filled(strategy) -> Iterator[None]:
             else:
                 plane.normal_(std=0.1)
 
-    def open_table(token_ids, salt="", suspended=None) -> BlockTable:
+    def open_table(token_ids, salt="", suspended=None, num_prompt=None) -> BlockTable:
         table = BlockTable(strategy.pool)
         table.append(len(token_ids) - 1)
         return table

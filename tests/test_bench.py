@@ -170,8 +170,8 @@ def test_suites_hold_every_strategy(name, device):
             "machine",
             *(w.name for w in WORKLOADS.values() if "limit" in w.cases),
         }
-    if name == "strategies":
-        assert {case.workload for case in cases[1:]} == {w.name for w in WORKLOADS.values() if w.claims}
+    if name in ("strategies", "evict"):
+        assert {case.workload for case in cases[1:]} == {w.name for w in WORKLOADS.values() if name in w.cases}
     with pytest.raises(ValueError, match="known are default"):
         suite("other", device, None)
 
@@ -254,6 +254,30 @@ def test_what_a_strategy_is_for(tiny, workload):
     page = pages.render([found], "title")
     assert f"| {workload} |" in page and "and not judged" in page and "{" not in page
     assert in_words(found)
+
+
+SMALL_EVICT = {
+    "evict blocks": {"rows": 2, "context": 96, "keep": 0.25, "new_tokens": 8, "score": "snapkv"},
+    "evict step": {"batch": 2, "context": 96, "keep": 0.25, "new_tokens": 9, "score": "knorm", "repeats": 1},
+    "evict first token": {"context": 96, "keep": 0.25, "repeats": 1, "scores": ["knorm", "snapkv"]},
+    "evict crowd": {"lengths": [90, 40, 70], "new_tokens": 9, "keep": 0.25, "score": "snapkv", "places": 160},
+    "evict endless": {"cap": 16, "every": 16, "tokens": 200, "rounds": 2, "score": "tova"},
+}
+
+
+@pytest.mark.parametrize("workload", SMALL_EVICT)
+def test_what_a_prompt_leaves_of_itself(tiny, workload):
+    found = measured(tiny, workload, "evict", SMALL_EVICT[workload], suite="evict")
+    result = found["result"]
+    match workload:
+        case "evict blocks":
+            assert (result["paged"]["blocks"], result["evict"]["blocks"]) == (7, 2 * 2)  # 98 and 26 tokens a row
+        case "evict crowd":
+            assert result["evict"]["running"] > result["paged"]["running"]
+        case "evict endless":
+            assert result["early"]["kv_bytes"] == result["late"]["kv_bytes"]
+    page = pages.render([found], "title")
+    assert f"| {workload} |" in page and "{" not in page and in_words(found)
 
 
 def test_a_stream_through_a_window(tiny, monkeypatch):

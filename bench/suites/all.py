@@ -4,6 +4,7 @@
 from bench.suites import machine  # noqa: F401
 from bench.suites.default import throughput, latency, busy, tokens, sharing, pressure  # noqa: F401
 from bench.suites.strategies import prefix, fan_out, window, offload, eight_bits, stream  # noqa: F401
+from bench.suites.evict import blocks, step, first_token as evict_first_token, crowd, endless  # noqa: F401
 from bench.suites import cost, replay  # noqa: F401
 from bench.suites.limit import attention, decode, first_token, profile, batching, deterministic  # noqa: F401
 from bench.suites import quality  # noqa: F401
