@@ -156,7 +156,12 @@ def test_every_figure_key_is_explained():
     from kv_strategies import build
 
     model, keys = tiny_llama(), set()
-    for name, options in (("paged", {}), ("offload", {"top_n": 2}), ("offload", {"host_bytes": 1 << 20})):
+    for name, options in (
+        ("paged", {}),
+        ("offload", {"top_n": 2}),
+        ("offload", {"host_bytes": 1 << 20}),
+        ("evict", {}),
+    ):
         keys |= set(build(name, model, num_blocks=4, **options).stats())
     explained = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/stats.md").read_text(), re.MULTILINE)
     assert set(explained) == keys and len(explained) == len(keys)
