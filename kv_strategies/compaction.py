@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .base import KeepAllTokens, Policies, Unsound
+from .base import Codec, KeepAllTokens, Policies, Unsound
 from .paged import BlockPool, BlockTable
 from .step.plan import Plan
 from .step.rings import QueryRings
@@ -58,24 +58,33 @@ class Compaction:
 
     # --- what attention leaves for it
 
-    def watch(self, tables: Iterable[BlockTable]) -> None:
-        """These rows are about to take in tokens: those to be compacted later have a ring, and nobody else has it."""
+    def watch(self, rows: Iterable[tuple[BlockTable, int]]) -> None:
+        """These rows are about to take in so many tokens: those to be compacted later have a ring of their own."""
         if not self._selection.num_queries:
             return
-        new = [table for table in tables if self._is_asked(table) and (not table.ring or table.ring.is_shared)]
+        asked = [(table, num_tokens) for table, num_tokens in rows if num_tokens and self._is_asked(table)]
+        new = [table for table, _ in asked if not table.ring or table.ring.is_shared]
         for table, own in zip(new, self.rings.take(len(new)), strict=True):
             if table.ring:
                 self.rings.copy(table.ring, own)
             table.ring = own
+        for table, num_tokens in asked:
+            table.ring.extend(table.num_seen, num_tokens)
 
     def _is_asked(self, table: BlockTable) -> bool:
         """Whether the next queries of this row are asked for."""
         return table.cap is None or (self._selection.every is not None and table.cap != _NEVER)
 
     def records(self, plan: Plan) -> bool:
-        """Whether rings take in queries of this forward. The same for all decode steps, as a CUDA graph needs it."""
-        selection, is_decoding = self._selection, plan.num_decodes == len(plan.query_lens)
-        return selection.num_queries > 0 and (selection.every is not None or not is_decoding)
+        """Whether rings take in queries of this forward. Captured decode steps do where rows are compacted again, and
+        else have none to take in, see `may_replay`.
+        """
+        selection, is_step = self._selection, plan.is_replayed and plan.num_decodes == len(plan.query_lens)
+        return selection.num_queries > 0 and (selection.every is not None or not is_step)
+
+    def may_replay(self, tables: Iterable[BlockTable]) -> bool:
+        """Whether a captured decode step serves these rows; not where one token is the end of a prompt, say."""
+        return self._selection.every is not None or not any(table.ring for table in tables)
 
     # --- a compaction
 
@@ -121,9 +130,10 @@ class Compaction:
         selection, devices = self._selection, self._layer_devices
         kept: dict[torch.device, list[Tensor]] = {device: [] for device in devices}
         are_sound = []
+        read = _Reader(table, self._codec)
         for layer_idx, (layer, device) in enumerate(zip(self._placement.layers(), devices, strict=True)):
-            keys = self._read(table, layer.k, layer.k_scale, device)
-            values = self._read(table, layer.v, layer.v_scale, device) if selection.reads_values else None
+            keys = read(layer.k, layer.k_scale, device)
+            values = read(layer.v, layer.v_scale, device) if selection.reads_values else None
             queries = None
             if selection.num_queries:
                 count = min(selection.num_queries, table.num_tokens)
@@ -135,15 +145,6 @@ class Compaction:
         if not all(are_sound):
             raise Unsound(f"{selection.name} gives NaN in layer {are_sound.index(False)}")
         return [torch.stack(layers) for layers in kept.values()]
-
-    def _read(self, table: BlockTable, plane: Tensor, scale: Tensor | None, device: torch.device) -> Tensor:
-        """K or V of a row, [Hkv, n, D]: numbers as they are stored, or of codes what they mean."""
-        blocks = torch.from_numpy(table.blocks.astype("int64")).to(plane.device)
-        codes = plane.transpose(0, 1)[:, blocks].flatten(1, 2)[:, : table.num_tokens].to(device)
-        if scale is not None:
-            scale = scale.transpose(0, 1)[:, blocks].flatten(1, 2)[:, : table.num_tokens].to(device)
-        is_plain = self._codec.in_kernels and scale is None
-        return codes if is_plain else self._codec.decode(codes, scale)
 
     def _move(
         self, tables: list[BlockTable], num_kept: int, kept: list[Tensor], make_room: Callable[[int], None]
@@ -189,3 +190,24 @@ class Compaction:
 
     def reset(self) -> None:
         self.num_compacted = self.num_evicted = self.num_unsound = 0
+
+
+class _Reader:
+    """K or V of a row in one piece."""
+
+    def __init__(self, table: BlockTable, codec: Codec):
+        self._num_tokens, self._codec = table.num_tokens, codec
+        self._blocks = torch.from_numpy(table.blocks.astype("int64"))
+        self._on: dict[torch.device, Tensor] = {}
+
+    def __call__(self, plane: Tensor, scale: Tensor | None, device: torch.device) -> Tensor:
+        """[Hkv, n, D] of a layer: numbers as they are stored, or of codes what they mean."""
+        codes = self._gather(plane, device)
+        if scale is None and self._codec.in_kernels:
+            return codes
+        return self._codec.decode(codes, None if scale is None else self._gather(scale, device))
+
+    def _gather(self, plane: Tensor, device: torch.device) -> Tensor:
+        if plane.device not in self._on:  # V may lie in host memory
+            self._on[plane.device] = self._blocks.to(plane.device)
+        return plane.transpose(0, 1)[:, self._on[plane.device]].flatten(1, 2)[:, : self._num_tokens].to(device)

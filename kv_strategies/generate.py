@@ -211,6 +211,7 @@ class StrategyCache(AttendingCache):
         if is_token is not None and not is_token.all():
             self._packing = is_token.flatten().nonzero().squeeze(1).to(device)
         is_step = num_columns == 1 and self._packing is None and not fused.is_observed()
+        is_step = is_step and self.strategy.compaction.may_replay(self.tables)
         graphs = self._door.graphs(self.strategy) if is_step else None
         planned = [table.row(num_new) for table, num_new in rows]
         distances = self._distances(position_ids, [num_new for _, num_new in rows], num_columns)

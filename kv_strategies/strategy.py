@@ -274,7 +274,7 @@ class Strategy:
         """
         self.retire([table for table, _ in rows])
         self._make_room(sum(table.num_new_blocks(num_tokens) for table, num_tokens in rows), owner)
-        self.compaction.watch([table for table, num_tokens in rows if num_tokens])
+        self.compaction.watch(rows)
         done: list[tuple[BlockTable, int, list[tuple[int, int]]]] = []
         try:
             for table, num_tokens in rows:

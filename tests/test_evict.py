@@ -22,6 +22,7 @@ from kv_strategies.evict import Evict
 from kv_strategies.kernels import reference
 from kv_strategies.kernels.blocks import triton_compact
 from kv_strategies.scores import SCORES, Score, register_score
+from kv_strategies.step.rings import Ring
 from kv_strategies.step.store import KVShape
 from kv_strategies.step.upstream import with_cache
 
@@ -238,6 +239,39 @@ def test_both_doors_give_what_a_dense_model_gives(score, keep, every, lengths, b
     for i in sure:
         assert by_runner[i] == by_generate[i] == wanted[i][0]
     assert strategy.stats()["blocks_used"] == 0
+
+
+@pytest.mark.parametrize("score", ["snapkv", "tova"])
+def test_queries_come_from_wherever_they_were_computed(score):
+    """A last chunk of one token, a hit that leaves one, a prompt that went back and on: the same tokens are kept."""
+    prompt = text(91, 3)
+    options = {"num_blocks": 80, "block_size": 4, "score": score, "keep": 70}
+    wanted, _ = DenseRow(DENSE, score, 70).generate(prompt, 12)
+    strategy = build("evict", MODEL, **options)
+    assert run(strategy, [prompt], 12, chunk=30)[0] == [wanted]
+    cache = strategy.cache()
+    with torch.inference_mode():
+        MODEL(torch.tensor([prompt[:80] + text(40, 4)]), **with_cache(cache))
+    cache.crop(-41)
+    went_on = call(strategy, [prompt], 12, cache)
+    assert len(went_on[0]) == 12 and (went_on == [wanted]) == (score == "tova"), "of 64 queries 29 were written over"
+    sharing = build("prefix+evict", MODEL, **options)
+    for _ in range(3):
+        assert run(sharing, [prompt], 12)[0] == call(sharing, [prompt], 12) == [wanted]
+    assert sharing.stats()["hit_tokens"] == 5 * (88 if score == "tova" else 24)
+
+
+def test_a_ring_knows_which_queries_it_holds():
+    ring = Ring(0, [])
+    ring.extend(0, 100)
+    assert ring.newest(100, 64) == range(36, 100) and ring.newest(100, 8) == range(92, 100)
+    assert ring.newest(50, 64) == range(36, 50), "after a crop: those before 36 were written over"
+    ring.extend(50, 10)
+    assert ring.newest(60, 64) == range(36, 60)
+    ring.extend(60, 64)
+    assert ring.newest(124, 64) == range(60, 124)
+    ring.extend(20, 5)
+    assert ring.newest(25, 64) == range(20, 25), "all that was there stood further on"
 
 
 @pytest.mark.parametrize("name", PAPERS)

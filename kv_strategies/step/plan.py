@@ -96,7 +96,6 @@ class Plan:
     context_lens: Tensor  # [B] int32, tokens including those of this step; 0 for a padding row of a CUDA graph
     positions: Tensor  # [T] int64, of each query token: its index in its row, and the tokens evicted before it
     slot_mapping: Tensor  # [T] int64, block * block_size + offset, NULL_SLOT writes nowhere
-    query_slots: Tensor  # [T] int64, ring * RING_SIZE + position % RING_SIZE, NULL_SLOT where the query is not kept
     block_tables: Tensor  # [B, max_blocks] int32, NULL_BLOCK where freed or beyond the context
 
     query_lens: list[int]  # [B] on the host
@@ -108,6 +107,8 @@ class Plan:
     row_groups: list[Group] = field(default_factory=list)
     groups: Tensor | None = None  # [B // 2 or 1, 3] int32, the same on the device, zeros where there are fewer
     shared_lens: Tensor | None = None  # [B] int32, num_tokens of the group that a row is in, 0 for none
+    # [T] int64, ring * RING_SIZE + position % RING_SIZE, NULL_SLOT where the query is not kept (`rings.py`).
+    query_slots: Tensor | None = None
     is_replayed: bool = False  # by a CUDA graph: what its launches cost the host does not matter
     # [T] int64, how far each token stands from the first of its row by the positions that were given, which may jump;
     # None where that is its index.

@@ -26,7 +26,22 @@ class Ring:
     def __init__(self, number: int, free: list[int]):
         self.number = number
         self.is_shared = False  # whether the row was forked: who writes next takes one of its own
+        self._first = self._end = 0  # positions of the queries that it holds, as far as it has room for them
         weakref.finalize(self, free.append, number).atexit = False
+
+    def extend(self, position: int, count: int) -> None:
+        """Queries at this position and behind it are about to come, where they were before as well after a crop."""
+        self._first = min(self._oldest, position)
+        self._end = position + count
+
+    def newest(self, position: int, count: int) -> range:
+        """Of the `count` positions before this one, those whose queries are here."""
+        return range(min(max(self._oldest, position - count), position), position)
+
+    @property
+    def _oldest(self) -> int:
+        """Of the queries that stand here; those before have been written over."""
+        return max(self._first, self._end - RING_SIZE)
 
 
 class QueryRings:
@@ -43,7 +58,7 @@ class QueryRings:
         lacking = count - len(self.free)
         if lacking > 0:
             before = len(self._layers[0])
-            more = max(lacking, before)
+            more = max(lacking, before, 4)
             with torch.inference_mode(False):  # what is made in that mode could not be written outside of it
                 self._layers = [torch.cat((old, self._memory(more, old.device))) for old in self._layers]
             self.free += range(before, before + more)
@@ -54,6 +69,7 @@ class QueryRings:
         """Copy what a ring holds, of all layers."""
         for memory in self._layers:
             memory[target.number] = memory[source.number]
+        target._first, target._end = source._first, source._end
 
     def layer(self, layer_idx: int) -> LayerStore:
         """Where the queries [T, Hq, D] of a layer go, K and V being the same."""
@@ -62,9 +78,9 @@ class QueryRings:
 
     def read(self, ring: Ring, layer_idx: int, num_seen: int, count: int) -> Tensor:
         """The last queries [Hq, count or fewer, D] of a row that has seen so many tokens, the newest last."""
-        memory = self._layers[layer_idx]
-        newest = torch.arange(max(0, num_seen - count), num_seen, device=memory.device)
-        return memory[ring.number][:, newest % RING_SIZE]
+        memory, newest = self._layers[layer_idx], ring.newest(num_seen, count)
+        places = torch.arange(newest.start, newest.stop, device=memory.device) % RING_SIZE
+        return memory[ring.number][:, places]
 
     @property
     def num_bytes(self) -> int:
