@@ -88,8 +88,7 @@ class Evict(Selection):
             raise Unsound(f"{self.name} must give [Hkv, n], floats {[num_heads, num_tokens]}, got {got}")
         num_recent = min(self._score.num_recent(num_kept), num_kept)
         first_recent = num_tokens - num_recent
-        order = score[:, :first_recent].argsort(descending=True, stable=True)  # of equal ones the earlier goes first
-        best = order[:, : num_kept - num_recent].sort().values
+        best = highest(score[:, :first_recent], num_kept - num_recent)
         recent = torch.arange(first_recent, num_tokens, device=keys.device).expand(num_heads, -1)
         return torch.cat((best, recent), 1), ~score.isnan().any()
 
@@ -101,6 +100,23 @@ class Evict(Selection):
         longest = max(longest, min(num_prompt, num_tokens))
         copies = -(-cap // block_size) if is_shared and longest > cap else 0
         return -(-longest // block_size) + copies
+
+
+def highest(score: Tensor, count: int) -> Tensor:
+    """Indices [H, count] of the highest numbers of each row [H, n], ascending; of equal ones the earlier go first.
+
+    Without a sort, and without waiting for the device: what is above the lowest of them, and as many that equal it as
+    are lacking, each put in its place among those chosen.
+    """
+    if not count:
+        return score.new_zeros(len(score), 0, dtype=torch.int64)
+    lowest = score.topk(count, sorted=False).values.amin(1, keepdim=True)
+    above, equal = score > lowest, score == lowest
+    lacking = count - above.sum(1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(1) <= lacking))
+    place = torch.where(chosen, chosen.cumsum(1) - 1, count)  # of those not chosen behind all others
+    index = torch.arange(score.shape[1], device=score.device).expand(score.shape)
+    return index.new_zeros(len(score), count + 1).scatter_(1, place, index)[:, :count]
 
 
 def main() -> None:

@@ -38,10 +38,6 @@ ON_GPU = {"context": 16384, "keep": 0.25, "repeats": 5, "scores": ["knorm", "sna
 ON_CPU = {"context": 512, "keep": 0.25, "repeats": 2, "scores": ["knorm", "snapkv"]}
 
 
-def _slower(score: str, key: str):
-    return lambda result: result[score][key]["median"] / result["paged"][key]["median"]
-
-
 def _table(result: dict) -> str:
     rows = [
         [name, *(milliseconds(result[name][key], 1) for key in ("first", "second", "later"))]
@@ -52,11 +48,16 @@ def _table(result: dict) -> str:
 
 
 CLAIMS = [
-    Claim(f"{score}: time to the {key} token, {{context}} tokens / paged", f"at most {bound}x",
-          bound, _slower(score, key), "{:.3f}x", at_most=True)
+    Claim(
+        f"{score}: time to the first token, {{context}} tokens / paged",
+        f"at most {bound}x",
+        bound,
+        lambda result, score=score: result[score]["first"]["median"] / result["paged"]["first"]["median"],
+        "{:.3f}x",
+        at_most=True,
+    )
     for score, bound in (("snapkv", 1.05), ("knorm", 1.02))
-    for key in ("first", "second")
-]  # fmt: skip
+]
 
 register(
     Workload(
