@@ -162,6 +162,7 @@ class StrategyCache(AttendingCache):
             ) from None
         self._pending = _Pending(rows, num_columns, is_token, position_ids, reservation)
 
+    @uninterrupted()
     def compact(self) -> None:
         """Let the strategy say now which of the cached tokens are worth keeping, where it says so at all (`evict.py`):
         of a context, say, before the question about it is fed, which then stays whole. Else this happens with the first
@@ -172,10 +173,11 @@ class StrategyCache(AttendingCache):
             self._compact()
 
     def _compact(self) -> None:
+        held = [table for table in self.tables if table.num_tokens]
         try:
             self.strategy.compact([(table, 0) for table in self.tables], owner=self)
         except BaseException:
-            if self.num_columns and any(not table.num_tokens for table in self.tables):
+            if not all(table.num_tokens for table in held):
                 self.reset()  # some survivors were moved and some were not
             raise
 

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 from common import tiny_llama
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -230,6 +230,7 @@ def run(strategy, prompts, max_new, chunk=2048, **options):
 def test_both_doors_give_what_a_dense_model_gives(score, keep, every, lengths, block_size, chunk, seed):
     prompts = [text(length, seed + i) for i, length in enumerate(lengths)]
     every = None if score == "knorm" else every  # what is generated may come twice
+    assume(score != "keydiff" or min(lengths) > 10)  # two keys are as far from their mean as each other
     wanted = [DenseRow(DENSE, score, keep, every).generate(prompt, 12) for prompt in prompts]
     sure = [i for i, (_, margin) in enumerate(wanted) if margin > 1e-3]
     options = {"num_blocks": 600 // block_size, "block_size": block_size}
