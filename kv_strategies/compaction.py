@@ -79,8 +79,10 @@ class Compaction:
         """Whether rings take in queries of this forward. Captured decode steps do where rows are compacted again, and
         else have none to take in, see `may_replay`.
         """
-        selection, is_step = self._selection, plan.is_replayed and plan.num_decodes == len(plan.query_lens)
-        return selection.num_queries > 0 and (selection.every is not None or not is_step)
+        if not self._selection.num_queries:
+            return False
+        is_step = plan.is_replayed and plan.num_decodes == len(plan.query_lens)
+        return self._selection.every is not None or not is_step
 
     def may_replay(self, tables: Iterable[BlockTable]) -> bool:
         """Whether a captured decode step serves these rows; not where one token is the end of a prompt, say."""
@@ -152,7 +154,8 @@ class Compaction:
         pool, sources = self._pool, tables[0].blocks.tolist()
         targets = sources[: -(-num_kept // pool.block_size)]
         shared = [place for place, block in enumerate(targets) if pool.ref_counts[block] > len(tables)]
-        make_room(len(shared))
+        if shared:
+            make_room(len(shared))
         own = pool.allocate_run(len(shared))
         for place, block in zip(shared, own, strict=True):
             targets[place] = block

@@ -122,32 +122,43 @@ def highest(score: Tensor, count: int) -> Tensor:
 def main() -> None:
     from .paged import BlockPool, BlockTable
 
-    pool, size = BlockPool(num_blocks=8, block_size=4), 4
-    evict = Evict(score="window", keep=8, every=8)
+    size, cap, every, num_heads, head_dim = 4, 8, 8, 2, 16
+    pool, evict = BlockPool(num_blocks=8, block_size=size), Evict(score="knorm", keep=cap, every=every)
     table = BlockTable(pool)
-    print("Blocks of 4 tokens; a row keeps 8 tokens of its prompt, and again whenever it has grown by 8.\n")
-    print(f"{'event':<26} {'seen':>4} {'kept':>4} {'free':>4}   block table")
+    torch.manual_seed(0)
+    keys = torch.randn(num_heads, 64, head_dim)  # of every token that will come
+    heads: list[list[int]] = [[] for _ in range(num_heads)]  # the tokens that each has stored
+    print(
+        f"Blocks of {size} tokens; two heads keep {cap} of a prompt, and again whenever the row has grown by {every}.\n"
+    )
+    print(f"{'event':<24} {'seen':>4} {'kept':>4} {'free':>4}   {'block table':<20} tokens of head 0, of head 1")
+
+    def append(num_tokens: int) -> None:
+        for head in heads:
+            head += range(table.num_seen, table.num_seen + num_tokens)
+        table.append(num_tokens)
 
     def show(event: str) -> None:
-        blocks = " ".join(map(str, table.blocks))
-        print(f"{event:<26} {table.num_seen:>4} {table.num_tokens:>4} {pool.num_free:>4}   [ {blocks} ]")
+        blocks, kept = (" ".join(map(str, numbers)) for numbers in (table.blocks, heads[0]))
+        others = " ".join(map(str, heads[1])) if heads[1] != heads[0] else "the same"
+        shown = f"{kept}   |   {others}" if table.num_tokens <= cap + 1 else ""
+        print(f"{event:<24} {table.num_seen:>4} {table.num_tokens:>4} {pool.num_free:>4}   [ {blocks:<16} ] {shown}")
 
     def compact() -> None:
-        cap = evict.cap(table.num_seen)
-        keys = torch.zeros(1, table.num_tokens, 2)
-        kept, _ = evict.choose(0, keys, None, None, cap, table.num_seen - 1)
+        stored = torch.stack([keys[number, head] for number, head in enumerate(heads)])
+        index, _ = evict.choose(0, stored, None, None, cap, table.num_seen - 1)
+        heads[:] = [[head[i] for i in kept] for head, kept in zip(heads, index.tolist(), strict=True)]
         table.compact(table.blocks[: -(-cap // size)].tolist(), cap)
-        show(f"kept {' '.join(map(str, kept[0].tolist()))}")
+        show("compacted")
 
-    table.append(22)
+    append(22)
     show("a prompt of 22 tokens")
     compact()
-    for _ in range(18):
-        if table.num_tokens >= 8 + evict.every:
-            show("grown by 8")
+    for _ in range(20):
+        if table.num_tokens >= cap + every:
+            show(f"grown by {every}")
             compact()
-        table.append(1)
-    show("so far")
+        append(1)
     pool.check_integrity()
     print("\nPositions go on from the tokens seen, indices from the tokens kept; memory stays flat.")
 
