@@ -13,8 +13,8 @@ from common import VOCAB, tiny_llama
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from kv_strategies import Request, Runner, build
-from kv_strategies.kernels import linear
+from kv_strategies import Request, Runner, build, registry
+from kv_strategies.kernels import FAST, linear
 from kv_strategies.kernels.linear import Norm, Rotary, cpu, plain, triton_few_rows, triton_fused, triton_one_row
 from kv_strategies.kernels.linear.triton_one_row import Tuning
 from kv_strategies.step import fused, graphs
@@ -56,7 +56,7 @@ def fused_strategy(model, name="paged"):
 @torch.no_grad()
 def test_the_stack_computes_what_the_layers_do(kind, rotates_later, device, forwards, monkeypatch):
     if device.type == "cpu":  # as with many rows on a GPU
-        monkeypatch.setattr(fused, "rotates_later", lambda x: rotates_later)
+        monkeypatch.setattr(registry, "FAST", FAST._replace(rotates_later=lambda x: rotates_later))
     model = model_of(kind).to(device)
     steps = [torch.randint(VOCAB, (2, n), device=device) for n in (7, 1, 3, 1)]
     expected, before = [], model.state_dict()
@@ -116,7 +116,7 @@ def test_weights_are_held_once():
 @pytest.mark.parametrize("rotates_later", [False, True])
 def test_padded_generate_and_runner_run_through_the_stack(rotates_later, device, forwards, monkeypatch):
     if device.type == "cpu":
-        monkeypatch.setattr(fused, "rotates_later", lambda x: rotates_later)
+        monkeypatch.setattr(registry, "FAST", FAST._replace(rotates_later=lambda x: rotates_later))
     model = model_of("plain").to(device)
     prompts = [[5, 6, 7, 8, 9], [3, 4]]
     ids = torch.tensor([prompts[0], [0, 0, 0, *prompts[1]]], device=device)

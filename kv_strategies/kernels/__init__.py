@@ -25,8 +25,10 @@ from . import reference
 from .blocks import cpu, topn
 from .blocks import invariant as invariant_blocks
 from .blocks.topn import topn_attention
-from .linear import Rotary, linear, rotates_later
+from .linear import Rotary
 from .linear import invariant as invariant_linear
+from .linear import linear as fast_linear
+from .linear import rotates_later as fast_rotates_later
 from .reference import Decode, Encode, Visible
 
 
@@ -91,8 +93,8 @@ class Kernels(NamedTuple):
     store_kv: Callable[..., None]
     attention: Callable[..., Tensor]
     topn_attention: Callable[..., Tensor] | None
-    linear: Callable[..., Tensor] = linear
-    rotates_later: Callable[[Tensor], bool] = rotates_later
+    linear: Callable[..., Tensor] = fast_linear
+    rotates_later: Callable[[Tensor], bool] = fast_rotates_later
     capturable: bool = True  # whether a CUDA graph can hold their work
     needs_stack: bool = False  # whether only the fused stack keeps what they promise
 
