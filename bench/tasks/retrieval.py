@@ -18,31 +18,44 @@ from bench.tasks.story import Question, Story, Task
 def key_value(rng: random.Random, words: Sequence[str], level: dict, *, is_conversation: bool) -> Story:
     """`pairs` of a word and a number among natural text, as in JSON or, where `said` is, in sentences."""
     keys, values = rng.sample(words, level["pairs"]), numbers(rng, level["pairs"], level["digits"])
-    begun, rest = ("The value of {} is", " {}.") if level.get("said") else ('"{}": "', '{}",')
-    facts = [begun.format(key) + rest.format(value) for key, value in zip(keys, values, strict=True)]
-    order = rng.sample(range(len(facts)), len(facts))
-    questions = [
-        Question(f"What is the value of {key} in the text?", begun.format(key), [value])
-        for key, value in zip(keys[:2], values[:2], strict=True)
-    ]
-    intro = "Keys with their values are hidden within the following text. You will be asked for the values of some."
-    return Story(intro, questions, [facts[i] for i in order], is_conversation=is_conversation)
+    if level.get("said"):
+        begun = [f"The special magic number for {key} is" for key in keys]
+        facts = [f"{start} {n}." for start, n in zip(begun, values, strict=True)]
+        asks = [f"What is the special magic number for {key} in the text?" for key in keys]
+    else:
+        begun = [f'"{key}": "' for key in keys]
+        facts = [f'{start}{n}",' for start, n in zip(begun, values, strict=True)]
+        asks = [f"What is the value of {key} in the text?" for key in keys]
+    return _story(rng, "Keys with their values", facts, asks, begun, values, is_conversation)
 
 
 def prefix_suffix(rng: random.Random, words: Sequence[str], level: dict, *, is_conversation: bool) -> Story:
-    """`strings` of a first word, a number and a last word; `alike` others begin like each that is asked for."""
-    drawn = rng.sample(words, 2 * level["strings"] + 2 * level["alike"])
-    inner = numbers(rng, level["strings"] + 2 * level["alike"], level["digits"])
+    """`strings` of a first word, a number and a last word, or as many sentences that say so, where `said` is; `alike`
+    others begin like each that is asked for.
+    """
+    count = level["strings"] + 2 * level["alike"]
+    drawn, values = rng.sample(words, level["strings"] + count), numbers(rng, count, level["digits"])
     firsts, lasts = drawn[: level["strings"]], drawn[level["strings"] :]
-    firsts = [*firsts, *firsts[:2] * level["alike"]]
-    facts = [f"{a} {n} {b};" for a, n, b in zip(firsts, inner, lasts, strict=True)]
-    questions = [
-        Question(f'Which string in the text begins with "{a}" and ends with "{b}"?', f"The string is: {a}", [n])
-        for a, n, b in zip(firsts[:2], inner[:2], lasts[:2], strict=True)
-    ]
-    order = rng.sample(range(len(facts)), len(facts))
-    intro = "Strings of a word, a number and a word are hidden within the following text. You will be asked for some."
-    return Story(intro, questions, [facts[i] for i in order], is_conversation=is_conversation)
+    firsts += firsts[:2] * level["alike"]
+    pairs = [*zip(firsts, lasts, strict=True)]
+    if level.get("said"):
+        begun = [f"The special magic number between {a} and {b} is" for a, b in pairs]
+        facts = [f"{start} {n}." for start, n in zip(begun, values, strict=True)]
+        asks = [f"What is the special magic number between {a} and {b} in the text?" for a, b in pairs]
+    else:
+        begun = [f"The string is: {a}" for a, _ in pairs]
+        facts = [f"{a} {n} {b};" for (a, b), n in zip(pairs, values, strict=True)]
+        asks = [f'Which string in the text begins with "{a}" and ends with "{b}"?' for a, b in pairs]
+    return _story(rng, "Strings of a word, a number and a word", facts, asks, begun, values, is_conversation)
+
+
+def _story(
+    rng: random.Random, what: str, facts: list, asks: list, begun: list, values: list, is_conversation: bool
+) -> Story:
+    """The first two are asked for."""
+    questions = [Question(asks[i], begun[i], [values[i]]) for i in range(2)]
+    intro = f"{what} are hidden within the following text. Memorize them: you will be asked about two of them."
+    return Story(intro, questions, rng.sample(facts, len(facts)), is_conversation=is_conversation)
 
 
 LEVELS = {
@@ -54,8 +67,9 @@ LEVELS = {
     ],
     prefix_suffix: [
         {"strings": 8, "alike": 1, "digits": 5},
-        {"strings": 4, "alike": 0, "digits": 5},
-        {"strings": 2, "alike": 0, "digits": 3},
+        {"strings": 4, "alike": 1, "digits": 5, "said": True},
+        {"strings": 3, "alike": 0, "digits": 4, "said": True},
+        {"strings": 2, "alike": 0, "digits": 3, "said": True},
     ],
 }
 TASKS = [
