@@ -122,7 +122,7 @@ def cases(to: Target) -> Iterable[Case]:
             sizes = {"chunk": 8192, "new_tokens": 32}
             yield to.case("paged", "bfloat16", params | sizes, timeout=300, model=model)
     if to.model not in shapes:
-        params = {"steps": [], "prefills": [], "requests": 10000, "new_tokens_sent": 8}
+        params = {"steps": [], "prefills": [], "requests": 10000, "new_tokens_sent": 5}
         yield to.case("paged", "bfloat16", params, timeout=400)
 
 
