@@ -22,6 +22,7 @@ from kv_strategies.evict import Evict
 from kv_strategies.kernels import reference
 from kv_strategies.kernels.blocks import triton_compact
 from kv_strategies.scores import SCORES, Score, register_score
+from kv_strategies.scores import base as scores_base
 from kv_strategies.step.rings import Ring
 from kv_strategies.step.store import KVShape
 from kv_strategies.step.upstream import with_cache
@@ -122,7 +123,9 @@ def kept_by(name, k, v, q, num_kept, position):
 
 @pytest.mark.parametrize("name", PAPERS)
 @pytest.mark.parametrize("num_tokens, num_kept", [(5, 1), (63, 40), (150, 30), (150, 149), (300, 100)])
-def test_a_score_keeps_what_its_paper_says(name, num_tokens, num_kept):
+@pytest.mark.parametrize("at_once", [1 << 26, 1], ids=["all heads", "a head"])
+def test_a_score_keeps_what_its_paper_says(name, num_tokens, num_kept, at_once, monkeypatch):
+    monkeypatch.setattr(scores_base, "WEIGHTS_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(num_tokens)
     shape = KVShape.of(MODEL)
     evict = Evict(score=name)

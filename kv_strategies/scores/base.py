@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..base import Site
+
+#: Attention weights that exist at once, of as many heads as that allows, one at least: 256 MB of them.
+WEIGHTS_AT_ONCE = 1 << 26
 
 
 class At(NamedTuple):
@@ -47,15 +51,20 @@ class Score:
         raise NotImplementedError
 
 
-def attention_paid(keys: Tensor, queries: Tensor) -> Tensor:
-    """Softmax weights [Hq, m, n] float32 of the last m queries [Hq, m, D] over all keys [Hkv, n, D], causal."""
-    num_heads, num_queries, head_dim = queries.shape
-    num_tokens = keys.shape[1]
-    grouped = queries.float().unflatten(0, (len(keys), -1)).flatten(1, 2)  # [Hkv, G * m, D]
-    scores = (grouped @ keys.float().mT).view(num_heads, num_queries, num_tokens) * head_dim**-0.5
-    index = torch.arange(num_tokens, device=keys.device)
-    unseen = index > index[num_tokens - num_queries :, None]  # [m, n]
-    return scores.masked_fill_(unseen, float("-inf")).softmax(-1)
+def attention_paid(keys: Tensor, queries: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """What the last m queries [Hq, m, D] pay to each key [Hkv, n, D]: causal softmax weights in float32, made one
+    number a token by `reduce` [h, m, n] -> [h, n], which is called for some of the heads at a time. -> [Hq, n]
+    """
+    group, num_queries, head_dim = len(queries) // len(keys), *queries.shape[1:]
+    index = torch.arange(keys.shape[1], device=keys.device)
+    unseen = index > index[len(index) - num_queries :, None]  # [m, n]
+    num_heads = max(1, WEIGHTS_AT_ONCE // max(1, group * unseen.numel()))
+    paid = []
+    for k, q in zip(keys.split(num_heads), queries.split(num_heads * group), strict=True):
+        scores = q.float().unflatten(0, (len(k), group)).flatten(1, 2) @ k.float().mT  # [h, G * m, n]
+        scores = scores.view(len(q), num_queries, -1) * head_dim**-0.5
+        paid.append(reduce(scores.masked_fill_(unseen, float("-inf")).softmax(-1)))
+    return torch.cat(paid)
 
 
 def over_groups(per_head: Tensor, num_kv_heads: int) -> Tensor:

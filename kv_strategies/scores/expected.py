@@ -8,7 +8,8 @@ closed form:
     score = (z / sum of z + `epsilon`) * || v ||             and what it would add to the output
 
 The first `sinks` tokens are kept. mu and S are of the last queries that are kept as attention passes, turned back to
-position 0; the paper takes those of the whole prompt. Costs one read of K and V, and a product of K by a D x D matrix.
+position 0; the paper takes those of the whole prompt, and || W_o v || with the output weights in place of || v ||. Costs
+one read of K and V, and a product of K with these queries.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..base import Site
 from ..step.plan import RING_SIZE
-from .base import At, Score, over_groups
+from .base import At, Score
 
 
 class ExpectedAttention(Score):
@@ -31,18 +32,15 @@ class ExpectedAttention(Score):
         self._rotary_emb = site.rotary_emb
 
     def score(self, keys: Tensor, values: Tensor, queries: Tensor, at: At) -> Tensor:
-        num_queries, head_dim = queries.shape[1:]
-        positions = torch.arange(at.position + 1 - num_queries, at.position + 1, device=queries.device)
+        positions = torch.arange(at.position + 1 - queries.shape[1], at.position + 1, device=queries.device)
         cos, sin = self._angles(positions)
         plain = turn(queries.float(), cos, -sin)  # [Hq, m, D]
         ahead = self._angles(at.position + 1 + torch.arange(self.future, device=queries.device))
         later = turn(plain, *(part.mean(0) for part in ahead))  # R q, since the mean of rotations is linear
         mean = later.mean(1)  # [Hq, D]
         spread = later - mean[:, None]  # [Hq, m, D]
-        heads = keys.float().repeat_interleave(len(queries) // len(keys), 0)  # [Hq, n, D]
-        z = (heads @ mean[..., None]).squeeze(-1) * head_dim**-0.5
-        z += (heads @ spread.mT).square().mean(-1) / (2 * head_dim)  # k S k' = the mean of (k s)^2
-        weight = over_groups(z.softmax(-1), len(keys))
+        groups = (part.unflatten(0, (len(keys), -1)) for part in (mean, spread))
+        weight = torch.stack([expected_weight(*head) for head in zip(keys, *groups, strict=True)])  # [Hkv, n]
         score = (weight + self.epsilon) * torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
         score[:, : self.sinks] = float("inf")
         return score
@@ -51,6 +49,17 @@ class ExpectedAttention(Score):
         """cos and sin [p, D / 2] float32 of turning to each position [p]."""
         angles = positions[:, None] * self._rotary_emb.inv_freq.to(positions.device, torch.float32)
         return angles.cos(), angles.sin()
+
+
+def expected_weight(keys: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    """z / sum of z [n] of one head [n, D], the mean over its group of G query heads, with means [G, D] and differences
+    of m queries from them [G, m, D].
+    """
+    keys, head_dim = keys.float(), keys.shape[1]
+    z = keys @ mean.mT * head_dim**-0.5  # [n, G]
+    products = (keys @ spread.flatten(0, 1).mT).unflatten(1, spread.shape[:2])  # [n, G, m]
+    z += products.square().mean(2) / (2 * head_dim)  # k S k' is the mean of (k s)^2
+    return z.softmax(0).mean(1)
 
 
 def turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

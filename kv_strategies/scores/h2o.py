@@ -23,4 +23,4 @@ class H2O(Score):
         return num_kept // 2
 
     def score(self, keys: Tensor, values: None, queries: Tensor, at: At) -> Tensor:
-        return over_groups(attention_paid(keys, queries).sum(1), len(keys))
+        return over_groups(attention_paid(keys, queries, lambda weights: weights.sum(1)), len(keys))

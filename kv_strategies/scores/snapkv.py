@@ -24,7 +24,8 @@ class SnapKV(Score):
 
     def score(self, keys: Tensor, values: None, queries: Tensor, at: At) -> Tensor:
         num_older = keys.shape[1] - queries.shape[1]
-        votes = over_groups(attention_paid(keys, queries)[..., :num_older].sum(1), len(keys))  # [Hkv, older]
+        paid = attention_paid(keys, queries, lambda weights: weights.sum(1))
+        votes = over_groups(paid[:, :num_older], len(keys))  # [Hkv, older]
         if num_older:
             votes = avg_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
         return pad(votes, (0, queries.shape[1]))

@@ -20,5 +20,5 @@ class Tova(Score):
         return 1
 
     def score(self, keys: Tensor, values: None, queries: Tensor, at: At) -> Tensor:
-        paid = attention_paid(keys, queries)  # [Hq, 1, n]
-        return paid.mean((0, 1)).expand(len(keys), -1)
+        paid = attention_paid(keys, queries, lambda weights: weights.mean(1))  # of one query
+        return paid.mean(0).expand(len(keys), -1)
