@@ -8,8 +8,8 @@ closed form:
     score = (z / sum of z + `epsilon`) * || v ||             and what it would add to the output
 
 The first `sinks` tokens are kept. mu and S are of the last queries that are kept as attention passes, turned back to
-position 0; the paper takes those of the whole prompt, and || W_o v || with the output weights in place of || v ||. Costs
-one read of K and V, and a product of K with these queries.
+position 0; the paper takes those of the whole prompt, and || W_o v ||, with the output weights, in place of || v ||.
+Costs one read of K and V, and a product of K with these queries.
 """
 
 from __future__ import annotations
