@@ -13,25 +13,36 @@ hit, replays a CUDA graph.
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 import weakref
+from bisect import insort_left, insort_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from .baseline import Baseline
+from .models.load import load_tokenizer
 from .paged import BlockTable, OutOfBlocks
 from .step.forward import AttendingCache, forward
 from .step.graphs import StepGraphs
 from .step.interrupts import uninterrupted
 from .step.plan import PlanBuffer
 from .step.requests import Event, Output, Request, Result
-from .step.sampling import sample, to_device
+from .step.sampling import SamplingParams, sample, to_device, warp
+from .step.scores import Logprobs, Shaping, logprobs, shape
 from .strategy import Reservation, Strategy, Suspended
+
+_SCORED_TOKENS = 256  # of a prompt at once, where it wants log probabilities: they take rows of the vocabulary's size
 
 
 class Runner:
@@ -41,6 +52,7 @@ class Runner:
         max_num_seqs: sequences in a step, samples counted.
         max_batch_tokens: tokens in a forward; longer prompts are prefilled in chunks.
         cuda_graphs: replay decode steps and short prefills as CUDA graphs; None for yes where the strategy allows it.
+        tokenizer: for requests with stop strings; unless given the one in the model's folder.
 
     As `generate()` does, a request stops at the end-of-sequence tokens of `model.generation_config` unless its
     `stop_token_ids` say otherwise; `stop_token_ids=()` never stops.
@@ -54,6 +66,7 @@ class Runner:
         max_num_seqs: int = 64,
         max_batch_tokens: int = 2048,
         cuda_graphs: bool | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         if strategy.model is not model:
             raise ValueError("the strategy was built for another model")
@@ -68,9 +81,9 @@ class Runner:
         self.max_batch_tokens = max_batch_tokens
         self.device = model.device
         self.num_preemptions = 0
-        eos = model.generation_config.eos_token_id
-        self._stop_token_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        self._waiting: deque[_Sequence] = deque()
+        self._tokenizer = tokenizer
+        self._waiting: list[_Sequence] = []  # by priority, then as they came
+        self._next_deadline = math.inf  # no request ends by its deadline before it
         self._running: list[_Sequence] = []  # oldest first; at most the last one is still prefilling
         self._in_flight: deque[_Step] = deque()  # launched, their tokens not yet read; the oldest first
         self._events: deque[Event] = deque()  # of requests that `submit` queued, for `step`
@@ -127,6 +140,21 @@ class Runner:
         """
         yield from self._stream(self._checked(requests))
 
+    async def astream(self, requests: Sequence[Request | Sequence[int]]) -> AsyncIterator[Event]:
+        """As `stream`, for `async for`; steps run in threads of asyncio. Leaving it early cancels what is left."""
+        events, pull = self.stream(requests), None
+        try:
+            while True:
+                pull = asyncio.ensure_future(asyncio.to_thread(next, events, None))
+                event = await asyncio.shield(pull)
+                if event is None:
+                    return
+                yield event
+        finally:
+            if pull is not None:
+                await asyncio.wait([pull])  # of a task that was cancelled, the step goes on to its end
+            events.close()
+
     def _stream(self, requests: list[Request]) -> Iterator[Event]:
         if isinstance(self.strategy, Baseline):
             self._check(requests)
@@ -171,7 +199,9 @@ class Runner:
     def _submit(self, requests: list[Request]) -> None:
         self._check(requests)
         now = time.perf_counter()
-        self._waiting.extend([_Sequence(request, 0, now) for request in requests])
+        for seq in [_Sequence(request, 0, now) for request in requests]:
+            insort_right(self._waiting, seq, key=_urgency)
+            self._next_deadline = min(self._next_deadline, seq.deadline)
         self._promise()
 
     def _promise(self) -> None:
@@ -197,7 +227,8 @@ class Runner:
     def _advance(self) -> None:
         if self.model.training:
             raise ValueError("a runner serves inference: call model.eval() first")
-        if self._in_flight and self._in_flight[0].is_first:
+        self._end_late()
+        if any(step.is_awaited for step in self._in_flight):
             self._collect()
             return
         try:
@@ -228,15 +259,36 @@ class Runner:
             self._last_token[seats] = tokens
 
     def cancel(self, request_id: str | int) -> None:
-        """Drop a request and give its blocks back. Unknown or finished ids are ignored."""
+        """End a request and give its blocks back: its last event brings what it has. Unknown or finished ids are
+        ignored.
+        """
         with uninterrupted(), self.strategy.lock:
-            for seq in [seq for seq in self._unfinished() if seq.request.request_id == request_id]:
-                if seq in self._running:
-                    self._leave(seq)
-                else:
-                    self._waiting.remove(seq)
-                seq.finished = True
-            self._promise()
+            self._end([seq for seq in self._unfinished() if seq.request.request_id == request_id], "cancelled")
+
+    def _end_late(self) -> None:
+        """End the requests whose deadline has passed."""
+        now = time.perf_counter()
+        if now < self._next_deadline:
+            return
+        self._end([seq for seq in self._unfinished() if seq.deadline <= now], "deadline")
+        self._next_deadline = min((seq.deadline for seq in self._unfinished()), default=math.inf)
+
+    def _end(self, sequences: list[_Sequence], reason: str) -> None:
+        for seq in sequences:
+            samples = range(seq.sample_index, seq.sample_index + seq.num_samples)
+            if seq in self._running:
+                samples = (seq.sample_index, *seq.other_samples)
+                self._leave(seq)
+            else:
+                self._waiting.remove(seq)
+            seq.finished = True
+            for index in samples:
+                output = seq.output if index == seq.sample_index else Output(seq.request, index, seq.submitted)
+                self._tell(output.finish(reason))
+        self._promise()
+
+    def _tell(self, event: Event) -> None:
+        self._boxes.get(event.request_id, self._events).append(event)
 
     @property
     def num_running(self) -> int:
@@ -262,7 +314,7 @@ class Runner:
                 if self._in_flight:  # a sequence may have ended, and a preempted one must know its tokens
                     self._collect()
                 else:  # the last one as well: others hold what it lacks, and it waits for them
-                    self._preempt(self._running[-1])
+                    self._preempt(max(reversed(self._running), key=_urgency))
         decoding.sort(key=lambda seq: int(seq.table.blocks[0]))  # who begins alike form a group
         budget = self.max_batch_tokens - len(decoding)
         prefilling = []
@@ -274,6 +326,8 @@ class Runner:
                 self.strategy.compact([(seq.table, len(seq.prompt))], self)  # it may have been preempted right before
                 until_due = self.strategy.compaction.num_until_due(seq.table, len(seq.prompt))
                 num_tokens = min(seq.num_uncomputed, seq.request.chunk, budget, until_due)
+                if seq.is_scoring:
+                    num_tokens = min(num_tokens, _SCORED_TOKENS)
                 self._reserved.append(self.strategy.reserve([(seq.table, num_tokens)], self))
             except OutOfBlocks:  # the decoding ones are ahead of it; it goes on when they give blocks back
                 if not decoding and not prefilling and not self._in_flight:
@@ -294,7 +348,8 @@ class Runner:
         if not self._waiting or len(self._free_seats) < self._waiting[0].num_samples:
             return None
         seq = self._waiting[0]
-        table = self.strategy.open_table(seq.tokens, seq.request.salt, seq.suspended, len(seq.prompt))
+        known = seq.tokens[: seq.num_scored] if seq.is_scoring else seq.tokens  # what is cached has no logits
+        table = self.strategy.open_table(known, seq.request.salt, seq.suspended, len(seq.prompt))
         try:
             num_tokens = len(seq.tokens) - table.num_seen
             has_room = self.strategy.has_room(table, num_tokens, seq.request.chunk, self, len(seq.prompt))
@@ -306,7 +361,7 @@ class Runner:
         if not has_room:
             table.release()
             return None
-        self._waiting.popleft()
+        del self._waiting[0]
         seq.admit(table, [self._free_seats.pop() for _ in range(seq.num_samples)])
         self._running.append(seq)
         return seq
@@ -322,7 +377,7 @@ class Runner:
 
     def _requeue(self, seq: _Sequence) -> None:
         self._leave(seq)
-        self._waiting.appendleft(seq)
+        insort_left(self._waiting, seq, key=_urgency)
 
     def _leave(self, seq: _Sequence) -> None:
         self._running.remove(seq)
@@ -339,10 +394,12 @@ class Runner:
         rows = [(seq.table, 1) for seq in decoding] + [(seq.table, n) for seq, n in prefilling]
         launched = [*decoding, *(seq for seq, _ in prefilling)]
         sequences = [seq for seq in launched if seq.is_decoding]  # those that have computed all their tokens
-        replayed = self._replay(rows, decoding, prefilling)
-        logits, drawn = replayed or (self._forward(rows, decoding, prefilling), None)
-        drawn = self._draw(sequences, logits, drawn)
-        copied = _start_copy(drawn) if sequences else (None, None)
+        counts = [1] * len(decoding) + [seq.num_logits(n) for seq, n in prefilling]
+        replayed = self._replay(rows, counts, decoding, prefilling)
+        logits, drawn = replayed or (self._forward(rows, counts, decoding, prefilling), None)
+        scored = self._score_prompts(logits, counts[len(decoding) :], prefilling)
+        drawn, found = self._draw(sequences, _last_rows(logits, launched, counts), drawn)
+        copied = _start_copy([drawn, found, *(part for _, part in scored)])
         siblings = self._fork(sequences)
         # The step is done, but for books that are kept on the host.
         self._reserved.clear()
@@ -353,69 +410,97 @@ class Runner:
             sequences += others
         for seq in sequences:
             seq.num_issued += 1
-        self._in_flight.append(_Step(sequences, bool(sequences) and not decoding, *copied))
+        for seq, part in scored:
+            seq.num_scored += len(part.ids)
+        is_awaited = (bool(sequences) and not decoding) or any(seq.needs_host for seq in sequences)
+        self._in_flight.append(_Step(sequences, is_awaited, [seq for seq, _ in scored], *copied))
         for seq, _ in prefilling:
             self.strategy.sharing.publish(seq.tokens, seq.table, seq.request.salt)
         self.strategy.retire([table for table, _ in rows])
         return True
 
-    def _draw(self, sequences: list[_Sequence], logits: Tensor, drawn: Tensor | None) -> Tensor | None:
-        """The next token of each sequence, and of the other samples of a request whose prompt has just been computed.
+    def _draw(
+        self, sequences: list[_Sequence], logits: Tensor, drawn: Tensor | None
+    ) -> tuple[Tensor | None, Logprobs | None]:
+        """The next token of each sequence, and of the other samples of a request whose prompt has just been computed;
+        with log probabilities of those who ask for them, in the same order.
 
         Args:
             logits: [R, V]; drawn: [R] the likeliest tokens, in their seats already, where a graph has found them.
         """
         if not sequences:
-            return None
-        samples = [(row, index, seq.seats[-index]) for row, seq in enumerate(sequences) for index in seq.other_samples]
-        if samples:
-            source = to_device([*range(len(sequences)), *(row for row, _, _ in samples)], self.device)
-            logits, drawn = logits[source], None
-        if drawn is not None and not any(seq.sampling.temperature for seq in sequences):
-            return drawn
-        params = [seq.sampling for seq in sequences]
-        params += [sequences[row].request.sampling(index) for row, index, _ in samples]
-        steps = [seq.num_issued for seq in sequences] + [0] * len(samples)
-        drawn = sample(logits, params, steps)
-        seats = [seq.seat for seq in sequences] + [seat for _, _, seat in samples]
-        self._last_token[to_device(seats, self.device)] = drawn.clamp(min=0)  # a failed row looks up some embedding
-        return drawn
+            return None, None
+        if drawn is not None and all(seq.takes_likeliest for seq in sequences):
+            return drawn, None
+        draws = [_Draw(seq, seq.sample_index, row, seq.num_issued, seq.seat) for row, seq in enumerate(sequences)]
+        draws += [
+            _Draw(seq, index, row, 0, seq.seats[-index])
+            for row, seq in enumerate(sequences)
+            for index in seq.other_samples
+        ]
+        if len(draws) > len(sequences):
+            logits, drawn = logits[to_device([draw.row for draw in draws], self.device)], None
+        shaped = {row: found for row, draw in enumerate(draws) if (found := draw.shaping(logits.shape[-1])) is not None}
+        if shaped:
+            logits, drawn = shape(logits, shaped), None
+        params = [draw.params for draw in draws]
+        if drawn is None or any(p.temperature for p in params):
+            drawn = sample(logits, params, [draw.step for draw in draws])
+            seats = to_device([draw.seat for draw in draws], self.device)
+            self._last_token[seats] = drawn.clamp(min=0)  # a failed row looks up some embedding
+        asked = [row for row, draw in enumerate(draws) if draw.seq.request.logprobs is not None]
+        if not asked:
+            return drawn, None
+        rows = to_device(asked, self.device)
+        scores = warp(logits[rows], [params[row] for row in asked])
+        return drawn, logprobs(scores, drawn[rows], max(draws[row].seq.request.logprobs for row in asked))
 
-    def _replay(self, rows, decoding, prefilling) -> tuple[Tensor, Tensor] | None:
+    def _score_prompts(self, logits: Tensor, counts, prefilling) -> list[tuple[_Sequence, Logprobs]]:
+        """Log probabilities of the prompt's tokens that follow those of this step, for who asks for them."""
+        found, end = [], len(logits) - sum(counts)
+        for (seq, num_tokens), count in zip(prefilling, counts, strict=True):
+            end += count
+            if not seq.is_scoring:
+                continue
+            first = seq.table.num_seen - num_tokens + 1  # of the tokens that the rows of this step are followed by
+            skipped = seq.num_scored - first
+            wanted = seq.prompt[seq.num_scored : first + num_tokens]
+            rows = logits[end - count + skipped :][: len(wanted)]
+            tokens = torch.from_numpy(wanted.astype(np.int64)).to(self.device)
+            found.append((seq, logprobs(rows, tokens, seq.request.prompt_logprobs)))
+        return found
+
+    def _replay(self, rows, counts, decoding, prefilling) -> tuple[Tensor, Tensor] | None:
         """Logits [R, V] as `_forward` gives them, and the likeliest tokens [R]; None where no graph is for the step."""
         if self._graphs is None or self.strategy.seen.is_hooked:
             return None
         if not prefilling:
             return self._graphs.decode([table.row(1) for table, _ in rows], [seq.seat for seq in decoding])
         seq, num_tokens = prefilling[0]
-        if len(rows) > 1 or not seq.is_decoding:
+        if counts != [1]:
             return None
         return self._graphs.prefill(seq.table.row(num_tokens), seq.seat, _new_tokens(seq, num_tokens))
 
-    def _forward(self, rows, decoding, prefilling) -> Tensor:
-        """Logits [R, V] of the rows that have computed all their tokens."""
+    def _forward(self, rows, counts, decoding, prefilling) -> Tensor:
+        """Logits [R, V] of the last tokens of each row, so many as `counts` says."""
         num_decoding = len(decoding)
         input_ids = np.concatenate([np.zeros(num_decoding, np.int32), *(_new_tokens(seq, n) for seq, n in prefilling)])
-        ends, end = [], 0
-        for _, n in rows:
-            end += n
-            ends.append(end)
-        sequences = [*decoding, *(seq for seq, _ in prefilling)]
-        sampling = [row for row, seq in enumerate(sequences) if seq.is_decoding]
+        ends = accumulate(num_new for _, num_new in rows)
+        last = [token for end, count in zip(ends, counts, strict=True) for token in range(end - count, end)]
         max_blocks = max(len(table.blocks) for table, _ in rows)
-        extra = {"input_ids": len(input_ids), "seats": max(1, num_decoding), "last": max(1, len(sampling))}
+        extra = {"input_ids": len(input_ids), "seats": max(1, num_decoding), "last": max(1, len(last))}
         buffer = PlanBuffer(self.device, len(rows), len(input_ids), max_blocks, self.strategy.block_size, extra)
         values = {
             "input_ids": input_ids,
             "seats": [seq.seat for seq in decoding] or [0],
-            "last": [ends[row] - 1 for row in sampling] or [0],
+            "last": last or [0],
         }
         plan = buffer.fill([table.row(num_new) for table, num_new in rows], values)
         device_ids = buffer.tensors["input_ids"]
         if num_decoding:
             device_ids[:num_decoding] = self._last_token[buffer.tensors["seats"]]
         logits = forward(self._cache, plan, device_ids, buffer.tensors["last"])
-        return logits.to(self.device)
+        return logits.to(self.device)[: len(last)]
 
     def _fork(self, sequences: list[_Sequence]) -> list[tuple[_Sequence, list[_Sequence]]]:
         """The other samples of requests whose prompt has just been computed: same blocks, own seeds."""
@@ -424,9 +509,11 @@ class Runner:
             for seq in [seq for seq in sequences if seq.other_samples]:
                 siblings.append((seq, []))
                 for index in seq.other_samples:
-                    sibling = _Sequence(seq.request, index, seq.submitted)
+                    sibling = _Sequence(seq.request, index, seq.submitted, seq.other_processors[index - 1])
                     sibling.admit(seq.table.fork(), [seq.seats[-index]])
                     sibling.output.num_cached_tokens = seq.output.num_cached_tokens
+                    sibling.output.prompt_logprobs = seq.output.prompt_logprobs
+                    sibling.num_scored = len(seq.prompt)
                     siblings[-1][1].append(sibling)
         except BaseException:
             for sibling in [sibling for _, others in siblings for sibling in others]:
@@ -445,11 +532,15 @@ class Runner:
     def _receive(self, step: _Step, tokens: list[int]) -> None:
         now = time.perf_counter()
         ended = []
+        for seq, entries in step.scored():
+            seq.output.prompt_logprobs += entries
+        told = iter(step.logprobs())
         for seq, token in zip(step.sequences, tokens, strict=True):
+            entry = None if seq.request.logprobs is None else next(told)
             if seq.finished:
                 continue
-            event = seq.output.receive(token, now)
-            self._boxes.get(event.request_id, self._events).append(event)
+            event = seq.output.receive(token, now, entry)
+            self._tell(event)
             if event.result is not None:
                 seq.finished = True
                 ended.append((seq, seq.table, event.result.finish_reason != "error"))
@@ -467,7 +558,15 @@ class Runner:
                 self._promise()
 
     def _checked(self, requests: Sequence[Request | Sequence[int]]) -> list[Request]:
-        return [Request.of(request, index, self._stop_token_ids) for index, request in enumerate(requests)]
+        eos = self.model.generation_config.eos_token_id
+        stops = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        return [Request.of(request, index, stops, self._find_tokenizer) for index, request in enumerate(requests)]
+
+    def _find_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        if self._tokenizer is None and self.model.name_or_path:
+            with suppress(OSError):  # random weights have a name, and no folder
+                self._tokenizer = load_tokenizer(self.model.name_or_path)
+        return self._tokenizer
 
     def _unfinished(self) -> Iterator[_Sequence]:
         yield from self._running
@@ -540,14 +639,21 @@ class Runner:
 class _Sequence:
     """One sample of one request on its way."""
 
-    def __init__(self, request: Request, sample_index: int, submitted: float):
+    def __init__(
+        self, request: Request, sample_index: int, submitted: float, processors: LogitsProcessorList | None = None
+    ):
         self.request = request
         self.sample_index = sample_index
         self.submitted = submitted
+        self.deadline = math.inf if request.deadline is None else submitted + request.deadline
         self.sampling = request.sampling(sample_index)
+        self.processors, *self.other_processors = request.processors() if processors is None else [processors]
         self.prompt = request.token_ids.astype(np.int32)
         self.output = Output(request, sample_index, submitted)  # tokens read back
         self.num_issued = 0  # tokens drawn, those still on the device included
+        self.num_scored = (
+            1  # tokens of the prompt whose log probabilities are known or on their way; the first has none
+        )
         self.table: BlockTable | None = None
         self.suspended: Suspended | None = None  # what it had computed when it was preempted
         self.seats: list[int] = []  # its own, and until the prompt is computed those of its other samples
@@ -591,6 +697,32 @@ class _Sequence:
         return self.num_uncomputed <= 0
 
     @property
+    def is_scoring(self) -> bool:
+        """Whether log probabilities of its prompt are yet to come."""
+        return self.request.prompt_logprobs is not None and self.num_scored < len(self.prompt)
+
+    def num_logits(self, num_tokens: int) -> int:
+        """Of how many of its newest tokens a step that prefills so many wants the logits."""
+        return num_tokens if self.is_scoring else int(self.is_decoding)
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether its next token is the likeliest one, and nothing else is asked."""
+        request = self.request
+        return not (
+            self.sampling.temperature
+            or self.other_samples
+            or self.processors
+            or self.num_issued < request.min_new_tokens
+            or request.logprobs is not None
+        )
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether its next step takes tokens that the host knows."""
+        return bool(self.processors)
+
+    @property
     def wants_more(self) -> bool:
         return self.num_issued < self.request.max_new_tokens
 
@@ -606,26 +738,75 @@ def _new_tokens(seq: _Sequence, count: int) -> np.ndarray:
     return seq.tokens[stop - count : stop]
 
 
+def _urgency(seq: _Sequence) -> int:
+    """The lower, the sooner it starts; the higher, the sooner it is preempted."""
+    return -seq.request.priority
+
+
+def _last_rows(logits: Tensor, launched: Sequence[_Sequence], counts: Sequence[int]) -> Tensor:
+    """The logits to draw from: of each sequence that has computed all its tokens, those of the last of its rows."""
+    ends = [end for seq, end in zip(launched, accumulate(counts), strict=True) if seq.is_decoding]
+    if len(ends) in (0, len(logits)):
+        return logits[: len(ends)]
+    return logits[to_device([end - 1 for end in ends], logits.device)]
+
+
+class _Draw(NamedTuple):
+    """A token to draw: for which sample, from which row of the logits, as which of its tokens, into which seat."""
+
+    seq: _Sequence
+    sample_index: int
+    row: int
+    step: int
+    seat: int
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.seq.request.sampling(self.sample_index)
+
+    def shaping(self, vocab_size: int) -> Shaping | None:
+        seq, others = self.seq, self.sample_index - self.seq.sample_index
+        processors = seq.other_processors[others - 1] if others else seq.processors
+        return seq.request.shaping(self.step, processors, lambda: seq.tokens, vocab_size)
+
+
 @dataclass
 class _Step:
     """A launched forward: which sequences drew a token, and where the tokens will be."""
 
     sequences: list[_Sequence]
-    is_first: bool  # all tokens are the first of their requests, which need not wait for the launch of another step
-    on_host: Tensor | None
+    is_awaited: bool  # tokens are the first of their requests, or the next step needs them on the host: read at once
+    scoring: list[_Sequence]  # whose prompts were scored
+    on_host: list[Tensor | Logprobs | None]  # tokens, log probabilities of those who asked, of each that was scored
     ready: torch.cuda.Event | None
 
     def tokens(self) -> list[int]:
         if self.ready is not None:
             self.ready.synchronize()
-        return [] if self.on_host is None else self.on_host.tolist()
+        return [] if self.on_host[0] is None else self.on_host[0].tolist()
+
+    def logprobs(self) -> Iterator[dict[int, float]]:
+        asking = [seq for seq in self.sequences if seq.request.logprobs is not None]
+        for row, seq in enumerate(asking):
+            yield self.on_host[1].row(row, seq.request.logprobs)
+
+    def scored(self) -> Iterator[tuple[_Sequence, list[dict[int, float]]]]:
+        for seq, part in zip(self.scoring, self.on_host[2:], strict=True):
+            yield seq, [part.row(row, seq.request.prompt_logprobs) for row in range(len(part.ids))]
 
 
-def _start_copy(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    if tokens.device.type != "cuda":
-        return tokens, None
-    on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-    on_host.copy_(tokens, non_blocking=True)
+def _start_copy(parts: list[Tensor | Logprobs | None]) -> tuple[list, torch.cuda.Event | None]:
+    """Bring them to the host, without waiting; and what to wait for."""
+    if not any(part is not None and part[0].device.type == "cuda" for part in parts):
+        return parts, None
+    on_host = [Logprobs(*map(_to_host, part)) if isinstance(part, Logprobs) else _to_host(part) for part in parts]
     ready = torch.cuda.Event()
     ready.record()
     return on_host, ready
+
+
+def _to_host(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return on_host.copy_(tensor, non_blocking=True)

@@ -44,8 +44,11 @@ def test_any_schedule_gives_the_tokens_of_the_native_cache(seed, block_size, spa
         if cancelled is not None and rng.random() < 0.1:
             runner.cancel(cancelled)
         for event in runner.step():
-            tokens.setdefault((event.request_id, event.sample_index), []).append(event.token_id)
-            if event.result is not None:
+            if event.token_id is None:
+                assert event.result.finish_reason == "cancelled" and event.request_id == cancelled
+            else:
+                tokens.setdefault((event.request_id, event.sample_index), []).append(event.token_id)
+            if event.result is not None and event.result.token_ids:
                 assert event.result.token_ids == tokens[event.request_id, event.sample_index]
         strategy.check_integrity()
     assert strategy.stats()["blocks_free"] == strategy.pool.num_blocks

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
+from . import stop as stop_strings
 from .checked import checked
 from .sampling import SamplingParams
+from .scores import Shaping
+
+#: What turns (input_ids [1, n], scores [1, V]) into scores [1, V]: a `transformers.LogitsProcessor`, say.
+Processor = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
 class Request:
-    """What is asked for. `temperature` 0 is greedy; `n` samples share the prompt's blocks and differ in their seeds."""
+    """What is asked for. `temperature` 0 is greedy; `n` samples share the prompt's blocks and differ in their seeds.
+
+    What `generate()` takes as well means the same here (docs/requests.md has the words of both, and what each costs).
+    """
 
     token_ids: Sequence[int] | np.ndarray | Tensor  # [n]; [1, n] is taken as well
     max_new_tokens: int = 64
@@ -28,13 +38,30 @@ class Request:
     stop_token_ids: Sequence[int] | int | None = None  # unless told the model's own, see `Runner`; () for none
     n: int = 1
     request_id: str | int | None = None  # its index in the list unless told
+    stop: Sequence[str] | str = ()  # ends where its text comes to one of them; needs a tokenizer, see `Runner`
+    min_new_tokens: int = 0  # no stop token before so many
+    logits_processor: Sequence[Processor] | Processor = ()  # called in this order, with all tokens of the row
+    logprobs: int | None = None  # log probabilities of its tokens, and of so many of the likeliest
+    prompt_logprobs: int | None = None  # likewise of the tokens of the prompt
+    priority: int = 0  # the higher one starts first, and is preempted last
+    deadline: float | None = None  # seconds from its submission, after which it ends as it is
     num_blocks: int = field(default=0, init=False, repr=False)  # what it takes at once; the runner's to say
     chunk: int = field(default=0, init=False, repr=False)  # tokens of its prompt in a forward at most; likewise
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, init=False, repr=False)  # where it has stop strings
 
     @classmethod
-    def of(cls, request: Request | Sequence[int], index: int, stop_token_ids: Sequence[int] = ()) -> Request:
+    def of(
+        cls,
+        request: Request | Sequence[int],
+        index: int,
+        stop_token_ids: Sequence[int] = (),
+        tokenizer: Callable[[], PreTrainedTokenizerBase | None] = lambda: None,
+    ) -> Request:
         """A request of its own from what the user gave: checked, every value of the type it says, with an id, a seed,
         its tokens as an array, and stop tokens.
+
+        Args:
+            tokenizer: asked where there are stop strings.
 
         Raises:
             ValueError: says which request, what was given, and what it takes.
@@ -63,7 +90,34 @@ class Request:
         stops = stop_token_ids if request.stop_token_ids is None else request.stop_token_ids
         stops = _integers(f"{name}: stop_token_ids", [stops] if isinstance(stops, int | np.integer) else stops)
         seed = number("seed", int | None)
-        return cls(
+        min_new_tokens, priority = number("min_new_tokens", int), number("priority", int)
+        if not 0 <= min_new_tokens <= max_new_tokens:
+            raise ValueError(
+                f"{name}: min_new_tokens must be from 0 to max_new_tokens = {max_new_tokens}, got {min_new_tokens}"
+            )
+        logprobs, prompt_logprobs = number("logprobs", int | None), number("prompt_logprobs", int | None)
+        if min(logprobs or 0, prompt_logprobs or 0) < 0:
+            raise ValueError(f"{name}: logprobs and prompt_logprobs count tokens beside the chosen one, 0 or more")
+        deadline = number("deadline", float | None)
+        if deadline is not None and deadline <= 0:
+            raise ValueError(f"{name}: deadline must be more than 0 seconds from now, got {deadline}")
+        processors = request.logits_processor
+        processors = [processors] if callable(processors) else list(_sequence(f"{name}: logits_processor", processors))
+        for processor in processors:
+            if isinstance(processor, type) or not callable(processor):
+                raise ValueError(
+                    f"{name}: a logits processor must be callable with input_ids and scores: {processor!r}"
+                )
+        stop = (request.stop,) if isinstance(request.stop, str) else tuple(_sequence(f"{name}: stop", request.stop))
+        if not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"{name}: stop takes text, or a list of texts, none of them empty; got {request.stop!r}")
+        found = tokenizer() if stop else None
+        if stop and found is None:
+            raise ValueError(
+                f"{name}: stop strings need a tokenizer, and the model's folder has none: Runner(model, strategy, "
+                "tokenizer=...)"
+            )
+        own = cls(
             token_ids=_integers(f"{name}: token_ids", request.token_ids),
             max_new_tokens=max_new_tokens,
             temperature=temperature if temperature > SMALLEST_TEMPERATURE else 0.0,
@@ -74,15 +128,42 @@ class Request:
             stop_token_ids=frozenset(stops.tolist()),
             n=n,
             request_id=request_id,
+            stop=stop,
+            min_new_tokens=min_new_tokens,
+            logits_processor=LogitsProcessorList(processors),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            priority=priority,
+            deadline=deadline,
         )
+        own.tokenizer = found
+        return own
 
     def sampling(self, sample_index: int) -> SamplingParams:
         seed = self.seed + 0x9E3779B9 * sample_index
         return SamplingParams(self.temperature, self.top_k, self.top_p, seed)
 
+    def processors(self) -> list[LogitsProcessorList]:
+        """For each sample its own: what they remember of a row is not for another one. Asked before any has run."""
+        return [self.logits_processor, *(copy.deepcopy(self.logits_processor) for _ in range(1, self.n))]
+
+    def shaping(
+        self, num_drawn: int, processors: LogitsProcessorList, token_ids: Callable[[], Sequence[int]], vocab_size: int
+    ) -> Shaping | None:
+        """What changes the logits of a row that has drawn so many tokens; None for nothing."""
+        is_early = num_drawn < self.min_new_tokens
+        forbidden = [token for token in self.stop_token_ids if 0 <= token < vocab_size] if is_early else []
+        return Shaping(forbidden, processors, token_ids) if forbidden or processors else None
+
 
 #: Below it logits over temperature leave float32, where the likeliest token is drawn anyhow.
 SMALLEST_TEMPERATURE = 1e-30
+
+
+def _sequence(name: str, values: object) -> Sequence:
+    if not isinstance(values, Sequence):
+        raise ValueError(f"{name} takes a list, got {type(values).__name__}")
+    return values
 
 
 def _integers(name: str, values: object) -> np.ndarray:
@@ -115,24 +196,31 @@ class Timings:
 
 @dataclass
 class Result:
-    """One sample of a request. `token_ids` are the new tokens, a stop token included."""
+    """One sample of a request. `token_ids` are the new tokens, a stop token included.
+
+    Log probabilities are there where they were asked for, a dictionary token id -> log probability for each new token,
+    and for each of the prompt but the first, of which there is None.
+    """
 
     request_id: str | int
     sample_index: int
     token_ids: list[int]
     num_cached_tokens: int
-    finish_reason: str  # "stop", "length", or "error" where the logits were not numbers
+    finish_reason: str  # "stop", "length", "cancelled", "deadline", or "error" where the logits were not numbers
     timings: Timings
+    logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
 
 @dataclass
 class Event:
-    """One new token. `result` comes with the last one, or without one where the request has failed."""
+    """One new token. `result` comes with the last one, or without one where the request ended for another reason."""
 
     request_id: str | int
     sample_index: int
     token_id: int | None
     result: Result | None = None
+    logprobs: dict[int, float] | None = None
 
 
 class Output:
@@ -142,27 +230,39 @@ class Output:
         self.request = request
         self.sample_index = sample_index
         self.token_ids: list[int] = []
+        self.logprobs: list[dict[int, float]] | None = None if request.logprobs is None else []
+        self.prompt_logprobs: list[dict[int, float] | None] | None = None if request.prompt_logprobs is None else [None]
         self.num_cached_tokens = 0
         self.timings = Timings()
         self._last_time = submitted
 
-    def receive(self, token: int, now: float) -> Event:
+    def receive(self, token: int, now: float, logprobs: dict[int, float] | None = None) -> Event:
         """Take a token in, -1 for none where the logits were not numbers; the event has a result if it was the last."""
         if token < 0:
-            event = Event(self.request.request_id, self.sample_index, None)
-            event.result = self._result("error")
-            return event
+            return self.finish("error")
         if self.token_ids:
             self.timings.itl.append(now - self._last_time)
         else:
             self.timings.ttft = now - self._last_time
         self._last_time = now
         self.token_ids.append(token)
-        event = Event(self.request.request_id, self.sample_index, token)
-        stopped = token in self.request.stop_token_ids
+        if self.logprobs is not None:
+            self.logprobs.append(logprobs)
+        event = Event(self.request.request_id, self.sample_index, token, logprobs=logprobs)
+        stopped = token in self.request.stop_token_ids or self._completes_stop_string()
         if stopped or len(self.token_ids) >= self.request.max_new_tokens:
             event.result = self._result("stop" if stopped else "length")
         return event
+
+    def finish(self, reason: str) -> Event:
+        """It ends with the tokens that it has."""
+        return Event(self.request.request_id, self.sample_index, None, self._result(reason))
+
+    def _completes_stop_string(self) -> bool:
+        request = self.request
+        return bool(request.stop) and stop_strings.completes(
+            request.tokenizer, request.stop, request.token_ids, self.token_ids
+        )
 
     def _result(self, finish_reason: str) -> Result:
         return Result(
@@ -172,4 +272,6 @@ class Output:
             num_cached_tokens=self.num_cached_tokens,
             finish_reason=finish_reason,
             timings=self.timings,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
         )

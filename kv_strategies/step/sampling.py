@@ -35,18 +35,27 @@ def sample(logits: Tensor, params: list[SamplingParams], steps: list[int]) -> Te
     """
     if all(p.temperature == 0 for p in params):
         return greedy(logits)
-    logits = logits.float()
-    device = logits.device
-    temperature = to_device([p.temperature for p in params], device)[:, None]
-    scores = logits / temperature.masked_fill(temperature == 0, 1.0)
-    if any(p.top_k or p.top_p < 1 for p in params):
-        top_k = to_device([p.top_k or logits.shape[-1] for p in params], device)[:, None]
-        top_p = to_device([p.top_p for p in params], device)[:, None]
-        scores = _keep_top(scores, top_k, top_p)
+    scores = warp(logits, params)
+    device = scores.device
     keys = to_device([_mix(_mix(p.seed) ^ step) for p, step in zip(params, steps, strict=True)], device)
-    drawn = (scores + _gumbel(keys, logits.shape[-1])).argmax(dim=-1)
+    drawn = (scores + _gumbel(keys, scores.shape[-1])).argmax(dim=-1)
     best = greedy(logits)
-    return torch.where((temperature[:, 0] == 0) | (best < 0), best, drawn)
+    is_greedy = to_device([p.temperature == 0 for p in params], device)
+    return torch.where(is_greedy | (best < 0), best, drawn)
+
+
+def warp(logits: Tensor, params: list[SamplingParams]) -> Tensor:
+    """The scores [R, V] float32 whose softmax a row is drawn from; those of a greedy row are its logits."""
+    logits = logits.float()
+    if all(p.temperature == 0 for p in params):
+        return logits
+    device, size = logits.device, logits.shape[-1]
+    scores = logits / to_device([p.temperature or 1.0 for p in params], device)[:, None]
+    if any(p.temperature and (p.top_k or p.top_p < 1) for p in params):
+        top_k = to_device([p.top_k if p.top_k and p.temperature else size for p in params], device)[:, None]
+        top_p = to_device([p.top_p if p.temperature else 1.0 for p in params], device)[:, None]
+        scores = _keep_top(scores, top_k, top_p)
+    return scores
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -69,7 +78,8 @@ def _keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     ordered = ordered.masked_fill(ranks >= top_k, -torch.inf)
     probs = ordered.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs
-    ordered = ordered.masked_fill((before >= top_p) & (ranks > 0), -torch.inf)
+    # Of a row that keeps all, rounding must not take the last one away: its neighbours may keep fewer.
+    ordered = ordered.masked_fill((before >= top_p) & (top_p < 1) & (ranks > 0), -torch.inf)
     return torch.empty_like(scores).scatter_(-1, order, ordered)
 
 

@@ -1,0 +1,59 @@
+"""What a request asks of its logits beyond a draw: that they are changed before it, and what they were.
+
+    logits -> tokens that may not come yet -> logits processors -> temperature, top-k, top-p (`sampling.py`) -> a token
+                                                                                                  `-> log probabilities
+
+The order is that of `generate()`, and so are the numbers: log probabilities are of the distribution that the token was
+drawn from. Nothing here runs for rows that ask for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from .sampling import to_device
+
+
+class Shaping(NamedTuple):
+    """What changes the logits of one row."""
+
+    forbidden: Sequence[int]  # tokens that may not be drawn yet
+    processors: LogitsProcessorList
+    token_ids: Callable[[], Sequence[int]]  # of prompt and output, read only where there are processors
+
+
+def shape(logits: Tensor, rows: Mapping[int, Shaping]) -> Tensor:
+    """Logits [R, V] -> scores [R, V] float32, a copy: these rows are changed and the others are not."""
+    scores = logits.to(torch.float32, copy=True)
+    for row, (forbidden, processors, token_ids) in rows.items():
+        if forbidden:
+            scores[row, to_device(list(forbidden), scores.device)] = -torch.inf
+        if processors:
+            input_ids = torch.tensor(token_ids(), dtype=torch.int64, device=scores.device)[None]
+            scores[row] = processors(input_ids, scores[row : row + 1].clone())[0]
+    return scores
+
+
+class Logprobs(NamedTuple):
+    """Log probabilities of R draws, on the device or on the host: the token first, then the k likeliest."""
+
+    ids: Tensor  # [R, 1 + k] int64
+    values: Tensor  # [R, 1 + k] float32
+
+    def row(self, index: int, k: int) -> dict[int, float]:
+        """Of one draw, the token and its k likeliest, those of probability 0 left out."""
+        ids, values = self.ids[index, : 1 + k].tolist(), self.values[index, : 1 + k].tolist()
+        return {token: value for token, value in zip(ids, values, strict=True) if value != -torch.inf}
+
+
+def logprobs(scores: Tensor, tokens: Tensor, k: int) -> Logprobs:
+    """Log probabilities of `tokens` [R], and of the k likeliest (or all V), under scores [R, V]."""
+    values = scores.float().log_softmax(dim=-1)
+    top, ids = values.topk(min(k, values.shape[-1]), dim=-1)
+    chosen = tokens.clamp(min=0)[:, None]  # of a row that has failed any will do
+    return Logprobs(torch.cat([chosen, ids], dim=1), torch.cat([values.gather(1, chosen), top], dim=1))
