@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +34,10 @@ class Baseline:
         from transformers import DynamicCache
 
         return DynamicCache(config=self.model.config)
+
+    def installed(self, salt: str = "") -> AbstractContextManager[Baseline]:
+        """Nothing to install: calls that bring no cache get this one."""
+        return nullcontext(self)
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
         """One request after the other, one sample after the other: what a runner must reproduce, without batching."""

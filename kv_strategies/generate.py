@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.utils import output_capturing
 
+from .installed import installed
 from .kernels.linear import Rotary
 from .paged import BlockTable, OutOfBlocks
 from .step import fused
@@ -55,6 +57,10 @@ class Generation:
                 )
             input_ids, attention_mask = given, mask
         return PromptCache(strategy, self, input_ids, attention_mask, salt)
+
+    def installed(self, strategy: Strategy, salt: str) -> AbstractContextManager[Strategy]:
+        """See `Strategy.installed`."""
+        return installed(strategy, salt)
 
     def graphs(self, strategy: Strategy) -> StackGraphs | None:
         """Decode steps of the stack to replay, where they can be captured."""

@@ -12,7 +12,7 @@ import uuid
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -42,6 +42,8 @@ class Door(Protocol):
     """What a strategy leaves to who runs forwards: see `generate.py`."""
 
     def cache(self, strategy: Strategy, input_ids: Any, attention_mask: Tensor | None, salt: str) -> Cache: ...
+
+    def installed(self, strategy: Strategy, salt: str) -> AbstractContextManager[Strategy]: ...
 
     def preload(self, strategy: Strategy, token_ids: Sequence[int], salt: str) -> int: ...
 
@@ -164,6 +166,12 @@ class Strategy:
         """
         with uninterrupted(), self.lock:
             return self.door.cache(self, input_ids, attention_mask, salt)
+
+    def installed(self, salt: str = "") -> AbstractContextManager[Strategy]:
+        """Inside, calls of `model.generate()` that bring no cache get one of this strategy, with the prompt known: for
+        code that is not yours (`pipeline`, trainers, harnesses). See `installed.py`.
+        """
+        return self.door.installed(self, salt)
 
     def open_table(
         self,
