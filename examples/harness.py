@@ -1,4 +1,4 @@
-"""lm-evaluation-harness, which calls `generate()` by itself, with the caches of strategies: same answers as native.
+"""lm-evaluation-harness, which calls `generate()` by itself, with the caches of strategies.
 
 pip install lm-eval
 python examples/harness.py

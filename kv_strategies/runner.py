@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 from .baseline import Baseline
 from .models.load import load_tokenizer
 from .paged import BlockTable, OutOfBlocks
+from .speculative import Proposer, Row
 from .step.forward import AttendingCache, forward
 from .step.graphs import StepGraphs
 from .step.interrupts import uninterrupted
@@ -42,6 +43,7 @@ from .step.sampling import SamplingParams, sample, to_device, warp
 from .step.scores import Logprobs, Shaping, logprobs, shape
 from .strategy import Reservation, Strategy, Suspended
 
+_NOTHING = np.array([], dtype=np.int32)
 _SCORED_TOKENS = 256  # of a prompt at once, where it wants log probabilities: they take rows of the vocabulary's size
 
 
@@ -53,6 +55,8 @@ class Runner:
         max_batch_tokens: tokens in a forward; longer prompts are prefilled in chunks.
         cuda_graphs: replay decode steps and short prefills as CUDA graphs; None for yes where the strategy allows it.
         tokenizer: for requests with stop strings; unless given the one in the model's folder.
+        speculate: who guesses the next tokens of a row, for several a step (`speculative.py`); rows with logits
+            processors, which must see one token after the other, do without.
 
     As `generate()` does, a request stops at the end-of-sequence tokens of `model.generation_config` unless its
     `stop_token_ids` say otherwise; `stop_token_ids=()` never stops.
@@ -67,6 +71,7 @@ class Runner:
         max_batch_tokens: int = 2048,
         cuda_graphs: bool | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        speculate: Proposer | None = None,
     ):
         if strategy.model is not model:
             raise ValueError("the strategy was built for another model")
@@ -82,13 +87,19 @@ class Runner:
         self.device = model.device
         self.num_preemptions = 0
         self._tokenizer = tokenizer
+        self._speculate = speculate
+        self.num_proposed = self.num_accepted = 0  # guessed tokens, and those that were right
         self._waiting: list[_Sequence] = []  # by priority, then as they came
         self._next_deadline = math.inf  # no request ends by its deadline before it
         self._running: list[_Sequence] = []  # oldest first; at most the last one is still prefilling
         self._in_flight: deque[_Step] = deque()  # launched, their tokens not yet read; the oldest first
         self._events: deque[Event] = deque()  # of requests that `submit` queued, for `step`
         self._boxes: dict[str | int, deque[Event]] = {}  # request id -> where a call that asked for it finds its events
+        if speculate is not None:
+            speculate.check(model)
         if isinstance(strategy, Baseline):
+            if speculate is not None:
+                raise ValueError("the baseline decodes one token after the other: speculate with a strategy")
             return
         on_gpu = self.device.type == "cuda"
         self._lookahead = on_gpu  # launch a step before reading the last one; on a CPU a launch is the work itself
@@ -106,13 +117,14 @@ class Runner:
                 f"{self.device.type} cannot be captured"
             )
         if can_capture if cuda_graphs is None else cuda_graphs:
-            self._graphs = StepGraphs(
-                strategy,
-                strategy.block_size,
-                self._last_token,
-                max_num_seqs,
-                prefills=strategy.placement.prefill_capturable,
-            )
+            self._graphs = self._capture()
+            self._verifying = None if speculate is None else self._capture(all_logits=True)
+
+    def _capture(self, **options: bool) -> StepGraphs:
+        prefills = self.strategy.placement.prefill_capturable
+        return StepGraphs(
+            self.strategy, self.strategy.block_size, self._last_token, self.max_num_seqs, prefills=prefills, **options
+        )
 
     # --- whole runs
 
@@ -250,6 +262,8 @@ class Runner:
         for reservation in self._reserved:
             reservation.undo()
         self._reserved.clear()
+        for seq in self._running:
+            seq.proposal = _NOTHING
         self._collect()
         for seq in [seq for seq in self._running if seq.table.num_tokens == 0 and seq.num_issued]:
             self._requeue(seq)
@@ -291,6 +305,12 @@ class Runner:
         self._boxes.get(event.request_id, self._events).append(event)
 
     @property
+    def max_context(self) -> int:
+        """Tokens of the longest row that model and pool have room for."""
+        longest = self.model.config.max_position_embeddings
+        return longest if isinstance(self.strategy, Baseline) else min(longest, self.strategy.max_tokens)
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 
@@ -304,20 +324,26 @@ class Runner:
         """Who decodes, and who prefills how many tokens; with room reserved for all of them."""
         self.strategy.follow()
         self.strategy.rebase([seq.table for seq in self._running])
+        self._propose()
         while True:
             decoding = [seq for seq in self._running if seq.is_decoding and seq.wants_more]
             try:
                 self.strategy.compact([(seq.table, len(seq.prompt)) for seq in self._running if seq.wants_more], self)
-                self._reserved = [self.strategy.reserve([(seq.table, 1) for seq in decoding], self)]
+                rows = [(seq.table, 1 + len(seq.proposal)) for seq in decoding]
+                self._reserved = [self.strategy.reserve(rows, self)]
                 break
             except OutOfBlocks:
-                if self._in_flight:  # a sequence may have ended, and a preempted one must know its tokens
+                if any(len(seq.proposal) for seq in decoding):
+                    for seq in decoding:
+                        seq.proposal = _NOTHING
+                elif self._in_flight:  # a sequence may have ended, and a preempted one must know its tokens
                     self._collect()
                 else:  # the last one as well: others hold what it lacks, and it waits for them
                     self._preempt(max(reversed(self._running), key=_urgency))
         decoding.sort(key=lambda seq: int(seq.table.blocks[0]))  # who begins alike form a group
-        budget = self.max_batch_tokens - len(decoding)
-        prefilling = []
+        prefilling = [(seq, 1 + len(seq.proposal)) for seq in decoding if len(seq.proposal)]
+        decoding = [seq for seq in decoding if not len(seq.proposal)]
+        budget = self.max_batch_tokens - len(decoding) - sum(num_tokens for _, num_tokens in prefilling)
         while budget > 0:
             seq = self._in_prompt() or self._admit()
             if seq is None:
@@ -338,6 +364,19 @@ class Runner:
             if not seq.is_decoding:
                 break  # there is no room for more of it, or it is to be compacted on its way
         return decoding, prefilling
+
+    def _propose(self) -> None:
+        """Guesses for the rows that decode, as many as a forward, and the end of the request, leave room for."""
+        asking = [seq for seq in self._running if seq.is_decoding and seq.wants_more and not seq.processors]
+        if self._speculate is None or not asking:
+            return
+        room = (self.max_batch_tokens - self.max_num_seqs) // len(asking)
+        rows = [
+            Row(seq.tokens, min(seq.request.max_new_tokens - seq.num_issued - 1, room), seq.request.salt)
+            for seq in asking
+        ]
+        for seq, proposal in zip(asking, self._speculate.propose(rows), strict=True):
+            seq.proposal = proposal
 
     def _in_prompt(self) -> _Sequence | None:
         """The sequence that is in the middle of its prompt."""
@@ -382,7 +421,7 @@ class Runner:
     def _leave(self, seq: _Sequence) -> None:
         self._running.remove(seq)
         seq.table.release()
-        seq.table = None
+        seq.table, seq.proposal = None, _NOTHING
         self._free_seats += seq.seats
 
     # --- launching: everything the forward needs in one upload
@@ -394,6 +433,7 @@ class Runner:
         rows = [(seq.table, 1) for seq in decoding] + [(seq.table, n) for seq, n in prefilling]
         launched = [*decoding, *(seq for seq, _ in prefilling)]
         sequences = [seq for seq in launched if seq.is_decoding]  # those that have computed all their tokens
+        proposals = [seq.proposal for seq in sequences]
         counts = [1] * len(decoding) + [seq.num_logits(n) for seq, n in prefilling]
         replayed = self._replay(rows, counts, decoding, prefilling)
         logits, drawn = replayed or (self._forward(rows, counts, decoding, prefilling), None)
@@ -408,15 +448,19 @@ class Runner:
             at = self._running.index(seq) + 1
             self._running[at:at] = others
             sequences += others
+            proposals += [_NOTHING] * len(others)
         for seq in sequences:
             seq.num_issued += 1
         for seq, part in scored:
             seq.num_scored += len(part.ids)
-        is_awaited = (bool(sequences) and not decoding) or any(seq.needs_host for seq in sequences)
-        self._in_flight.append(_Step(sequences, is_awaited, [seq for seq, _ in scored], *copied))
+        is_awaited = (bool(sequences) and not decoding) or self._speculate is not None
+        is_awaited |= any(seq.processors for seq in sequences)
+        self._in_flight.append(_Step(sequences, proposals, is_awaited, [seq for seq, _ in scored], *copied))
         for seq, _ in prefilling:
-            self.strategy.sharing.publish(seq.tokens, seq.table, seq.request.salt)
-        self.strategy.retire([table for table, _ in rows])
+            if not len(seq.proposal):
+                self.strategy.sharing.publish(seq.tokens, seq.table, seq.request.salt)
+        # Of a row with guesses more may yet be seen than its newest tokens let see.
+        self.strategy.retire([seq.table for seq in launched if not len(seq.proposal)])
         return True
 
     def _draw(
@@ -432,13 +476,16 @@ class Runner:
             return None, None
         if drawn is not None and all(seq.takes_likeliest for seq in sequences):
             return drawn, None
-        draws = [_Draw(seq, seq.sample_index, row, seq.num_issued, seq.seat) for row, seq in enumerate(sequences)]
-        draws += [
-            _Draw(seq, index, row, 0, seq.seats[-index])
-            for row, seq in enumerate(sequences)
-            for index in seq.other_samples
-        ]
-        if len(draws) > len(sequences):
+        draws, others = [], []
+        for seq in sequences:
+            others += [_Draw(seq, index, len(draws), 0, seq.seats[-index]) for index in seq.other_samples]
+            seat = (
+                self.max_num_seqs if len(seq.proposal) else seq.seat
+            )  # which of them is the newest, the host will say
+            for guessed in range(1 + len(seq.proposal)):
+                draws.append(_Draw(seq, seq.sample_index, len(draws), seq.num_issued + guessed, seat))
+        draws += others
+        if others:
             logits, drawn = logits[to_device([draw.row for draw in draws], self.device)], None
         shaped = {row: found for row, draw in enumerate(draws) if (found := draw.shaping(logits.shape[-1])) is not None}
         if shaped:
@@ -458,14 +505,14 @@ class Runner:
     def _score_prompts(self, logits: Tensor, counts, prefilling) -> list[tuple[_Sequence, Logprobs]]:
         """Log probabilities of the prompt's tokens that follow those of this step, for who asks for them."""
         found, end = [], len(logits) - sum(counts)
-        for (seq, num_tokens), count in zip(prefilling, counts, strict=True):
-            end += count
+        for (seq, num_tokens), num_rows in zip(prefilling, counts, strict=True):
+            end += num_rows
             if not seq.is_scoring:
                 continue
             first = seq.table.num_seen - num_tokens + 1  # of the tokens that the rows of this step are followed by
             skipped = seq.num_scored - first
             wanted = seq.prompt[seq.num_scored : first + num_tokens]
-            rows = logits[end - count + skipped :][: len(wanted)]
+            rows = logits[end - num_rows + skipped :][: len(wanted)]
             tokens = torch.from_numpy(wanted.astype(np.int64)).to(self.device)
             found.append((seq, logprobs(rows, tokens, seq.request.prompt_logprobs)))
         return found
@@ -477,9 +524,10 @@ class Runner:
         if not prefilling:
             return self._graphs.decode([table.row(1) for table, _ in rows], [seq.seat for seq in decoding])
         seq, num_tokens = prefilling[0]
-        if counts != [1]:
+        if len(rows) > 1 or (counts != [1] and not len(seq.proposal)):
             return None
-        return self._graphs.prefill(seq.table.row(num_tokens), seq.seat, _new_tokens(seq, num_tokens))
+        graphs = self._verifying if len(seq.proposal) else self._graphs
+        return graphs.prefill(seq.table.row(num_tokens), seq.seat, _new_tokens(seq, num_tokens))
 
     def _forward(self, rows, counts, decoding, prefilling) -> Tensor:
         """Logits [R, V] of the last tokens of each row, so many as `counts` says."""
@@ -534,13 +582,19 @@ class Runner:
         ended = []
         for seq, entries in step.scored():
             seq.output.prompt_logprobs += entries
-        told = iter(step.logprobs())
-        for seq, token in zip(step.sequences, tokens, strict=True):
-            entry = None if seq.request.logprobs is None else next(told)
+        drawn = zip(tokens, step.logprobs(), strict=True)
+        for seq, proposal in zip(step.sequences, step.proposals, strict=True):
+            found = list(islice(drawn, 1 + len(proposal)))
             if seq.finished:
                 continue
-            event = seq.output.receive(token, now, entry)
-            self._tell(event)
+            num_right = next((i for i, guess in enumerate(proposal) if guess != found[i][0]), len(proposal))
+            for token, entry in found[: num_right + 1]:
+                event = seq.output.receive(token, now, entry)
+                self._tell(event)
+                if event.result is not None:
+                    break
+            if len(proposal):
+                self._keep(seq, len(proposal), num_right)
             if event.result is not None:
                 seq.finished = True
                 ended.append((seq, seq.table, event.result.finish_reason != "error"))
@@ -556,6 +610,15 @@ class Runner:
                 seq.table = None
             if ended:
                 self._promise()
+
+    def _keep(self, seq: _Sequence, num_guessed: int, num_right: int) -> None:
+        """Of a row that was fed guesses, keep what was computed of the tokens that it has now, but for the newest."""
+        self.num_proposed += num_guessed
+        self.num_accepted += num_right
+        num_new = len(seq.output.token_ids) - seq.num_issued + 1
+        self.strategy.truncate(seq.table, seq.table.num_tokens - num_guessed - 1 + num_new)
+        self._last_token[seq.seat] = seq.output.token_ids[-1]
+        seq.num_issued, seq.proposal = len(seq.output.token_ids), _NOTHING
 
     def _checked(self, requests: Sequence[Request | Sequence[int]]) -> list[Request]:
         eos = self.model.generation_config.eos_token_id
@@ -654,6 +717,7 @@ class _Sequence:
         self.num_scored = (
             1  # tokens of the prompt whose log probabilities are known or on their way; the first has none
         )
+        self.proposal: np.ndarray = _NOTHING  # tokens that the next step is fed behind the newest one
         self.table: BlockTable | None = None
         self.suspended: Suspended | None = None  # what it had computed when it was preempted
         self.seats: list[int] = []  # its own, and until the prompt is computed those of its other samples
@@ -703,7 +767,7 @@ class _Sequence:
 
     def num_logits(self, num_tokens: int) -> int:
         """Of how many of its newest tokens a step that prefills so many wants the logits."""
-        return num_tokens if self.is_scoring else int(self.is_decoding)
+        return num_tokens if self.is_scoring or len(self.proposal) else int(self.is_decoding)
 
     @property
     def takes_likeliest(self) -> bool:
@@ -718,11 +782,6 @@ class _Sequence:
         )
 
     @property
-    def needs_host(self) -> bool:
-        """Whether its next step takes tokens that the host knows."""
-        return bool(self.processors)
-
-    @property
     def wants_more(self) -> bool:
         return self.num_issued < self.request.max_new_tokens
 
@@ -733,9 +792,9 @@ def _abandon(strategy: Strategy, running: list[_Sequence]) -> None:
 
 
 def _new_tokens(seq: _Sequence, count: int) -> np.ndarray:
-    """The newest `count` tokens that the table of a sequence has room for."""
+    """The newest `count` tokens that the table of a sequence has room for, guesses included."""
     stop = seq.table.num_seen
-    return seq.tokens[stop - count : stop]
+    return np.concatenate((seq.tokens, seq.proposal))[stop - count : stop]
 
 
 def _urgency(seq: _Sequence) -> int:
@@ -744,11 +803,14 @@ def _urgency(seq: _Sequence) -> int:
 
 
 def _last_rows(logits: Tensor, launched: Sequence[_Sequence], counts: Sequence[int]) -> Tensor:
-    """The logits to draw from: of each sequence that has computed all its tokens, those of the last of its rows."""
-    ends = [end for seq, end in zip(launched, accumulate(counts), strict=True) if seq.is_decoding]
-    if len(ends) in (0, len(logits)):
-        return logits[: len(ends)]
-    return logits[to_device([end - 1 for end in ends], logits.device)]
+    """The logits to draw from: of each sequence that has computed all its tokens, the last row and those of guesses."""
+    rows = []
+    for seq, end in zip(launched, accumulate(counts), strict=True):
+        if seq.is_decoding:
+            rows += range(end - 1 - len(seq.proposal), end)
+    if len(rows) in (0, len(logits)):
+        return logits[: len(rows)]
+    return logits[to_device(rows, logits.device)]
 
 
 class _Draw(NamedTuple):
@@ -775,6 +837,7 @@ class _Step:
     """A launched forward: which sequences drew a token, and where the tokens will be."""
 
     sequences: list[_Sequence]
+    proposals: list[np.ndarray]  # what each of them was fed behind its newest token; it drew a token for each of these
     is_awaited: bool  # tokens are the first of their requests, or the next step needs them on the host: read at once
     scoring: list[_Sequence]  # whose prompts were scored
     on_host: list[Tensor | Logprobs | None]  # tokens, log probabilities of those who asked, of each that was scored
@@ -785,10 +848,13 @@ class _Step:
             self.ready.synchronize()
         return [] if self.on_host[0] is None else self.on_host[0].tolist()
 
-    def logprobs(self) -> Iterator[dict[int, float]]:
-        asking = [seq for seq in self.sequences if seq.request.logprobs is not None]
-        for row, seq in enumerate(asking):
-            yield self.on_host[1].row(row, seq.request.logprobs)
+    def logprobs(self) -> Iterator[dict[int, float] | None]:
+        """Of each token, None where they are not asked for."""
+        rows = count()
+        for seq, proposal in zip(self.sequences, self.proposals, strict=True):
+            k = seq.request.logprobs
+            for _ in range(1 + len(proposal)):
+                yield None if k is None else self.on_host[1].row(next(rows), k)
 
     def scored(self) -> Iterator[tuple[_Sequence, list[dict[int, float]]]]:
         for seq, part in zip(self.scoring, self.on_host[2:], strict=True):

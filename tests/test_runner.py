@@ -103,13 +103,7 @@ def replaying_runner(model, strategy, monkeypatch, **options) -> Runner:
     monkeypatch.setattr(Plan, "once", lambda plan, name, make: make())  # a graph computes it again
     monkeypatch.setattr(runner_module, "_start_copy", lambda tokens: (tokens.clone(), None))  # the next replay is ahead
     runner = Runner(model, strategy, **options)
-    runner._graphs = graphs.StepGraphs(
-        strategy,
-        strategy.block_size,
-        runner._last_token,
-        runner.max_num_seqs,
-        prefills=strategy.placement.prefill_capturable,
-    )
+    runner._graphs, runner._verifying = runner._capture(), runner._capture(all_logits=True)
     runner._lookahead = True
     return runner
 

@@ -52,11 +52,21 @@ class StepGraphs:
             seat belongs to padding rows.
         max_num_seqs: rows of a step at most.
         prefills: whether prompts may be replayed as well.
+        all_logits: whether prefills give the logits of all their tokens, which are no seat's, rather than of the last.
     """
 
-    def __init__(self, strategy: Attends, block_size: int, last_token: Tensor, max_num_seqs: int, *, prefills: bool):
+    def __init__(
+        self,
+        strategy: Attends,
+        block_size: int,
+        last_token: Tensor,
+        max_num_seqs: int,
+        *,
+        prefills: bool,
+        all_logits: bool = False,
+    ):
         self._strategy, self._block_size, self._last_token = strategy, block_size, last_token
-        self._prefills = prefills
+        self._prefills, self._all_logits = prefills, all_logits
         self._sizes = sorted({size for size in _batch_sizes() if size < max_num_seqs} | {max_num_seqs})
         self._met: set[tuple[int, int, int]] = set()
         self._buffers: dict[tuple[int, int, int], PlanBuffer] = {}  # the graphs read their memory
@@ -90,8 +100,11 @@ class StepGraphs:
         if shape not in self._met:
             self._met.add(shape)
             return None
-        inputs = {"seats": [seat], "input_ids": token_ids, "last": [len(token_ids) - 1]}
-        return self._run(shape, [row], inputs)
+        last = [len(token_ids) - 1]
+        if self._all_logits:
+            seat, last = len(self._last_token) - 1, range(len(token_ids))
+        logits, tokens = self._run(shape, [row], {"seats": [seat], "input_ids": token_ids, "last": last})
+        return logits[: len(last)], tokens[: len(last)]
 
     def _run(self, shape: tuple[int, int, int], rows, inputs: dict[str, Sequence[int]]) -> tuple[Tensor, Tensor] | None:
         """A step of at most so many rows, tokens, and tokens of a row's context."""
@@ -102,7 +115,8 @@ class StepGraphs:
             self._memory = torch.cuda.graph_pool_handle()
             self._addresses = self._strategy.addresses
         if shape not in self._buffers:
-            sizes = {name: num_tokens if name == "input_ids" else num_rows for name in inputs}
+            per_token = inputs.keys() if self._all_logits else {"input_ids"}
+            sizes = {name: num_tokens if name in per_token else num_rows for name in inputs}
             self._buffers[shape] = _buffer(self._last_token.device, *shape, self._block_size, sizes)
         buffer = self._buffers[shape]
         bounds = _bounds(buffer.fill(rows, inputs), bucket)
