@@ -1,4 +1,4 @@
-"""`kv-strategies generate | plan | bench | report | explain | explain-diff | completion`: the package from a shell."""
+"""`kv-strategies generate | batch | convert | plan | bench | report | explain | ...`: the package from a shell."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", nargs="+", help="one or more prompts; they run as one batch")
     generate.add_argument("--strategy", default="paged", help="a name or a sum of names (default: %(default)s)")
     generate.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the strategy")
-    generate.add_argument("--model", help="a folder, a hub id, or a known random shape (default: the embedded model)")
+    generate.add_argument(
+        "--model", help="a folder, a hub id, a gguf file, or a known random shape (default: the embedded model)"
+    )
     generate.add_argument("--max-new-tokens", type=int, default=64)
     generate.add_argument("--temperature", type=float, default=0.0)
     generate.add_argument("--seed", type=int)
@@ -62,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     for name, help_text in (("bench", "measure strategies and native caches"), ("report", "write tables and plots")):
         command = commands.add_parser(name, help=help_text, add_help=False)
         command.set_defaults(run=_bench, extra=["report"] if name == "report" else [])
+
+    convert = commands.add_parser("convert", help="write a model as a folder of Llama architecture")
+    convert.add_argument("source", help="a folder, a hub id or a gguf file: Llama, Qwen, Qwen2, Mistral")
+    convert.add_argument("folder", type=Path, help="to make; it must not exist")
+    convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: theirs)")
+    convert.set_defaults(run=_convert)
 
     explain = commands.add_parser("explain", help="show how a strategy works on a small example")
     explain.add_argument("strategy", help="a name, as --strategy takes it")
@@ -201,6 +209,13 @@ def _bench(options: argparse.Namespace) -> int:
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-P", "-m", "bench", *options.extra]
     os.execve(sys.executable, command, os.environ | {"PYTHONPATH": path})
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .models.convert import convert
+
+    print(f"written to {convert(options.source, options.folder, options.dtype)}")
+    return 0
 
 
 def _explain_diff(options: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Qwen2Config, Qwen2ForCausalLM
 
 from kv_strategies.models import __main__ as models_main
 from kv_strategies.models import fetch, load_model, text
@@ -149,8 +149,8 @@ class TestLoad:
             load_model("nobody/nothing-of-that-name")
 
     def test_other_architecture(self, tmp_path):
-        MistralConfig(**SMALL).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=r"type 'mistral'.*'llama'"):
+        Phi3Config(**SMALL, pad_token_id=0).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"type 'phi3'.*'llama'"):
             load_model(tmp_path)
 
     def test_missing_weights(self, tmp_path):
@@ -186,13 +186,14 @@ class TestLoad:
         with pytest.raises(ValueError, match=f"model.safetensors.index.json names {lost.name}, which is not"):
             load_model(tmp_path, device="cpu")
 
-    def test_a_gguf_is_told_what_to_do(self, tmp_path):
+    def test_files_that_are_no_whole_gguf(self, tmp_path):
         file = tmp_path / "some.gguf"
-        for content, message in [(b"GGUF" + bytes(60), "GgufConfig"), (POINTER, "git lfs pull"), (b"PK", "not begin")]:
+        for content, message in [(b"GGUF" + bytes(60), "cut short"), (POINTER, "git lfs pull"), (b"PK", "not begin")]:
             file.write_bytes(content)
-            for spec in (file, tmp_path):
-                with pytest.raises(ValueError, match=f"^{re.escape(str(file))} .*{message}"):
-                    load_model(spec)
+            with pytest.raises(ValueError, match=f"^{re.escape(str(file))} .*{message}"):
+                load_model(file)
+        with pytest.raises(FileNotFoundError, match=f"by its name: {re.escape(str(file))}"):
+            load_model(tmp_path)
 
     def test_random(self, monkeypatch):
         monkeypatch.setitem(models.RANDOM_MODELS, "small-random", {**SMALL, "intermediate_size": 64})

@@ -86,21 +86,14 @@ def check_token_ids(source: str, config: dict[str, Any], vocab_size: int) -> Non
                 )
 
 
-def refuse_gguf(paths: list[Path]) -> None:
-    """The gguf files that somebody gave in place of a folder, if any, are not loaded: the format holds rounded weights,
-    and of a tokenizer less than it takes (`fetch.convert` puts back what the default model lost).
+def check_gguf(path: Path) -> None:
+    """A gguf file begins as one.
 
     Raises:
-        ValueError: says how to unpack the first.
+        ValueError: it is empty, a pointer of Git LFS, or something else.
     """
-    for path in [path for path in paths if path.exists()]:
-        if _check_head(path)[:4] != b"GGUF":
-            raise ValueError(f"{path} does not begin as a gguf file; {_AGAIN}")
-        raise ValueError(
-            f"{path} is a gguf file, and models are loaded from folders of safetensors: take those of the same model, "
-            f"or unpack it once, LlamaForCausalLM.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}, "
-            "quantization_config=GgufConfig(dequantize=True)).save_pretrained(folder), and add the model's tokenizer"
-        )
+    if _check_head(path)[:4] != b"GGUF":
+        raise ValueError(f"{path} does not begin as a gguf file; {_AGAIN}")
 
 
 def _check_head(path: Path) -> bytes:

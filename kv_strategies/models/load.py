@@ -3,6 +3,8 @@
     load_model()                         the embedded default, SmolLM2-135M-Instruct (`make model` brings it)
     load_model("path/to/folder")         a local folder;  a hub id such as "meta-llama/Llama-2-7b-hf" likewise
     load_model("Qwen/Qwen2.5-0.5B")      Qwen2, Qwen2.5 and Qwen-7B weights, converted exactly (`qwen.py`)
+    load_model("mistralai/Mistral-7B-v0.3")   Mistral weights without a sliding window (`mistral.py`)
+    load_model("model.gguf")             a gguf file of llama or qwen2 kind, tokenizer included (`gguf.py`)
     load_model("llama-2-7b-random")      the shape with random weights: for speed and memory only
 
 The patched `modeling_llama.py` is what runs all of them. No code from a hub is ever executed.
@@ -20,7 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from . import fetch, files, qwen
+from . import fetch, files, gguf, mistral, qwen
 
 #: Where models and the text live, beside the package in a checkout. Git ignores it.
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -63,6 +65,15 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+#: From a `config.json`, by its model type, the Llama that computes what it says.
+_CONFIGS = {
+    "llama": LlamaConfig.from_dict,
+    "qwen2": qwen.llama_config,
+    "qwen": qwen.llama_config,
+    "mistral": mistral.llama_config,
+}
+
+
 def load_model(
     spec: str | Path | None = None,
     *,
@@ -87,6 +98,9 @@ def load_model(
     if spec.endswith("-random") and not Path(spec).exists():
         return random_model(spec, dtype=dtype, device=device), None
 
+    if spec.endswith(".gguf"):
+        model, tokenizer = load_gguf(Path(spec), dtype)
+        return model.to(device).eval(), tokenizer
     config = read_config(spec)
     if Path(spec).is_dir():
         files.check_folder(Path(spec))
@@ -98,13 +112,18 @@ def load_model(
         case "qwen2" | "qwen":
             converted, folder = llama_config(spec, config), qwen.local_folder(spec)
             weights = qwen.llama_weights(config, folder)
-            model = assemble(spec, converted, {name: w.to(dtype) for name, w in weights.items()}, dtype)
+            model = assemble(spec, converted, weights, dtype)
             qwen.set_generation_config(model, config, folder)
             tokenizer = qwen.v1_tokenizer(folder) if config["model_type"] == "qwen" else load_tokenizer(spec)
+        case "mistral":
+            converted, folder = llama_config(spec, config), qwen.local_folder(spec)
+            model = assemble(spec, converted, qwen.read_weights(folder), dtype)
+            qwen.set_generation_config(model, config, folder)
+            tokenizer = load_tokenizer(spec)
         case other:
             raise ValueError(
                 f"{spec} is a model of type {other!r}. The strategies run on the Llama architecture: give a model "
-                "of type 'llama', or 'qwen2' or 'qwen', whose weights are converted to it."
+                "of type 'llama', or 'qwen2', 'qwen' or 'mistral', whose weights are converted to it."
             )
     files.check_token_ids(f"{spec}/generation_config.json", model.generation_config.to_dict(), model.config.vocab_size)
     return model.to(device).eval(), tokenizer
@@ -157,9 +176,8 @@ def read_config(spec: str) -> dict[str, Any]:
     if path.is_dir():
         if (path / "config.json").is_file():
             return files.read_json(path / "config.json")
-        files.refuse_gguf(sorted(path.glob("*.gguf")))
-        raise FileNotFoundError(f"{spec} is no model folder: it holds no config.json")
-    files.refuse_gguf([path] if path.suffix == ".gguf" else [])
+        instead = "".join(f"; give a gguf file by its name: {found}" for found in sorted(path.glob("*.gguf"))[:1])
+        raise FileNotFoundError(f"{spec} is no model folder: it holds no config.json{instead}")
     if path == DEFAULT_MODEL:
         raise FileNotFoundError(f"the default model is not in {spec}: run `make model`")
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
@@ -177,7 +195,7 @@ def llama_config(spec: str, config: dict[str, Any]) -> LlamaConfig:
     """The Llama that a `config.json` describes, one that can be built."""
     source = f"{spec}/config.json"
     try:
-        found = LlamaConfig.from_dict(config) if config["model_type"] == "llama" else qwen.llama_config(config)
+        found = _CONFIGS[config["model_type"]](config)
     except (StrictDataclassError, KeyError, TypeError) as error:
         raise ValueError(f"{source} describes no model that could be built: {error}") from error
     files.check_token_ids(source, found.to_dict(), found.vocab_size)
@@ -205,6 +223,21 @@ def load_llama(spec: str, dtype: torch.dtype) -> LlamaForCausalLM:
     return model
 
 
+def load_gguf(path: Path, dtype: torch.dtype) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    files.check_gguf(path)
+    model, tokenizer = gguf.load_gguf(path, dtype)
+    if isinstance(model, LlamaForCausalLM):
+        return model, tokenizer
+    config, weights = model.config.to_dict(), qwen.with_o_bias(model.config.to_dict(), dict(model.state_dict()))
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    converted = assemble(str(path), qwen.llama_config(config), weights, dtype)
+    converted.generation_config = model.generation_config
+    return converted, tokenizer
+
+
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase | None:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if Path(spec).is_dir() and not any((Path(spec) / name).exists() for name in names):
@@ -213,9 +246,10 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase | None:
 
 
 def assemble(spec: str, config: LlamaConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> LlamaForCausalLM:
-    """A model that holds exactly these weights, without a copy and without initialising it first."""
+    """A model that holds exactly these weights, without a copy (of that dtype) and without initialising it first."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
     if config.tie_word_embeddings:
         weights = weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
     wanted, given = model.state_dict().keys(), weights.keys()

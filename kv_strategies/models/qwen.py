@@ -58,6 +58,11 @@ def llama_weights(config: dict[str, Any], folder: Path) -> dict[str, Tensor]:
         weights = _v1_weights(config, weights)
     elif config.get("tie_word_embeddings"):
         weights.pop("lm_head.weight", None)  # some files repeat it
+    return with_o_bias(config, weights)
+
+
+def with_o_bias(config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """These weights, under Llama's names, and the biases that Llama has and Qwen has not: zeros."""
     hidden_size = config["hidden_size"]
     for layer in range(config["num_hidden_layers"]):
         o_proj = f"model.layers.{layer}.self_attn.o_proj"
@@ -166,7 +171,7 @@ def set_generation_config(model: LlamaForCausalLM, config: dict[str, Any], folde
     path = folder / "generation_config.json"
     if not path.exists():
         return
-    if config["model_type"] == "qwen2":
+    if config["model_type"] != "qwen":
         model.generation_config = GenerationConfig.from_pretrained(folder)
         return
     if (folder / "qwen.tiktoken").exists():

@@ -1,0 +1,133 @@
+"""A gguf file, model and tokenizer, as llama.cpp writes it: of llama or qwen2 kind, unpacked to plain weights.
+
+    load_model("model.gguf")
+
+What Transformers reads from it by itself is not all that the file says, so three things are put right or refused:
+
+    rope_freqs      Llama 3.1 and later turn low frequencies slower. llama.cpp stores the factors as a tensor, which the
+                    reader drops: the rope scaling that gives these factors is looked for
+    pre-tokenizer   the file names it ("smollm", "qwen2"); of one that is unknown here text would be cut otherwise than
+                    in training
+    tensors         one that is missing, or that no module has a place for, is named
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import logging
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from transformers import PreTrainedModel
+
+KINDS = ("llama", "qwen2")
+#: What the names of pre-tokenizers mean that Transformers does not know: None where its own choice is right.
+_PRE_TOKENIZERS = {
+    "smollm": lambda: pre_tokenizers.Sequence(  # single digits
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "gpt-2": None,
+    "default": None,
+}
+#: Rope scalings of Llama 3.1 (factor 8) and 3.2 (factor 32).
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_LLAMA3_FACTORS = (8.0, 32.0)
+
+
+def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model as Transformers has it, of class Llama or Qwen2, and its tokenizer.
+
+    Raises:
+        ValueError: of another kind, or something in it that would be computed otherwise than llama.cpp does.
+        RuntimeError: the gguf package is not installed.
+    """
+    try:
+        from gguf import GGUFReader
+        from transformers import GgufConfig
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as known
+    except ImportError as error:
+        raise RuntimeError(
+            f"reading {path.name} needs the gguf package (pip install gguf) and Transformers 5.24: {error}"
+        ) from error
+    try:
+        reader = GGUFReader(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no gguf file, or is cut short: {error}") from error
+    kind, pre = _field(reader, "general.architecture"), _field(reader, "tokenizer.ggml.pre")
+    if kind not in KINDS:
+        raise ValueError(f"{path} is of kind {kind!r}; the strategies run gguf files of kind {' or '.join(KINDS)}")
+    splits_words = _field(reader, "tokenizer.ggml.model") == "gpt2"
+    if splits_words and pre is not None and pre not in known and pre not in _PRE_TOKENIZERS:
+        raise ValueError(f"{path} names a pre-tokenizer {pre!r}, which is unknown here: text would be cut otherwise")
+
+    source = {"pretrained_model_name_or_path": str(path.parent.absolute()), "gguf_file": path.name}
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+        )
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
+    _check_tensors(path, reader, model)
+    factors = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
+    if factors is not None:
+        _scale_rope(path, model, torch.tensor(factors))
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    if splits_words and (make := _PRE_TOKENIZERS.get(pre)):
+        tokenizer.backend_tokenizer.pre_tokenizer = make()
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.generation_config.eos_token_id = _field(reader, "tokenizer.ggml.eos_token_id")
+    return model, tokenizer
+
+
+def _field(reader: GGUFReader, name: str) -> Any:
+    field = reader.get_field(name)
+    return None if field is None else field.contents()
+
+
+def _check_tensors(path: Path, reader: GGUFReader, model: PreTrainedModel) -> None:
+    """Raises ValueError where the file has one too many, or lacks one, which the reader would draw at random."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    names = get_tensor_name_map(MODEL_ARCH[model.config.model_type.upper()], model.config.num_hidden_layers)
+    wanted = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()}
+    found = {tensor.name for tensor in reader.tensors} - {"rope_freqs.weight"}
+    optional = {"output.weight"} if model.config.tie_word_embeddings else set()
+    missing, extra = sorted(wanted - found - optional), sorted(found - wanted)
+    if missing or extra:
+        raise ValueError(
+            f"the tensors of {path} are not those of a {model.config.model_type} model: "
+            f"missing {', '.join(missing) or 'none'}; unexpected {', '.join(extra) or 'none'}"
+        )
+
+
+def _scale_rope(path: Path, model: PreTrainedModel, factors: Tensor) -> None:
+    """Give the model the rope scaling by whose factors [D / 2] its frequencies are divided."""
+    config = model.config
+    plain = LlamaRotaryEmbedding(LlamaConfig(**config.to_dict())).inv_freq
+    for factor in _LLAMA3_FACTORS:
+        scaled = LlamaConfig(**config.to_dict())
+        scaled.rope_parameters = {**_LLAMA3, "factor": factor, "rope_theta": config.rope_parameters["rope_theta"]}
+        rotary = LlamaRotaryEmbedding(scaled)
+        if torch.allclose(plain / rotary.inv_freq, factors, rtol=1e-4):
+            config.rope_parameters = scaled.rope_parameters
+            model.model.rotary_emb = LlamaRotaryEmbedding(config)
+            return
+    raise ValueError(
+        f"{path} divides the frequencies of its rotary embedding by factors from {factors.min():.3g} to "
+        f"{factors.max():.3g}, which are not those of Llama 3's rope scaling: it cannot be loaded exactly"
+    )
