@@ -65,6 +65,16 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help_text, add_help=False)
         command.set_defaults(run=_bench, extra=["report"] if name == "report" else [])
 
+    batch = commands.add_parser("batch", help="answer a file of prompts, line by line")
+    batch.add_argument("prompts", type=Path, help="JSON lines, see `kv_strategies/batch.py`")
+    batch.add_argument("out", type=Path, help="to write; it must not exist, unless --resume is given")
+    batch.add_argument("--resume", action="store_true", help="go on with an output file that is there")
+    batch.add_argument("--strategy", default="prefix", help="a name or a sum of names (default: %(default)s)")
+    batch.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the strategy")
+    batch.add_argument("--model", help="as of generate")
+    batch.add_argument("--max-new-tokens", type=int, default=64, help="of lines that do not say (default: %(default)s)")
+    batch.set_defaults(run=_batch)
+
     convert = commands.add_parser("convert", help="write a model as a folder of Llama architecture")
     convert.add_argument("source", help="a folder, a hub id or a gguf file: Llama, Qwen, Qwen2, Mistral")
     convert.add_argument("folder", type=Path, help="to make; it must not exist")
@@ -209,6 +219,32 @@ def _bench(options: argparse.Namespace) -> int:
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-P", "-m", "bench", *options.extra]
     os.execve(sys.executable, command, os.environ | {"PYTHONPATH": path})
+
+
+def _batch(options: argparse.Namespace) -> int:
+    from . import Runner, build
+    from .batch import run_batch
+    from .models import load_model
+
+    if not options.prompts.is_file():
+        raise ValueError(f"there is no file {options.prompts}")
+    if options.out.exists() and not options.resume:  # said before a model is loaded
+        raise ValueError(f"{options.out} exists already: go on with it (--resume), or give another name")
+    model, tokenizer = load_model(options.model)
+    if tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer")
+    strategy = build(options.strategy, model, **dict(map(_parse_option, options.option)))
+    found = run_batch(
+        options.prompts,
+        options.out,
+        Runner(model, strategy, tokenizer=tokenizer),
+        tokenizer,
+        max_new_tokens=options.max_new_tokens,
+        resume=options.resume,
+        report=lambda message: print(message, file=sys.stderr),
+    )
+    print(f"{found.num_answered} answered, {found.num_failed} failed, {found.num_resumed} were there; {options.out}")
+    return 1 if found.num_failed else 0
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -1,0 +1,126 @@
+"""A file of prompts: what is answered, what is refused, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from kv_strategies import Request, Runner, build
+from kv_strategies.batch import run_batch
+from kv_strategies.cli import main
+from kv_strategies.models import load_model
+
+MODEL, TOKENIZER = load_model(dtype=torch.float32, device="cpu")
+GOOD = [
+    {"prompt": "The capital of France is", "max_new_tokens": 4, "id": "a"},
+    {"messages": [{"role": "user", "content": "Hi"}], "max_new_tokens": 3, "temperature": 0.8, "n": 2},
+    {"token_ids": [504, 260, 2], "logprobs": 1, "stop": ["."]},
+    {"prompt": "naïve 日本", "max_new_tokens": 2, "temperature": 1.0},
+]
+BAD = [
+    (b"{", "not valid JSON"),
+    (b'"text"', "a line is a JSON object, got str"),
+    (b"{}", "needs one of prompt, messages, token_ids, got none"),
+    (b'{"prompt": "a", "token_ids": [1]}', "got prompt and token_ids"),
+    (b'{"prompt": 7}', "prompt must be text, got int"),
+    (b'{"messages": 7}', "messages that the chat template cannot take"),
+    (b'{"prompt": "a", "max_tokens": 3}', "unknown field 'max_tokens'; known are deadline"),
+    (b'{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens must be at least 1"),
+    (b'{"token_ids": [99999999]}', "outside the vocabulary"),
+    (b'{"prompt": "a", "max_new_tokens": 9999}', "exceed"),
+    (b'{"prompt": "\xff"}', "not valid JSON"),
+]
+
+
+def new_runner() -> Runner:
+    return Runner(MODEL, build("prefix", MODEL, num_blocks=32), max_num_seqs=2, tokenizer=TOKENIZER)
+
+
+def answers(path) -> dict[int, dict]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len({row["line"] for row in rows}) == len(rows), "a line was answered twice"
+    return {row["line"]: row for row in rows}
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Good lines, with bad ones and empty ones between them."""
+    path, lines = tmp_path / "prompts.jsonl", []
+    for index, good in enumerate(GOOD):
+        lines += [json.dumps(good).encode(), b"", *(text for text, _ in BAD[index * 3 : index * 3 + 3])]
+    path.write_bytes(b"\n".join(lines))  # no newline at the end
+    return path
+
+
+def test_good_lines_are_answered_and_bad_ones_reported(prompts, tmp_path):
+    told = []
+    summary = run_batch(prompts, tmp_path / "out", new_runner(), TOKENIZER, max_new_tokens=5, report=told.append)
+    assert (summary.num_answered, summary.num_failed, summary.num_resumed) == (len(GOOD), len(BAD), 0)
+    found, lines = answers(tmp_path / "out"), prompts.read_bytes().split(b"\n")
+    for number, text in enumerate(lines, start=1):
+        if (reason := dict(BAD).get(text)) is not None:
+            assert reason in found[number]["error"]
+            assert any(message.startswith(f"line {number}: ") and reason in message for message in told)
+        elif text:
+            asked = json.loads(text)
+            ids = asked.get("token_ids") or TOKENIZER(asked.get("prompt", "")).input_ids
+            if "messages" in asked:
+                ids = TOKENIZER.apply_chat_template(asked["messages"], add_generation_prompt=True, return_dict=False)
+            options = {name: value for name, value in asked.items() if name in ("temperature", "n", "logprobs", "stop")}
+            request = Request(ids, asked.get("max_new_tokens", 5), seed=number, **options)
+            expected = new_runner().generate([request])
+            assert [s["token_ids"] for s in found[number]["samples"]] == [r.token_ids for r in expected]
+            assert [s["finish_reason"] for s in found[number]["samples"]] == [r.finish_reason for r in expected]
+            assert found[number]["id"] == asked.get("id")
+            assert ("logprobs" in found[number]["samples"][0]) == ("logprobs" in asked)
+    assert " Paris" in found[1]["samples"][0]["text"]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 200, 900, 2000])
+def test_an_interrupted_run_goes_on_exactly(prompts, tmp_path, kept):
+    """Killed after any byte: the answers are those of a run that was not."""
+    run_batch(prompts, tmp_path / "whole", new_runner(), TOKENIZER)
+    out = tmp_path / "out"
+    text = (tmp_path / "whole").read_bytes()
+    out.write_bytes(text[:kept])
+    summary = run_batch(prompts, out, new_runner(), TOKENIZER, resume=True)
+    assert summary.num_resumed == text[:kept].count(b"\n")
+    found, expected = answers(out), answers(tmp_path / "whole")
+    for row in [*found.values(), *expected.values()]:
+        for sample in row.get("samples", ()):
+            del sample["num_cached_tokens"]  # a new cache has to be filled again
+            sample.pop("logprobs", None)  # the last bits are those of other batches
+    assert found == expected
+    again = run_batch(prompts, out, new_runner(), TOKENIZER, resume=True)
+    assert again == (0, 0, len(GOOD) + len(BAD))
+
+
+def test_files_that_are_refused(prompts, tmp_path):
+    out = tmp_path / "out"
+    run_batch(prompts, out, new_runner(), TOKENIZER)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=r"exists already: go on with it \(--resume\)"):
+        run_batch(prompts, out, new_runner(), TOKENIZER)
+    prompts.write_bytes(prompts.read_bytes().replace(b"France", b"Spain"))
+    with pytest.raises(ValueError, match="answers another line 1 than"):
+        run_batch(prompts, out, new_runner(), TOKENIZER, resume=True)
+    assert out.read_bytes() == before
+    out.write_text("something else\n")
+    with pytest.raises(ValueError, match="line 1, is no answer of a batch"):
+        run_batch(prompts, out, new_runner(), TOKENIZER, resume=True)
+    assert out.read_text() == "something else\n"
+
+
+def test_from_a_shell(tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "The capital of France is"}\n{"prompt"\n')
+    options = ["batch", str(prompts), str(out), "--max-new-tokens", "3", "--option", "num_blocks=8"]
+    assert main(options) == 1, "a line could not be answered"
+    told = capsys.readouterr()
+    assert "line 2: not valid JSON" in told.err and "1 answered, 1 failed" in told.out
+    assert main(options) == 1 and "exists already" in capsys.readouterr().err
+    assert main([*options, "--resume"]) == 0 and "0 answered, 0 failed, 2 were there" in capsys.readouterr().out
+    assert main(["batch", str(tmp_path / "none"), str(tmp_path / "new")]) == 1
+    assert not (tmp_path / "new").exists()
