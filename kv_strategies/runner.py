@@ -616,7 +616,7 @@ class Runner:
         self.num_proposed += num_guessed
         self.num_accepted += num_right
         num_new = len(seq.output.token_ids) - seq.num_issued + 1
-        self.strategy.truncate(seq.table, seq.table.num_tokens - num_guessed - 1 + num_new)
+        seq.table.truncate(seq.table.num_tokens - num_guessed - 1 + num_new)  # nothing before them was let go
         self._last_token[seq.seat] = seq.output.token_ids[-1]
         seq.num_issued, seq.proposal = len(seq.output.token_ids), _NOTHING
 
