@@ -201,7 +201,7 @@ def check_out(folder: Path) -> None:
 
 def check_models(cases: Sequence[Case]) -> None:
     """Is there a model of every name? Once, and not in every case anew."""
-    from kv_strategies.models.load import DEFAULT_MODEL, RANDOM_MODELS, read_config
+    from kv_strategies.models.load import DEFAULT_MODEL, RANDOM_MODELS, find_gguf, read_config
 
     for spec in dict.fromkeys(case.model for case in cases if case.workload != "machine"):
         name = str(spec or DEFAULT_MODEL)
@@ -209,6 +209,8 @@ def check_models(cases: Sequence[Case]) -> None:
             if name.endswith("-random") and not Path(name).exists():
                 if name not in RANDOM_MODELS:
                     raise Refused(f"unknown random model {name!r}; known are {', '.join(RANDOM_MODELS)}")
+            elif name.endswith(".gguf"):
+                find_gguf(name)
             else:
                 read_config(name)
         except (OSError, ValueError) as error:

@@ -367,15 +367,18 @@ class Runner:
 
     def _propose(self) -> None:
         """Guesses for the rows that decode, as many as a forward, and the end of the request, leave room for."""
-        asking = [seq for seq in self._running if seq.is_decoding and seq.wants_more and not seq.processors]
-        if self._speculate is None or not asking:
+        if self._speculate is None:
             return
-        room = (self.max_batch_tokens - self.max_num_seqs) // len(asking)
+        asking = [seq for seq in self._running if seq.is_decoding and seq.wants_more and not seq.processors]
+        room = (self.max_batch_tokens - self.max_num_seqs) // max(1, len(asking))
         rows = [
             Row(seq.tokens, min(seq.request.max_new_tokens - seq.num_issued - 1, room), seq.request.salt)
             for seq in asking
         ]
-        for seq, proposal in zip(asking, self._speculate.propose(rows), strict=True):
+        for seq, row, proposal in zip(asking, rows, self._speculate.propose(rows), strict=True):
+            proposal = np.asarray(proposal, dtype=np.int32)[: row.limit]
+            if len(proposal) and not 0 <= proposal.min() <= proposal.max() < self.model.config.vocab_size:
+                raise ValueError(f"{type(self._speculate).__name__} guesses tokens outside the vocabulary: {proposal}")
             seq.proposal = proposal
 
     def _in_prompt(self) -> _Sequence | None:
@@ -711,6 +714,7 @@ class _Sequence:
         self.deadline = math.inf if request.deadline is None else submitted + request.deadline
         self.sampling = request.sampling(sample_index)
         self.processors, *self.other_processors = request.processors() if processors is None else [processors]
+        self._is_plain = not (request.temperature or self.processors or request.logprobs is not None)
         self.prompt = request.token_ids.astype(np.int32)
         self.output = Output(request, sample_index, submitted)  # tokens read back
         self.num_issued = 0  # tokens drawn, those still on the device included
@@ -772,14 +776,7 @@ class _Sequence:
     @property
     def takes_likeliest(self) -> bool:
         """Whether its next token is the likeliest one, and nothing else is asked."""
-        request = self.request
-        return not (
-            self.sampling.temperature
-            or self.other_samples
-            or self.processors
-            or self.num_issued < request.min_new_tokens
-            or request.logprobs is not None
-        )
+        return self._is_plain and self.num_issued >= self.request.min_new_tokens and not self.other_samples
 
     @property
     def wants_more(self) -> bool:

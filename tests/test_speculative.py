@@ -133,6 +133,16 @@ def test_what_cannot_speculate_is_refused():
         DraftModel(other, num_tokens=0)
 
 
+@pytest.mark.parametrize("guesses", [[-1], [3, VOCAB]])
+def test_guesses_that_are_no_tokens_are_refused(guesses, monkeypatch):
+    lookup = PromptLookup()
+    monkeypatch.setattr(lookup, "propose", lambda rows: [guesses for _ in rows])
+    runner = Runner(MODEL, build("paged", MODEL, num_blocks=8), speculate=lookup)
+    with pytest.raises(ValueError, match="PromptLookup guesses tokens outside the vocabulary"):
+        runner.generate([[1, 2, 3]])
+    assert runner.num_running == 0 and runner.strategy.stats()["blocks_used"] == 0
+
+
 def test_a_step_with_guesses_that_fails_is_as_if_it_had_not_been(monkeypatch):
     requests = [Request([i, 3] * 4, max_new_tokens=15) for i in range(3)]
     expected = baseline_tokens(MODEL, requests)

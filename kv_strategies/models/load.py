@@ -99,7 +99,7 @@ def load_model(
         return random_model(spec, dtype=dtype, device=device), None
 
     if spec.endswith(".gguf"):
-        model, tokenizer = load_gguf(Path(spec), dtype)
+        model, tokenizer = load_gguf(find_gguf(spec), dtype)
         return model.to(device).eval(), tokenizer
     config = read_config(spec)
     if Path(spec).is_dir():
@@ -223,10 +223,15 @@ def load_llama(spec: str, dtype: torch.dtype) -> LlamaForCausalLM:
     return model
 
 
-def load_gguf(path: Path, dtype: torch.dtype) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+def find_gguf(spec: str) -> Path:
+    path = Path(spec)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     files.check_gguf(path)
+    return path
+
+
+def load_gguf(path: Path, dtype: torch.dtype) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     model, tokenizer = gguf.load_gguf(path, dtype)
     if isinstance(model, LlamaForCausalLM):
         return model, tokenizer
