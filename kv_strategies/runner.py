@@ -442,7 +442,7 @@ class Runner:
         logits, drawn = replayed or (self._forward(rows, counts, decoding, prefilling), None)
         scored = self._score_prompts(logits, counts[len(decoding) :], prefilling)
         drawn, found = self._draw(sequences, _last_rows(logits, launched, counts), drawn)
-        copied = _start_copy([drawn, found, *(part for _, part in scored)])
+        copied = _start_copy([drawn, found, *(part for _, part in scored)], self.device)
         siblings = self._fork(sequences)
         # The step is done, but for books that are kept on the host.
         self._reserved.clear()
@@ -858,9 +858,11 @@ class _Step:
             yield seq, [part.row(row, seq.request.prompt_logprobs) for row in range(len(part.ids))]
 
 
-def _start_copy(parts: list[Tensor | Logprobs | None]) -> tuple[list, torch.cuda.Event | None]:
+def _start_copy(
+    parts: list[Tensor | Logprobs | None], device: torch.device
+) -> tuple[list[Tensor | Logprobs | None], torch.cuda.Event | None]:
     """Bring them to the host, without waiting; and what to wait for."""
-    if not any(part is not None and part[0].device.type == "cuda" for part in parts):
+    if device.type != "cuda":
         return parts, None
     on_host = [Logprobs(*map(_to_host, part)) if isinstance(part, Logprobs) else _to_host(part) for part in parts]
     ready = torch.cuda.Event()

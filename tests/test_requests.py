@@ -64,7 +64,7 @@ def shaped_requests(rng: random.Random, count: int) -> list[Request]:
             n=rng.choice([1, 1, 3]),
             stop_token_ids=rng.sample(range(VOCAB), 12),
             min_new_tokens=rng.randint(0, most),
-            logits_processor=processors(rng),
+            logits_processor=rng.choice([list, tuple, LogitsProcessorList])(processors(rng)),
             logprobs=rng.choice([None, 0, 3, VOCAB + 5]),
             prompt_logprobs=rng.choice([None, 0, 2]),
             priority=rng.randrange(3),

@@ -102,7 +102,9 @@ class Request:
         if deadline is not None and deadline <= 0:
             raise ValueError(f"{name}: deadline must be more than 0 seconds from now, got {deadline}")
         processors = request.logits_processor
-        processors = [processors] if callable(processors) else list(_sequence(f"{name}: logits_processor", processors))
+        if not isinstance(processors, Sequence) and callable(processors):
+            processors = [processors]
+        processors = list(_sequence(f"{name}: logits_processor", processors))  # of a LogitsProcessorList, what is in it
         for processor in processors:
             if isinstance(processor, type) or not callable(processor):
                 raise ValueError(
