@@ -372,8 +372,7 @@ class Runner:
         asking = [seq for seq in self._running if seq.is_decoding and seq.wants_more and not seq.processors]
         room = (self.max_batch_tokens - self.max_num_seqs) // max(1, len(asking))
         rows = [
-            Row(seq.tokens, min(seq.request.max_new_tokens - seq.num_issued - 1, room), seq.request.salt)
-            for seq in asking
+            Row(seq.tokens, min(seq.num_wanted - 1, seq.request.chunk - 1, room), seq.request.salt) for seq in asking
         ]
         for seq, row, proposal in zip(asking, rows, self._speculate.propose(rows), strict=True):
             proposal = np.asarray(proposal, dtype=np.int32)[: row.limit]
@@ -779,8 +778,13 @@ class _Sequence:
         return self._is_plain and self.num_issued >= self.request.min_new_tokens and not self.other_samples
 
     @property
+    def num_wanted(self) -> int:
+        """Tokens yet to be drawn, at most."""
+        return self.request.max_new_tokens - self.num_issued
+
+    @property
     def wants_more(self) -> bool:
-        return self.num_issued < self.request.max_new_tokens
+        return self.num_wanted > 0
 
 
 def _abandon(strategy: Strategy, running: list[_Sequence]) -> None:
