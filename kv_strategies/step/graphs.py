@@ -103,8 +103,8 @@ class StepGraphs:
         last = [len(token_ids) - 1]
         if self._all_logits:
             seat, last = len(self._last_token) - 1, range(len(token_ids))
-        logits, tokens = self._run(shape, [row], {"seats": [seat], "input_ids": token_ids, "last": last})
-        return logits[: len(last)], tokens[: len(last)]
+        found = self._run(shape, [row], {"seats": [seat], "input_ids": token_ids, "last": last})
+        return found and (found[0][: len(last)], found[1][: len(last)])
 
     def _run(self, shape: tuple[int, int, int], rows, inputs: dict[str, Sequence[int]]) -> tuple[Tensor, Tensor] | None:
         """A step of at most so many rows, tokens, and tokens of a row's context."""
