@@ -96,12 +96,16 @@ def replaying_runner(model, strategy, monkeypatch, **options) -> Runner:
         held = work()
         return lambda: [kept.copy_(new) for kept, new in zip(held, work(), strict=True)], held
 
+    def copy(parts, device):
+        tokens, *scores = parts
+        return [tokens if tokens is None else tokens.clone(), *scores], None  # the next replay is ahead
+
     strategy.kernels = strategy.kernels._replace(store_kv=triton_store.store_kv, attention=gpu.attention)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(graphs, "_warm_up", lambda work, stream: work())
     monkeypatch.setattr(graphs, "_record", record)
     monkeypatch.setattr(Plan, "once", lambda plan, name, make: make())  # a graph computes it again
-    monkeypatch.setattr(runner_module, "_start_copy", lambda tokens: (tokens.clone(), None))  # the next replay is ahead
+    monkeypatch.setattr(runner_module, "_start_copy", copy)
     runner = Runner(model, strategy, **options)
     runner._graphs, runner._verifying = runner._capture(), runner._capture(all_logits=True)
     runner._lookahead = True
