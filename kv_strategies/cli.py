@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the strategy")
     batch.add_argument("--model", help="as of generate")
     batch.add_argument("--max-new-tokens", type=int, default=64, help="of lines that do not say (default: %(default)s)")
+    batch.add_argument("--json", action="store_true", help="print one JSON object")
     batch.set_defaults(run=_batch)
 
     convert = commands.add_parser("convert", help="write a model as a folder of Llama architecture")
@@ -243,7 +244,12 @@ def _batch(options: argparse.Namespace) -> int:
         resume=options.resume,
         report=lambda message: print(message, file=sys.stderr),
     )
-    print(f"{found.num_answered} answered, {found.num_failed} failed, {found.num_resumed} were there; {options.out}")
+    if options.json:
+        print(json.dumps(found._asdict()))
+    else:
+        print(
+            f"{found.num_answered} answered, {found.num_failed} failed, {found.num_resumed} were there; {options.out}"
+        )
     return 1 if found.num_failed else 0
 
 

@@ -122,5 +122,7 @@ def test_from_a_shell(tmp_path, capsys):
     assert "line 2: not valid JSON" in told.err and "1 answered, 1 failed" in told.out
     assert main(options) == 1 and "exists already" in capsys.readouterr().err
     assert main([*options, "--resume"]) == 0 and "0 answered, 0 failed, 2 were there" in capsys.readouterr().out
+    assert main([*options, "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"num_answered": 0, "num_failed": 0, "num_resumed": 2}
     assert main(["batch", str(tmp_path / "none"), str(tmp_path / "new")]) == 1
     assert not (tmp_path / "new").exists()

@@ -149,14 +149,6 @@ def test_gguf_files_that_cannot_be_loaded_say_why(options, message, tmp_path):
         load_model(tmp_path / "model.gguf", device="cpu")
 
 
-def test_files_that_are_no_gguf(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        load_model(tmp_path / "none.gguf")
-    (tmp_path / "text.gguf").write_text("not a gguf file")
-    with pytest.raises(ValueError, match="no gguf file, or is cut short"):
-        load_model(tmp_path / "text.gguf")
-
-
 @pytest.mark.parametrize("window", [None, 128])
 def test_mistral_without_a_window_is_llama(window, tmp_path):
     original = random_model(MistralForCausalLM, MistralConfig(**SMALL, head_dim=24, sliding_window=window))

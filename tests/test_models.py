@@ -194,6 +194,8 @@ class TestLoad:
                 load_model(file)
         with pytest.raises(FileNotFoundError, match=f"by its name: {re.escape(str(file))}"):
             load_model(tmp_path)
+        with pytest.raises(FileNotFoundError, match="there is no file"):
+            load_model(tmp_path / "none.gguf")
 
     def test_random(self, monkeypatch):
         monkeypatch.setitem(models.RANDOM_MODELS, "small-random", {**SMALL, "intermediate_size": 64})
