@@ -52,8 +52,8 @@ def settings(on_gpu: bool) -> dict[str, list[dict]]:
             setting(f"{score}, keep {keep}", "evict", forms=("shown", "hidden"), score=score, keep=keep)
             for score in SCORES
         ]
-        for keep in (0.75, 0.5, 0.25, 0.125)
-        if on_gpu and "evict" in STRATEGIES
+        for keep in ((0.75, 0.5, 0.25, 0.125) if on_gpu else (0.5,))
+        if "evict" in STRATEGIES
     }
 
 
@@ -74,8 +74,8 @@ ON_GPU = {
 }
 ON_CPU = {
     "tried": 5,
-    "samples": 5,
-    "rows": 5,
+    "samples": 10,
+    "rows": 10,
     "tasks": ["needle, single", "needle, multikey", "prefix-suffix, shared context"],
     "texts": 1,
     "judged": 16,
