@@ -195,8 +195,8 @@ class DenseRow:
 
 
 def text(length, seed):
-    """Each token once: of one that comes twice, layer 0 has two keys of one norm."""
-    return torch.randperm(VOCAB, generator=torch.Generator().manual_seed(seed))[:length].tolist()
+    """Each token once: of one that comes twice, layer 0 has two keys of one norm. Not 0, whose embedding is none."""
+    return (1 + torch.randperm(VOCAB - 1, generator=torch.Generator().manual_seed(seed)))[:length].tolist()
 
 
 def call(strategy, prompts, max_new, cache=None, **options):
