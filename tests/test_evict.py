@@ -54,7 +54,7 @@ def knorm(k, v, q, num_kept, position):
 
 
 def keydiff(k, v, q, num_kept, position):
-    unit = k / k.norm(dim=-1, keepdim=True)
+    unit = k / k.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # the embedding of a padding token is zero
     anchor = unit.mean(1, keepdim=True)
     return -(unit * anchor).sum(-1) / anchor.norm(dim=-1)
 
@@ -195,8 +195,8 @@ class DenseRow:
 
 
 def text(length, seed):
-    """Each token once: of one that comes twice, layer 0 has two keys of one norm. Not 0, whose embedding is none."""
-    return (1 + torch.randperm(VOCAB - 1, generator=torch.Generator().manual_seed(seed)))[:length].tolist()
+    """Each token once: of one that comes twice, layer 0 has two keys of one norm."""
+    return torch.randperm(VOCAB, generator=torch.Generator().manual_seed(seed))[:length].tolist()
 
 
 def call(strategy, prompts, max_new, cache=None, **options):
