@@ -329,6 +329,9 @@ class Runner:
             decoding = [seq for seq in self._running if seq.is_decoding and seq.wants_more]
             try:
                 self.strategy.compact([(seq.table, len(seq.prompt)) for seq in self._running if seq.wants_more], self)
+                for seq in decoding if self._speculate else ():  # no row is to grow past its next compaction
+                    until_due = self.strategy.compaction.num_until_due(seq.table, len(seq.prompt))
+                    seq.proposal = seq.proposal[: until_due - 1]
                 rows = [(seq.table, 1 + len(seq.proposal)) for seq in decoding]
                 self._reserved = [self.strategy.reserve(rows, self)]
                 break

@@ -23,6 +23,7 @@ from kv_strategies.kernels import reference
 from kv_strategies.kernels.blocks import triton_compact
 from kv_strategies.scores import SCORES, Score, register_score
 from kv_strategies.scores import base as scores_base
+from kv_strategies.speculative import PromptLookup
 from kv_strategies.step.rings import Ring
 from kv_strategies.step.store import KVShape
 from kv_strategies.step.upstream import with_cache
@@ -411,6 +412,18 @@ def test_a_preempted_row_comes_back_as_it_was(name, options):
     wanted, _ = run(build(name, MODEL, num_blocks=200, block_size=4, **evict), prompts, 40)
     found, runner = run(build(name, MODEL, num_blocks=34, block_size=4, **evict), prompts, 40)
     assert found == wanted and runner.num_preemptions
+
+
+def test_guesses_change_no_token():
+    """Some of them right, as a repeated prompt makes them; a row is compacted where it would be without any."""
+    prompts, options = [text(20, i) * 3 for i in range(2)], {"score": "tova", "keep": 40, "every": 7}
+    found = []
+    for speculate in (None, PromptLookup()):
+        strategy = build("evict", MODEL, num_blocks=80, block_size=4, **options)
+        runner = Runner(MODEL, strategy, speculate=speculate)
+        found.append([result.token_ids for result in runner.generate([Request(p, max_new_tokens=50) for p in prompts])])
+        strategy.check_integrity()
+    assert runner.num_proposed and found[0] == found[1]
 
 
 # --- going back, and on
