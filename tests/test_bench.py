@@ -379,8 +379,8 @@ def test_graphs_are_captured_ahead(tiny, monkeypatch):
     system = open_system("paged", bench.model, Capacity([[32] * 5]))
     step = system.runner._forward
     monkeypatch.setattr(
-        system.runner, "_forward", lambda rows, decoding, prefilling: (
-            sizes.append(len(decoding) if not prefilling else 0), step(rows, decoding, prefilling))[1],
+        system.runner, "_forward", lambda rows, counts, decoding, prefilling: (
+            sizes.append(len(decoding) if not prefilling else 0), step(rows, counts, decoding, prefilling))[1],
     )  # fmt: skip
     batching._capture(bench, system, 5, 20)
     assert set(sizes) == {0, 1, 2, 3, 4, 5}
