@@ -111,7 +111,7 @@ def _sent(
 def cases(to: Target) -> Iterable[Case]:
     if not to.on_gpu:
         params = {"steps": [[1, 128], [8, 128]], "prefills": [[1, 256]], "chunk": 512, "new_tokens": 12}
-        yield to.case("paged", "float32", params | {"requests": 20, "new_tokens_sent": 4})
+        yield to.case("paged", "float32", params | {"requests": 20, "new_tokens_sent": 4}, timeout=900)
         return
     shapes = {
         "llama-2-7b-random": {"steps": [[1, 4096], [32, 1024], [16, 2048]], "prefills": [[1, 4096], [1, 16384]]},
