@@ -28,8 +28,10 @@ class EveryFourth(Retention):
         return tuple((first, min(first + 3, num_old)) for first in range(1, num_old, 4))
 
     def num_blocks(self, num_tokens, chunk, block_size):  # all, but for three of four of the old before the last chunk
-        num_all, num_old = -(-num_tokens // block_size), max(0, (num_tokens - chunk - self.recent) // block_size)
-        return min(num_all, num_all - num_old + -(-num_old // 4) + 1)
+        num_all = -(-num_tokens // block_size)
+        fewest = (num_all - 1) * block_size + 1  # tokens that take as many blocks: of these the fewest are old
+        num_old = max(0, (fewest - chunk - self.recent) // block_size)
+        return num_all - num_old + -(-num_old // 4)
 
 
 EVERY_FOURTH = Preset("every fourth of the old blocks, all recent ones; lossy", "retention", EveryFourth, lossy=True)

@@ -200,7 +200,9 @@ class Retention(Policy):
         return num_tokens
 
     def num_blocks(self, num_tokens: int, chunk: int, block_size: int) -> int:
-        """The most blocks that a row of `num_tokens`, fed `chunk` tokens at a time, holds at once."""
+        """The most blocks that a row holds at once on its way to `num_tokens`, fed `chunk` tokens at a time: never
+        fewer for more tokens, since a request is accepted by what it takes at its end.
+        """
         return -(-num_tokens // block_size)
 
     def sink_query(self, query: Tensor, plan: Plan) -> Tensor | None:

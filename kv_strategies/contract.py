@@ -117,12 +117,18 @@ def check_retention(name: str, retention: Retention, site: Site) -> None:
             raise ValueError(
                 f"{who}: the query at {num_tokens} still sees blocks {sorted(seen & dead)}, which dead() gives back"
             )
-        held = -(-num_tokens // size) - len(dead)
-        if held > retention.num_blocks(num_tokens, 1, size):
-            raise ValueError(
-                f"{who}.num_blocks({num_tokens}, 1, {size}) says {retention.num_blocks(num_tokens, 1, size)} at most, "
-                f"and such a row holds {held}"
-            )
+    for chunk in (1, size + 1, 3 * size):
+        most = 0
+        for num_tokens in sorted({blocks * size + more for blocks in range(25) for more in (1, size // 2 + 1, size)}):
+            before, said = most, retention.num_blocks(num_tokens, chunk, size)
+            past = max(0, num_tokens - chunk)
+            held = -(-num_tokens // size) - sum(last - first for first, last in retention.dead(past, size))
+            most = max(most, held, said)
+            if said < max(held, before):
+                raise ValueError(
+                    f"{who}.num_blocks({num_tokens}, {chunk}, {size}) says {said} at most, and such a row holds "
+                    f"{max(held, before)} on its way"
+                )
     if retention.stale(40 * size, size) != (0, 0) and type(retention).turn_keys is Retention.turn_keys:
         raise ValueError(f"{who}.stale cuts blocks out, so turn_keys must say how the keys behind them turn")
 

@@ -131,6 +131,24 @@ class ComesBackToLife(Retention):
         return ((0, 1),) if num_tokens // block_size in (1, 3) else ()
 
 
+class Rolling(Retention):
+    window = 8
+
+    def dead(self, num_tokens, block_size):
+        last = (num_tokens - 7) // block_size
+        return ((0, last),) if last > 0 else ()
+
+
+class CountsWithoutTheChunk(Rolling):
+    def num_blocks(self, num_tokens, chunk, block_size):
+        return min(-(-num_tokens // block_size), -(-7 // block_size) + 1)
+
+
+class FewerForMore(Rolling):
+    def num_blocks(self, num_tokens, chunk, block_size):
+        return -(-num_tokens // block_size) + num_tokens % 2
+
+
 class NotBool(Retention):
     def visible(self, position, index):
         return index
@@ -181,6 +199,8 @@ class StrangePlanes(WrongShape):
         ("retention", OtherArguments, True, r"OtherArguments.dead must take \(self, num_tokens, block_size\)"),
         ("retention", ShowsTheDead, True, "still sees blocks"),
         ("retention", ComesBackToLife, True, "lacks blocks that were dead before"),
+        ("retention", CountsWithoutTheChunk, True, "such a row holds"),
+        ("retention", FewerForMore, True, "such a row holds"),
         ("retention", NotBool, True, r"visible must give bool \[n, m\]"),
         ("retention", CutsWithoutTurning, True, "turn_keys must say"),
         ("retention", Placement, True, "Placement is no kv_strategies.base.Retention"),
