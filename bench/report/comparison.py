@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bench.case import is_random
 from bench.lines import Found
-from bench.markdown import NONE, cell, spread, table, unique
+from bench.markdown import cell, spread, table, unique
+from bench.systems import NATIVE_CACHES
 
 GENERATE_BATCH_NOTE = (
     "`generate_batch` runs on torch's SDPA here. With the flash-attn package it is several times faster upstream "
@@ -35,14 +38,20 @@ def rows(found: Found, model: str, dtype: str) -> list[list[str]]:
         rows.append(
             [
                 system,
-                cell(line, lambda result: f"{result['peak'] / 1e9:.2f}"),
-                cell(line, lambda result: spread(result["tokens_per_second"], 1, 1)),
-                cell(accuracy.get(system), lambda result, system=system: _equality(result, system)),
+                _cell(line, lambda result: f"{result['peak'] / 1e9:.2f}"),
+                _cell(line, lambda result: spread(result["tokens_per_second"], 1, 1)),
+                _cell(accuracy.get(system), lambda result, system=system: _equality(result, system)),
                 _beyond_4k(context, system),
-                cell(hits.get(system), lambda result: f"{result['hit_rate']:.0%} of repeated prompts"),
+                "no: a cache a call"
+                if system in NATIVE_CACHES
+                else _cell(hits.get(system), lambda result: f"{result['hit_rate']:.0%} of repeated prompts"),
             ]
         )
     return rows
+
+
+def _cell(line: dict | None, show: Callable[[dict], str]) -> str:
+    return "not run" if line is None else cell(line, show)
 
 
 def comparison(found: Found, model: str, dtype: str) -> str:
@@ -79,7 +88,7 @@ def _beyond_4k(context: dict[str, dict], system: str) -> str:
 
     line, own, native = context.get(system), points(context.get(system)), points(context.get("baseline"))
     if not own:
-        return cell(line, lambda result: NONE)
+        return _cell(line, lambda result: "not run beyond 4096")
     done = [length for length, point in own.items() if "error" not in point]
     if not done:
         return "; ".join(f"{length}: {point['error']}" for length, point in own.items())

@@ -7,7 +7,7 @@ from bench.report.claims import claims
 from bench.report.comparison import comparison
 from bench.suites.limit.table import headline
 
-PAGE, PICTURE = "bench/results/report.html", "bench/results/report-desktop.png"  # `make picture` takes it
+PICTURE = "bench/results/report-desktop.png"  # `make picture` takes it
 MARKS = ("<!-- made by make report -->", "<!-- end -->")
 
 
@@ -21,11 +21,11 @@ def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
     found = Found([line for line in compared if machine_of(line) == machine_of(best)])
     model, dtype = best["model"], best["dtype"]
     text = [
-        f"[![The page of all results: comparison, step and first token of every strategy]({PICTURE})]({PAGE})",
+        f"![The page of all results: comparison, step and first token of every strategy]({PICTURE})",
         f"{model} ({dtype}) on {machine_of(best)}. All tables, conditions and losses: "
-        "[bench/results/comparison_table.md](bench/results/comparison_table.md); all results with their plots on one "
-        f"page, to open in a browser: [{PAGE}]({PAGE}); every figure: "
-        "[bench/results/results.csv](bench/results/results.csv).",
+        "[bench/results/comparison_table.md](bench/results/comparison_table.md); every figure: "
+        "[bench/results/results.csv](bench/results/results.csv); `make report` writes the page above, "
+        "`bench/results/report.html`, which needs no network.",
         comparison(found, model, dtype).split("\n\n", 1)[1],
     ]
     if limit := _newest_on_a_gpu(lines, "limit", model):
