@@ -47,7 +47,7 @@ def leaves(value):
     if isinstance(value, dict):
         return [leaf for inner in value.values() for leaf in leaves(inner)]
     if isinstance(value, list):
-        rows = [{k: v for k, v in item.items() if k not in records.NAMES or isinstance(v, list)}
+        rows = [{k: v for k, v in item.items() if k not in records.NAMES or not isinstance(v, (str, int))}
                 for item in value if isinstance(item, dict)]  # fmt: skip
         return [leaf for row in rows for leaf in leaves(row)]
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
