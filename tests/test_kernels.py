@@ -236,7 +236,7 @@ def test_cpu_store(shape, hole):
 
 def test_a_decode_step_copies_no_past_kv():
     case = build(Shape(row_lens=(300,), shuffled=False))
-    (k, v), *rest = cpu.parts(case.layer, case.plan, 0, 0, 300)
+    ((k, v, *_), *rest) = cpu.parts(case.layer, case.plan, 0, 0, 300)
     assert not rest and k.shape == (1, 2, 300, 16)
     assert k.untyped_storage().data_ptr() == case.layer.k.untyped_storage().data_ptr()
     assert v.untyped_storage().data_ptr() == case.layer.v.untyped_storage().data_ptr()
