@@ -302,8 +302,8 @@ def filled(strategy) -> Iterator[None]:
     """
     from kv_strategies.paged import BlockTable
 
-    for store in strategy.placement.stores.values():
-        for plane in store.planes.values():
+    for planes in strategy.placement.planes():
+        for plane in planes.values():
             if plane.dtype.itemsize == 1:
                 plane.view(torch.int8).random_(0, 64)  # some negative codes of float8 are NaN
             else:

@@ -39,11 +39,11 @@ from .base import Placement, Site
 from .kernels import Kernels
 from .kernels.blocks.topn import TALLY, new_tally
 from .step.plan import LayerStore, Plan
-from .step.store import block_bytes, views_of
+from .step.store import BlockStore, block_bytes
 from .tiers.disk import Disk
 from .tiers.host import Tiers
 from .tiers.rates import PrefillClock, Rates
-from .tiers.stream import LayerStream
+from .tiers.stream import LayersInPlace, LayerStream
 
 
 class Offload(Placement):
@@ -116,7 +116,8 @@ class Offload(Placement):
                 needed[device] = needed.get(device, 0) + block_bytes(num_layers, resident)
             if streamed:
                 one = block_bytes(1, streamed)
-                needed[device] = needed.get(device, 0) + min(self._num_buffers, num_layers) * one
+                if not computes_on_host(device):
+                    needed[device] = needed.get(device, 0) + min(self._num_buffers, num_layers) * one
                 host = torch.device("cpu")
                 needed[host] = needed.get(host, 0) + num_layers * one
         return needed
@@ -133,6 +134,8 @@ class Offload(Placement):
             rows = min(self._lossy["top_n"], num_tokens) * num_layers * site.shape.num_heads
             return read, rows * _vector_bytes(streamed)
         fetched = num_layers * block_bytes(1, streamed) * num_blocks
+        if computes_on_host(site.shape.layer_devices[0]):
+            return read + fetched, 0
         return read + 2 * fetched, fetched  # into a buffer, and out of it
 
     def allocate(self, num_blocks: int, planes: dict, layer_devices: list[torch.device]) -> None:
@@ -172,7 +175,7 @@ class Offload(Placement):
         if len(self._devices) > 1:
             raise ValueError("host_bytes keeps idle blocks of a model on one device; this one is spread over several")
         home = self._devices[0]
-        memories = home.memories()
+        memories = home.memories
         one = sum(memory.shape[0] * memory.shape[2] for memory in memories)
         streamed = home.host_bytes
         spare = self._host_bytes - streamed
@@ -322,15 +325,18 @@ class _DeviceLayers:
         in_order: bool,
     ):
         self.device, self.stream = device, None
-        self._slab = torch.empty(num_blocks, block_bytes(num_layers, resident), dtype=torch.uint8, device=device)
-        self.planes = views_of(self._slab, num_layers, resident)  # name -> [num_blocks, L, *shape]
+        self._store = BlockStore(num_blocks, num_layers, resident, device)
+        self.planes, self.memories = dict(self._store.planes), list(self._store.memories)
         self.resident = [{name: plane[:, layer] for name, plane in self.planes.items()} for layer in range(num_layers)]
         self.tally, self.num_heads, self.vector_bytes = new_tally(device), 1, 0
+        self.device_bytes, self.host_bytes = self._store.num_bytes, 0
         if streamed:
-            self.stream = LayerStream(
-                num_blocks, num_layers, streamed, device, num_buffers=num_buffers, in_order=in_order
-            )
+            layers = LayersInPlace if computes_on_host(device) else LayerStream
+            self.stream = layers(num_blocks, num_layers, streamed, device, num_buffers=num_buffers, in_order=in_order)
             self.planes |= self.stream.planes
+            self.memories += self.stream.memories
+            self.device_bytes += self.stream.device_bytes
+            self.host_bytes = self.stream.host_bytes
             self.vector_bytes = _vector_bytes(streamed)
         names = ("k", "v", "k_scale", "v_scale")
         self.layers = [
@@ -338,23 +344,8 @@ class _DeviceLayers:
             for layer in range(num_layers)
         ]
 
-    def memories(self) -> list[Tensor]:
-        """Where the blocks lie: [L, N, bytes] each."""
-        near = [self._slab[None]] if self._slab.numel() else []
-        return near if self.stream is None else [*near, self.stream.host]
-
-    @property
-    def device_bytes(self) -> int:
-        return self._slab.numel() + (self.stream.buffers.numel() if self.stream else 0)
-
-    @property
-    def host_bytes(self) -> int:
-        return self.stream.host.numel() if self.stream else 0
-
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        if self._slab.numel():
-            source, destination = torch.tensor(copies, device=self.device).T
-            self._slab[destination] = self._slab[source]
+        self._store.copy_blocks([source for source, _ in copies], [destination for _, destination in copies])
         if self.stream:
             self.stream.copy_blocks(copies)
 
@@ -370,6 +361,11 @@ class _DeviceLayers:
         """Wait, on the host, for all that is under way."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def computes_on_host(device: torch.device) -> bool:
+    """Whether the model of this device reads host memory where it lies, and nothing has to stream."""
+    return device.type == "cpu"
 
 
 def _vector_bytes(planes: dict) -> int:

@@ -39,7 +39,7 @@ import torch
 from common import OUTSIDE, VOCAB, can_be_built, tiny_llama
 from transformers import DynamicCache
 
-from kv_strategies import STRATEGIES, Request, Runner, build
+from kv_strategies import STRATEGIES, Request, Runner, build, offload
 from kv_strategies import baseline as baseline_module
 from kv_strategies import prefix as prefix_module
 from kv_strategies import runner as runner_module
@@ -1153,6 +1153,8 @@ NUM_OPS = 120
 
 def run_world(case: str, seed: int, only: list[int] | None = None, num_ops: int = NUM_OPS) -> Counter[str] | Failure:
     """Run one world. Returns what it did, or how it failed."""
+    in_place = mock.patch.object(offload, "computes_on_host", lambda device: device.type == "cpu" and seed % 2 == 0)
+    in_place.start()
     world = World(case, seed)
     try:
         world.run(num_ops, None if only is None else set(only))
@@ -1164,6 +1166,7 @@ def run_world(case: str, seed: int, only: list[int] | None = None, num_ops: int 
         return Failure(case, seed, str(error), world.log, num_ops, only)
     finally:
         world.close()
+        in_place.stop()
 
 
 def shrink(failure: Failure, patience: int = 200) -> Failure:

@@ -45,6 +45,13 @@ def pytest_report_header() -> list[str]:
     return said
 
 
+@pytest.fixture(autouse=True)
+def streams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does is tested on a CPU: offload streams through its buffers, but for tests marked in_place."""
+    if not request.node.get_closest_marker("in_place"):
+        monkeypatch.setattr("kv_strategies.offload.computes_on_host", lambda device: False)
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if ON_GPU else "cpu")

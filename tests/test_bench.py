@@ -506,10 +506,15 @@ def test_the_limit_on_a_cpu():
     batches = [{"system": name, "requests": 8, "tokens": 8, "tokens_per_second": spread(rate), "peak": 1e9,
                 "captures": {"count": 0, "seconds": 0.0}, "preemptions": None}
                for name, rate in (("baseline", 50.0), ("paged", 80.0))]  # fmt: skip
+    behind = [{"system": name, "batch": 1, "context": 4200, "step": spread(step), "unsteady": 0.1, "step_bytes": 1e9}
+              for name, step in (("paged", 0.05), ("int8", 0.06), ("offload", 0.05))]  # fmt: skip
     lines = [line("decode", "paged", {"points": points}), line("batching", "paged", {"batches": batches})]
+    lines.append(line("decode", "int8", {"points": behind}))
     page = pages.render(lines, "title")
+    assert "| decode, float32, 1 x 4200: int8 / paged step | at most 1.00 | 1.20 | missed by 20.0% | 60.00 ms |" in page
+    assert "| int8 | float32 | 1 x 4200 |" in page
     assert "| decode, float32, 1 x 128: tokens/s / native | at least 1.00 | 0.80 | missed by 20.0% |" in page
-    assert "| ragged batch of 8, float32: tokens/s / native | at least 1.50 | 1.60 | reached |" in page
+    assert "| ragged batch of 8, float32: tokens/s / native | at least 1.60 | 1.60 | reached |" in page
 
 
 def test_cost_of_lossy_settings(tiny, tmp_path):

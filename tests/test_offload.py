@@ -18,6 +18,8 @@ from kv_strategies.step.upstream import with_cache
 
 MODEL = tiny_llama(num_layers=3)
 RESIDENT = ["k", "none"]
+#: Tests of both: what a CPU does, and what a GPU does.
+both_ways = pytest.mark.parametrize("where", ["through buffers", pytest.param("in place", marks=pytest.mark.in_place)])
 
 
 def generate(strategy, ids, **options):
@@ -25,6 +27,7 @@ def generate(strategy, ids, **options):
     return MODEL.generate(ids, **with_cache(cache), max_new_tokens=9, do_sample=False, **options).tolist()
 
 
+@both_ways
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 10_000),
@@ -42,7 +45,7 @@ def generate(strategy, ids, **options):
         ]
     ),
 )
-def test_any_schedule_gives_the_tokens_of_the_native_cache(seed, block_size, spare_tokens, chunk, options):
+def test_any_schedule_gives_the_tokens_of_the_native_cache(where, seed, block_size, spare_tokens, chunk, options):
     rng = random.Random(seed)
     requests = random_requests(rng, rng.randint(1, 5), longest=30, max_new=8)
     longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
@@ -54,8 +57,9 @@ def test_any_schedule_gives_the_tokens_of_the_native_cache(seed, block_size, spa
     assert [result.token_ids for result in results] == baseline_tokens(MODEL, requests)
 
 
+@both_ways
 @pytest.mark.parametrize("options", [{}, {"resident": "none"}, {"top_n": 500}, {"mass": 1.0}], ids=str)
-def test_generate(options):
+def test_generate(options, where):
     ids = torch.randint(1, VOCAB, (3, 21))
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
@@ -68,7 +72,8 @@ def test_generate(options):
 
 @pytest.mark.parametrize("name", ["offload+int8", "offload+window", "window+offload+int8", "prefix+offload"])
 @pytest.mark.parametrize("resident", RESIDENT)
-def test_composed_it_changes_what_the_others_change_alone(name, resident):
+@both_ways
+def test_composed_it_changes_what_the_others_change_alone(name, resident, where):
     rng = random.Random(3)
     requests = random_requests(rng, 6, longest=60, max_new=15)
     options = {"window": 20, "sinks": 4} if "window" in name else {}
@@ -125,7 +130,8 @@ def test_rows_that_share_blocks_beside_a_prompt_that_shares_them(options, monkey
     assert [result.token_ids for result in runner.generate(requests)] == baseline_tokens(MODEL, requests)
 
 
-def test_only_new_tokens_go_out_and_only_past_blocks_come_in():
+@both_ways
+def test_only_new_tokens_go_out_and_only_past_blocks_come_in(where):
     strategy = build("offload", MODEL, num_blocks=40, block_size=4)
     runner = Runner(MODEL, strategy, max_num_seqs=2, max_batch_tokens=100)
     runner.submit([Request(list(range(1, 18)), max_new_tokens=3)])
@@ -137,6 +143,13 @@ def test_only_new_tokens_go_out_and_only_past_blocks_come_in():
     stats = strategy.stats()
     assert stats["bytes_to_host"] == 18 * v_bytes
     assert stats["bytes_to_device"] == 5 * 4 * v_bytes, "the five blocks with something in them"
+
+
+@pytest.mark.in_place
+def test_a_cpu_keeps_no_copy_of_what_it_reads():
+    whole = build("paged", MODEL, num_blocks=64).stats()["kv_bytes"]
+    for options, tiers in (({}, {"cpu": whole / 2, "host": whole / 2}), ({"resident": "none"}, {"host": whole})):
+        assert build("offload", MODEL, num_blocks=64, **options).stats()["kv_bytes_per_tier"] == tiers
 
 
 def test_bytes_per_tier():

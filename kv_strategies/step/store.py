@@ -78,16 +78,18 @@ class BlockStore:
         self.device = device
         self.num_layers = num_layers
         self.planes: dict[str, Tensor] = {}  # name -> [num_blocks, num_layers, *shape]
+        self.memories: list[Tensor] = []  # [n, num_blocks, bytes] uint8: block b is [:, b] of all of them
         if device.type == "cpu":
             for name, (shape, dtype) in planes.items():
                 head, *rest = shape
                 memory = torch.empty(num_layers, head, num_blocks, *rest, dtype=dtype)
                 self.planes[name] = memory.permute(2, 0, 1, *range(3, memory.dim()))
-            self.num_bytes = sum(plane.numel() * plane.element_size() for plane in self.planes.values())
-            return
-        slab = torch.empty(num_blocks, block_bytes(num_layers, planes), dtype=torch.uint8, device=device)
-        self.planes = views_of(slab, num_layers, planes)
-        self.num_bytes = slab.numel()
+                self.memories.append(memory.view(torch.uint8).view(num_layers * head, num_blocks, -1))
+        else:
+            slab = torch.empty(num_blocks, block_bytes(num_layers, planes), dtype=torch.uint8, device=device)
+            self.planes = views_of(slab, num_layers, planes)
+            self.memories = [slab[None]] if planes else []
+        self.num_bytes = sum(memory.numel() for memory in self.memories)
 
     def layer(self, index: int) -> LayerStore:
         return LayerStore(**{name: plane[:, index] for name, plane in self.planes.items()})
@@ -111,8 +113,8 @@ class BlockStore:
         """Copy whole blocks inside the store, all layers, K and V."""
         sources = torch.tensor(sources, device=self.device)
         destinations = torch.tensor(destinations, device=self.device)
-        for plane in self.planes.values():
-            plane[destinations] = plane[sources]
+        for memory in self.memories:
+            memory[:, destinations] = memory[:, sources]
 
 
 def views_of(slab: Tensor, num_layers: int, planes: Planes) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from there to the host: each token is appended once.
 
 Three lanes: the model's, one that fetches, one that appends; the link works in both directions at once. Marks keep them
 in order, and nothing waits on the host, so a step that is launched early starts to fetch early.
+
+A CPU reads host memory where it is (`LayersInPlace`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..step.plan import Plan
-from ..step.store import block_bytes, views_of
+from ..step.store import BlockStore, block_bytes, views_of
 from .transfer import Lane, Mark, copy_row, host_memory
 
 #: A gap between blocks in use is copied along where that is cheaper than one more copy.
@@ -53,6 +55,8 @@ class LayerStream:
         row_bytes = block_bytes(1, planes)
         self.host = host_memory(num_layers, num_blocks, row_bytes, device=device)
         self.buffers = torch.empty(self.num_buffers, num_blocks, row_bytes, dtype=torch.uint8, device=device)
+        self.memories = [self.host]
+        self.host_bytes, self.device_bytes = self.host.numel(), self.buffers.numel()
         self.planes, buffered = _planes_of(self.host, planes), _planes_of(self.buffers, planes)
         self.host_layers, self.buffer_layers = (
             [{name: plane[:, layer] for name, plane in views.items()} for layer in range(count)]
@@ -126,11 +130,6 @@ class LayerStream:
         finally:
             self.touched()
 
-    def synchronize(self) -> None:
-        """Wait, on the host, until host memory is up to date and may be changed."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def _begin(self, plan: Plan) -> None:
         if self._opened is not None:  # a forward that ended in an error
             self._free[self._opened[1]] = (self._main.mark(),)
@@ -155,6 +154,49 @@ class LayerStream:
                     self.buffers[buffer, first:last].copy_(self.host[layer, first:last], non_blocking=True)
                 self._under_way.append((layer, buffer, lane.mark()))
             self.bytes_fetched += sum(last - first for first, last in self._runs) * self.host.shape[2]
+
+
+class LayersInPlace:
+    """What `LayerStream` is for a GPU, for a model that computes in host memory itself: nothing is copied, and what
+    would cross a link is counted.
+    """
+
+    device_bytes = 0
+
+    def __init__(
+        self,
+        num_blocks: int,
+        num_layers: int,
+        planes: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        device: torch.device,
+        **_options: object,
+    ):
+        self._store = BlockStore(num_blocks, num_layers, planes, device)
+        self.planes, self.memories, self.host_bytes = self._store.planes, self._store.memories, self._store.num_bytes
+        self._layers = [{name: plane[:, layer] for name, plane in self.planes.items()} for layer in range(num_layers)]
+        self.bytes_fetched = self.bytes_appended = 0
+        self._block_size = next(iter(planes.values()))[0][1]
+        self._block_bytes = block_bytes(1, planes)
+
+    def open(self, layer: int, plan: Plan) -> dict[str, Tensor]:
+        runs = plan.once("past runs", lambda: past_runs(plan, self._block_size, 0))
+        self.bytes_fetched += sum(last - first for first, last in runs) * self._block_bytes
+        return self._layers[layer]
+
+    def append(self, plan: Plan) -> None:
+        pass
+
+    def close(self, plan: Plan) -> None:
+        self.bytes_appended += plan.num_tokens * (self._block_bytes // self._block_size)
+
+    def settle(self) -> None:
+        pass
+
+    def touched(self) -> None:
+        pass
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        self._store.copy_blocks([source for source, _ in copies], [destination for _, destination in copies])
 
 
 def _planes_of(memory: Tensor, planes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:

@@ -78,6 +78,8 @@ def cases(to: Target) -> Iterable[Case]:
         for dtype in ("float32", "bfloat16"):
             params = {"points": points, "new_tokens": 24, "native_tokens": 24, "repeats": 2}
             yield to.case("paged", dtype, params)
+        points = [[system, 1, 4200] for system in ("paged", "int8", "offload")]
+        yield to.case("int8", "float32", {"points": points, "new_tokens": 24, "repeats": 2}, timeout=300)
         return
     steps = {"new_tokens": 48, "native_tokens": 12}
     by_model = {to.model: POINTS["llama-2-7b-random"]} if to.model else POINTS

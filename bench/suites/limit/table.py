@@ -86,9 +86,11 @@ class Steps:
             return {}, {}
         return line, line["result"] if line["status"] == "ok" else {"error": f"{line['status']}: {line['error']}"}
 
-    def step(self, model: str, system: str, rows: int, context: int, dtype: str = "bfloat16") -> dict:
-        """A point of `decode`, with its share; empty where there is none, or with an "error"."""
-        line, result = self.result("decode", "static" if system == "static" else "paged", model, dtype)
+    def step(
+        self, model: str, system: str, rows: int, context: int, dtype: str = "bfloat16", case: str = "paged"
+    ) -> dict:
+        """A point of a case of `decode`, with its share; empty where there is none, or with an "error"."""
+        line, result = self.result("decode", "static" if system == "static" else case, model, dtype)
         if not result or "error" in result:
             return result
         for point in result["points"]:
@@ -263,6 +265,13 @@ def _other_steps(found: Steps) -> Iterator[Row]:
 
 
 def _cpu_rows(found: Steps, model: str) -> Iterator[Row]:
+    own = found.step(model, "paged", 1, 4200, "float32", case="int8")
+    for name, most in (("int8", 1.0), ("offload", 1.1)):
+        other = found.step(model, name, 1, 4200, "float32", case="int8")
+        yield Row(
+            f"decode, float32, 1 x 4200: {name} / paged step", most, _ratio(other, own), at_most=True,
+            time=step_ms(other), rate=_moved(other),
+        )  # fmt: skip
     for dtype in ("float32", "bfloat16"):
         _, result = found.result("decode", "paged", model, dtype)
         for _, rows, context in [p.values() for p in _keys(result) if p["system"] == "paged"]:
@@ -277,7 +286,7 @@ def _cpu_rows(found: Steps, model: str) -> Iterator[Row]:
         if own or native:
             rates = [row.get("tokens_per_second", {}).get("median") for row in (own, native)]
             yield Row(
-                f"ragged batch of {own.get('requests', '...')}, {dtype}: tokens/s / native", 1.5,
+                f"ragged batch of {own.get('requests', '...')}, {dtype}: tokens/s / native", 1.6,
                 rates[0] / rates[1] if all(rates) else own.get("error") or native.get("error"),
                 time=f"{rates[0]:.1f} tokens/s" if rates[0] else "",
                 native=f"{rates[1]:.1f} tokens/s" if rates[1] else "",
@@ -297,7 +306,7 @@ def _steps(lines: Sequence[dict], found: Steps) -> str:
         if line["workload"] != "decode" or line["status"] != "ok":
             continue
         for key in _keys(line["result"]):
-            point = found.step(line["model"], *key.values(), line["dtype"])
+            point = found.step(line["model"], *key.values(), line["dtype"], case=line["system"])
             name = [key["system"], line["dtype"], f"{key['batch']} x {key['context']}"]
             if "error" in point:
                 rows.append([*name, point["error"], "", "", "", ""])
