@@ -200,6 +200,31 @@ class NativeBatch:
         self.model, self.capacity = model, capacity
 
     def __call__(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
+        start = time.perf_counter()
+        out = self.model.generate_batch(
+            [list(prompt) for prompt in prompts],
+            **self._configs(new_tokens),
+            record_timestamps=True,
+            progress_bar=False,
+        )
+        seconds = time.perf_counter() - start
+        rows = [out[key] for key in sorted(out, key=lambda key: int(key.rsplit("_", 1)[1]))]
+        if failed := [row.error for row in rows if row.error]:
+            raise RuntimeError(f"generate_batch failed {len(failed)} of {len(prompts)} requests: {failed[0]}")
+        times = [[moment - start for moment in row.timestamps] for row in rows]
+        return Run([list(row.generated_tokens) for row in rows], times, seconds)
+
+    @contextmanager
+    def manager(self) -> Iterator:
+        """What takes requests one by one, each with its own number of new tokens. It ends with what it was given."""
+        manager = self.model.init_continuous_batching(**self._configs(1))
+        manager.start()
+        try:
+            yield manager
+        finally:
+            manager.stop(block=True)
+
+    def _configs(self, new_tokens: int) -> dict[str, object]:
         from transformers import GenerationConfig
         from transformers.generation import ContinuousBatchingConfig
 
@@ -211,20 +236,7 @@ class NativeBatch:
             max_batch_tokens=2048,
             allow_block_sharing=False,
         )
-        start = time.perf_counter()
-        out = self.model.generate_batch(
-            [list(prompt) for prompt in prompts],
-            generation_config=config,
-            continuous_batching_config=batching,
-            record_timestamps=True,
-            progress_bar=False,
-        )
-        seconds = time.perf_counter() - start
-        rows = [out[key] for key in sorted(out, key=lambda key: int(key.rsplit("_", 1)[1]))]
-        if failed := [row.error for row in rows if row.error]:
-            raise RuntimeError(f"generate_batch failed {len(failed)} of {len(prompts)} requests: {failed[0]}")
-        times = [[moment - start for moment in row.timestamps] for row in rows]
-        return Run([list(row.generated_tokens) for row in rows], times, seconds)
+        return {"generation_config": config, "continuous_batching_config": batching}
 
     filling = None  # it does not show what its pool holds
 

@@ -1,0 +1,124 @@
+"""A process has just started: how soon is it ready, and how long do the first requests take, sent all at once?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from bench import measure
+from bench.case import Bench, Case, ragged
+from bench.lines import Found
+from bench.serving import Arrival, capacity_of, lognormal, serve, waits
+from bench.suites.limit.first_token import no_compiled_kernels
+from bench.suites.limit.table import GQA, MHA, Row, rows_table
+from bench.suites.serving.open_loop import ANSWERS, PROMPTS
+from bench.systems import Capacity, open_system
+from bench.workload import Target, Workload, register
+
+#: Seconds for the first 200 requests at most, until ready at most, and vLLM's.
+REACH = {"all": (12, "11.7 s"), "ready": (20, "60 to 75 s")}
+#: Requests of a batch -> tokens/s at least, the first time in a process and again, and vLLM's.
+BATCHES = {64: (3700, 4050, 3738), 256: (3800, 4050, 3727)}
+
+
+def run_first_minute(bench: Bench) -> dict:
+    """No kernel is compiled. `batches` are ragged ones of (requests, places of the pool), each twice."""
+    with no_compiled_kernels():
+        if "batches" in bench.params:
+            return {"batches": [_batch(bench, *batch) for batch in bench.params["batches"]]}
+        return {name: measure.attempt(lambda name=name: _start(bench, name)) for name in bench.params["systems"]}
+
+
+def _start(bench: Bench, name: str) -> dict:
+    count = bench.params["requests"]
+    lengths = lognormal(count, *bench.params["prompts"], seed=1)
+    answers = lognormal(count, *bench.params["answers"], seed=2)
+    start = time.perf_counter()
+    bench.model  # noqa: B018
+    loaded = time.perf_counter() - start
+    prompts = bench.prompts(lengths, seed=1)
+    arrivals = [Arrival(0.0, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    options = {} if name == "generate_batch" else {"max_batch_tokens": bench.params["chunk"]}
+    start = time.perf_counter()
+    system = open_system(name, bench.model, capacity_of(arrivals, bench.params["slots"]), **options)
+    ready = loaded + time.perf_counter() - start
+    moments = serve(system, arrivals)
+    found = {"load": loaded, "ready": ready, "all": max(row[-1] for row in moments), **waits(arrivals, moments)}
+    del system
+    bench.free()
+    return found
+
+
+def _batch(bench: Bench, requests: int, places: int) -> dict:
+    lengths = ragged(requests, 100, 1024)
+    news = [256] * requests if requests == 64 else lengths[::-1]
+    slots = min(requests, 128)
+    system = open_system("paged", bench.model, Capacity([[places // slots] * slots]), max_batch_tokens=8192)
+    rates = []
+    for repeat in range(2):
+        run = system(bench.prompts(lengths, seed=repeat), news)
+        rates.append(run.num_tokens / run.seconds)
+    del system
+    bench.free()
+    return {"requests": requests, "first": rates[0], "again": rates[1]}
+
+
+def cases(to: Target) -> Iterable[Case]:
+    if not to.on_gpu:
+        params = {"requests": 6, "slots": 4, "chunk": 256, "prompts": (4.0, 0.7, 16, 200), "answers": (2.0, 0.4, 4, 16)}
+        yield to.case("paged", "float32", params | {"systems": ["paged", "generate_batch"]}, timeout=300)
+        return
+    params = {"requests": 200, "slots": 128, "chunk": 2048, "prompts": PROMPTS, "answers": ANSWERS}
+    params |= {"systems": ["paged"]}
+    yield to.case("paged", "bfloat16", params, timeout=300, model=to.model or GQA)
+    for requests, places in ((64, 64 * 1280), (256, 120 * 1024)):
+        params = {"batches": [[requests, places]]}
+        yield to.case(f"paged, {requests} requests", "bfloat16", params, timeout=300, model=to.model or MHA)
+
+
+def tables(found: Found, model: str) -> str:
+    rows: list[Row] = []
+    for line in found.of("first minute", model).values():
+        if line["status"] != "ok":
+            rows.append(Row(f"first minute, {line['system']}", None, f"{line['status']}: {line['error']}"))
+            continue
+        result = line["result"]
+        for batch in result.get("batches", []):
+            first, again, vllm = BATCHES[batch["requests"]] if found.on_gpu else (None, None, "")
+            for name, least in (("first", first), ("again", again)):
+                work = f"`Runner`, {batch['requests']} requests, {name if name == 'again' else 'first time'}: tokens/s"
+                rows.append(Row(work, least, batch[name], "{:.0f}", vllm=str(vllm)))
+        is_compared = found.on_gpu and model == GQA
+        for system in line["params"].get("systems", []):
+            own = result[system]
+            if "error" in own:
+                rows.append(Row(system, None, own["error"]))
+                continue
+            whole = f"the first {line['params']['requests']} requests"
+            for name, what in (("ready", "from a start to ready"), ("all", whole)):
+                most, vllm = REACH[name] if is_compared else (None, "")
+                time = f"TTFT p50 {own['ttft']['p50']:.2f} s" if name == "all" else ""
+                rows.append(Row(f"{system}: {what}", most, own[name], "{:.1f} s", True, time, vllm=vllm))
+    note = "No kernel is compiled when it starts. All requests are sent at once."
+    return f"**The first minute**\n\n{note}\n\n{rows_table(rows)}" if rows else ""
+
+
+def _words(result: dict) -> str:
+    if "batches" in result:
+        return ", ".join(f"{b['requests']}: {b['first']:.0f}, {b['again']:.0f} tokens/s" for b in result["batches"])
+    return ", ".join(
+        f"{name}: ready {found['ready']:.1f} s, all {found['all']:.1f} s" if "all" in found else found["error"]
+        for name, found in result.items()
+    )
+
+
+register(
+    Workload(
+        "first minute",
+        run_first_minute,
+        "a process has just started: how soon is it ready, and how long do the first requests take",
+        cases={"limit": cases},
+        tables=tables,
+        words=_words,
+    )
+)

@@ -1,0 +1,123 @@
+"""Requests arrive by themselves: how long is the first token held up, and each of the next?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from bench import measure
+from bench.case import Bench, Case
+from bench.lines import Found
+from bench.serving import Arrival, capacity_of, lognormal, poisson, serve, waits
+from bench.suites.limit.table import GQA, Row, rows_table
+from bench.systems import open_system
+from bench.workload import Target, Workload, register
+
+#: requests/s -> TTFT at p50 and p90, ITL at p50, p90 and p99, ms: what must be reached, and vLLM's.
+REACH = {
+    9: ({"ttft": {"p50": 34, "p90": 85}, "itl": {"p90": 11}}, {"ttft": (37, 94, 157), "itl": (7.7, 14.0, 40.7)}),
+    12: (
+        {"ttft": {"p50": 38, "p90": 95}, "itl": {"p50": 7.5, "p90": 14, "p99": 42}},
+        {"ttft": (42, 108, 168), "itl": (8.5, 16.6, 48.6)},
+    ),
+}
+#: Lengths (mu, sigma, least, most) of prompts and answers: a chat's, short ones many and long ones few.
+PROMPTS, ANSWERS = (6.6, 0.9, 32, 6000), (5.0, 0.6, 16, 600)
+
+
+def run_open_loop(bench: Bench) -> dict:
+    """Each rate by each system, after a round that compiles and captures. Nothing of a prompt is known before."""
+    count, slots = bench.params["requests"], bench.params["slots"]
+    found = []
+    for name in bench.params["systems"]:
+        rows = measure.attempt(lambda name=name: {"rows": _rates(bench, name, count, slots)})
+        found += rows.get("rows", [{"system": name} | rows])
+        bench.free()
+    return {"rows": found}
+
+
+def _arrivals(bench: Bench, count: int, rate: float, seed: int) -> list[Arrival]:
+    lengths = lognormal(count, *bench.params["prompts"], seed=1)
+    answers = lognormal(count, *bench.params["answers"], seed=2)
+    prompts = bench.prompts(lengths, seed=seed)
+    return [Arrival(*one) for one in zip(poisson(count, rate, seed=3), prompts, answers, strict=True)]
+
+
+def _rates(bench: Bench, name: str, count: int, slots: int) -> list[dict]:
+    warm = _arrivals(bench, count, bench.params["rates"][-1], seed=100)
+    options = {} if name == "generate_batch" else {"max_batch_tokens": bench.params["chunk"]}
+    system = open_system(name, bench.model, capacity_of(warm, slots), **options)
+    bench.say(f"{name}: a round to warm up")
+    serve(system, warm)
+    rows = []
+    for rate in bench.params["rates"]:
+        bench.say(f"{name}: {rate} requests/s")
+        arrivals = _arrivals(bench, count, rate, seed=int(rate * 10))
+        moments = serve(system, arrivals)
+        seconds = max(row[-1] for row in moments)
+        tokens = sum(map(len, moments))
+        rows.append({"system": name, "rate": rate, "tokens_per_second": tokens / seconds, **waits(arrivals, moments)})
+    return rows
+
+
+def cases(to: Target) -> Iterable[Case]:
+    if to.on_gpu:
+        params = {"rates": [9, 12], "requests": 200, "slots": 128, "chunk": 2048, "prompts": PROMPTS}
+        params |= {"answers": ANSWERS, "systems": ["paged", "generate_batch"]}
+        yield to.case("paged", "bfloat16", params, timeout=400, model=to.model or GQA)
+        return
+    params = {"rates": [2], "requests": 8, "slots": 8, "chunk": 256, "prompts": (4.0, 0.7, 16, 200)}
+    params |= {"answers": (2.0, 0.4, 4, 16), "systems": ["paged", "generate_batch"]}
+    yield to.case("paged", "float32", params, timeout=300)
+
+
+def tables(found: Found, model: str) -> str:
+    rows = []
+    for line in found.of("open loop", model).values():
+        if line["status"] != "ok":
+            rows.append(Row("open loop", None, f"{line['status']}: {line['error']}"))
+            continue
+        native = {row.get("rate"): row for row in line["result"]["rows"] if row["system"] == "generate_batch"}
+        for row in line["result"]["rows"]:
+            if "error" in row:
+                rows.append(Row(row["system"], None, row["error"]))
+            elif row["system"] != "generate_batch":
+                rows += _rows(row, native.get(row["rate"], {}), found.on_gpu and model == GQA)
+    note = (
+        "Poisson arrivals; prompts and answers of lognormal lengths; a request waits from when it was due. Native: "
+        "`generate_batch` under the same driver."
+    )
+    return f"**Open loop**\n\n{note}\n\n{rows_table(rows)}" if rows else ""
+
+
+def _rows(own: dict, native: dict, is_compared: bool) -> Iterable[Row]:
+    most, vllm = REACH.get(own["rate"], ({}, {})) if is_compared else ({}, {})
+    for name, title in (("ttft", "TTFT"), ("itl", "ITL")):
+        for place, at in enumerate(("p50", "p90", "p99")):
+            yield Row(
+                f"{own['system']}, {own['rate']:g} requests/s: {title} {at}", most.get(name, {}).get(at),
+                own[name][at] * 1e3, "{:.1f} ms", at_most=True,
+                native=f"{native[name][at] * 1e3:.1f} ms" if native else "",
+                vllm=f"{vllm[name][place]} ms" if name in vllm else "",
+            )  # fmt: skip
+
+
+def _words(result: dict) -> str:
+    return ", ".join(
+        f"{row['system']} {row['rate']:g}/s: TTFT p90 {row['ttft']['p90'] * 1e3:.0f} ms, ITL p90 "
+        f"{row['itl']['p90'] * 1e3:.1f} ms"
+        if "rate" in row
+        else f"{row['system']} {row['error']}"
+        for row in result["rows"]
+    )
+
+
+register(
+    Workload(
+        "open loop",
+        run_open_loop,
+        "requests arrive by themselves: how long is the first token held up, and each of the next",
+        cases={"limit": cases},
+        tables=tables,
+        words=_words,
+    )
+)
