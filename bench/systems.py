@@ -11,6 +11,7 @@ One interface: `generate(prompts, new_tokens)` runs all prompts greedily, as one
 | generate_batch          | the native continuous batching, its pool as large as ours                     |
 | <strategy>              | this project's `Runner`                                                       |
 | <strategy>, generate()  | `model.generate(cache=strategy.cache())`                                      |
+| tensorflow, <way>       | `peers/tensorflow_llama.py`, a prompt at a time (suite `tensorflow` alone)    |
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from bench.measure import kv_bytes_per_token
 DOOR = ", generate()"  # marks a strategy that is run through plain `model.generate()`
 NATIVE_CACHES = {"baseline": None, "static": "static", "offloaded": "offloaded", "quantized": "quantized"}
 PEERS = ["static", "offloaded", "quantized", "generate_batch"]
+TENSORFLOW = [f"tensorflow, {way}" for way in ("eager", "variable", "two graphs", "while loop", "xla")]
 BLOCK_SIZE = 16
 CHUNK = 2048  # tokens that a runner prefills at a time
 
@@ -77,6 +79,10 @@ def missing(name: str, device: str) -> str | None:
         return "needs a GPU to offload from"
     if name == "quantized" and not importlib.util.find_spec("optimum") and not importlib.util.find_spec("hqq"):
         return "neither optimum-quanto nor hqq is installed"
+    if name in TENSORFLOW and device.startswith("cuda"):
+        return "is measured on a CPU (--device cpu)"
+    if name in TENSORFLOW and not importlib.util.find_spec("tensorflow"):
+        return "tensorflow is not installed: pip install --constraint constraints.txt --editable '.[tensorflow]'"
     return None
 
 

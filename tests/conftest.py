@@ -28,8 +28,13 @@ def has_browser() -> bool:
     return found or bool(os.environ.get("CI"))
 
 
+def has_tensorflow() -> bool:
+    return bool(importlib.util.find_spec("tensorflow") or os.environ.get("CI"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    lacking = {name for name, has in (("gpu", ON_GPU), ("browser", has_browser())) if not has}
+    here = {"gpu": ON_GPU, "browser": has_browser(), "tensorflow": has_tensorflow()}
+    lacking = {name for name, has in here.items() if not has}
     deselected = [item for item in items if any(map(item.get_closest_marker, lacking))]
     if deselected:
         items[:] = [item for item in items if item not in deselected]
@@ -42,6 +47,8 @@ def pytest_report_header() -> list[str]:
         said = [f"device: {torch.cuda.get_device_name()}"]
     if not has_browser():
         said.append("no Chromium, playwright or vl-convert-python: tests marked browser are deselected")
+    if not has_tensorflow():
+        said.append("no tensorflow (an extra of that name): tests marked tensorflow are deselected")
     return said
 
 

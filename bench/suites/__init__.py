@@ -8,6 +8,7 @@
 | `evict`      | what a prompt leaves of itself, and what follows: blocks, steps, first tokens, requests at once |
 | `cost`       | perplexity, logits and retrieval of every lossy setting                                   |
 | `limit`      | decode, prefill and batching held against the limits of the machine, profiles of the step |
+| `tensorflow` | TensorFlow's ways to keep K and V, beside torch's and ours, on a CPU                       |
 
 `python -m bench workloads` prints the questions. Accuracy and speed are separate cases. Importing `all.py` makes all of
 them known.
