@@ -240,6 +240,25 @@ def test_what_cannot_be_done_is_said_before_anything_runs(tmp_path, capsys, monk
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("kind", ["gguf", "folder"])
+def test_a_model_of_another_kind_is_refused_before_anything_runs(tmp_path, capsys, monkeypatch, kind):
+    import gguf
+
+    monkeypatch.setattr(driver, "run_all", lambda *_, **__: pytest.fail("it ran"))
+    if kind == "gguf":
+        model = tmp_path / "model.gguf"
+        writer = gguf.GGUFWriter(model, "mamba")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    else:
+        model = tmp_path / "model"
+        model.mkdir()
+        (model / "config.json").write_text('{"model_type": "mamba"}')
+    assert main(["--device", "cpu", "--out", str(tmp_path / "out"), "--model", str(model)]) == 2
+    assert f"{model} is a model of type 'mamba'" in capsys.readouterr().err
+
+
 def test_one_json_object_and_all_else_elsewhere(tmp_path, capsys):
     toy(tmp_path, "a", "killed")
     arguments = ["--load", "toy", "--suite", "toys", "--only", "toy", "--out", "out", "--json"]

@@ -81,6 +81,15 @@ def test_what_fits_fits_and_one_more_does_not():
             assert plan(name, options, model, Work(4096, found.largest_batch + more, 256), card).fits == (not more)
 
 
+def test_every_kind_that_loads_has_a_shape(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    for kind, others in {"llama": {}, "qwen2": {}, "mistral": {"sliding_window": None}}.items():
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **sizes, **others}))
+        config = model_shape(tmp_path, torch.float32).config
+        assert {name: getattr(config, name) for name in sizes} == sizes, kind
+
+
 def test_what_the_results_say_of_the_planner():
     """Memory everywhere; times for the most part. `make plan-check` shows each and says which miss."""
     found = predictions.compare(lines.read(report.RESULTS))

@@ -143,13 +143,11 @@ def model_shape(spec: str | Path | None, dtype: torch.dtype) -> LlamaForCausalLM
         config = _random_config(spec)
     else:
         raw = gguf_config(Path(spec)) if spec.endswith(".gguf") else read_config(spec)
-        match raw.get("model_type"):
-            case "llama":
-                config = LlamaConfig.from_dict(raw)
-            case "qwen2" | "qwen":
-                config = qwen.llama_config(raw)
-            case other:
-                raise ValueError(f"{spec} is a model of type {other!r}: the strategies run on the Llama architecture")
+        if raw.get("model_type") not in _CONFIGS:
+            raise ValueError(
+                f"{spec} is a model of type {raw.get('model_type')!r}: the strategies run on the Llama architecture"
+            )
+        config = llama_config(spec, raw)
     with torch.device("meta"):
         return LlamaForCausalLM(config).to(dtype).eval()
 
