@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", help="a folder, a hub id or a gguf file: Llama, Qwen, Qwen2, Mistral")
     convert.add_argument("folder", type=Path, help="to make; it must not exist")
     convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: theirs)")
+    convert.add_argument("--json", action="store_true", help="print one JSON object")
     convert.set_defaults(run=_convert)
 
     explain = commands.add_parser("explain", help="show how a strategy works on a small example")
@@ -256,7 +257,8 @@ def _batch(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from .models.convert import convert
 
-    print(f"written to {convert(options.source, options.folder, options.dtype)}")
+    folder = convert(options.source, options.folder, options.dtype)
+    print(json.dumps({"folder": str(folder)}) if options.json else f"written to {folder}")
     return 0
 
 

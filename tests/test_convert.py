@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -174,7 +175,7 @@ def test_a_sharded_llama_3_folder_keeps_its_rope_scaling(tmp_path):
 
 class TestConvert:
     @pytest.mark.parametrize("source", ["qwen2", "mistral", "gguf"])
-    def test_what_it_writes_is_a_llama_folder(self, source, tmp_path):
+    def test_what_it_writes_is_a_llama_folder(self, source, tmp_path, capsys):
         if source == "mistral":
             original = random_model(MistralForCausalLM, MistralConfig(**SMALL, sliding_window=None)).bfloat16()
         else:
@@ -184,7 +185,8 @@ class TestConvert:
             write_gguf(given, original)
         else:
             original.save_pretrained(given)
-        assert main(["convert", str(given), str(folder)]) == 0
+        assert main(["convert", str(given), str(folder), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {"folder": str(folder)}
         model = LlamaForCausalLM.from_pretrained(folder)
         assert model.dtype == original.dtype
         if source != "gguf":
