@@ -27,6 +27,8 @@ from bench.case import Case, model_name
 from bench.systems import missing
 from bench.workload import LOADED, WORKLOADS, in_words
 
+BAR = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}] {bar:5} {desc}{postfix}"  # a narrow terminal cuts off the end
+
 
 def run_all(cases: Sequence[Case], results: Path, suite_name: str, *, keep_failures: bool = False) -> int:
     """Runs the cases in order, a line each. Returns how many failed; `keep_failures` puts these among the results too.
@@ -41,7 +43,8 @@ def run_all(cases: Sequence[Case], results: Path, suite_name: str, *, keep_failu
     print(f"Compared: {'; '.join(systems)}")
     print(f"Models:   {', '.join(models)}", flush=True)
     failed = 0
-    with tempfile.TemporaryDirectory(prefix="bench-") as scratch, tqdm(total=len(cases), unit="case") as bar:
+    bar = tqdm(total=len(cases), bar_format=BAR)
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch, bar:
         for case in cases:
             bar.set_description_str(case.name)
             line = run_one(case, Path(scratch), suite_name, say=lambda text: bar.set_postfix_str(text[:60]))

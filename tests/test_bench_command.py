@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import resource
 import shutil
 import stat
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -135,6 +138,17 @@ def test_a_workload_from_outside_runs_into_a_table(tmp_path):
     assert unloaded.returncode == 0
     assert "no workload of this name is known here (`--load MODULE`): toy" in (
         tmp_path / "out" / "toys_table.md").read_text()  # fmt: skip
+
+
+def test_a_narrow_terminal_shows_the_time_left(tmp_path, monkeypatch):
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 40))
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        run_all([Case("machine", "limits", None, "float32", "cpu", {"size": 1 << 20})], tmp_path / "a-cpu.jsonl", "a")
+    shown = [text for text in re.split(r"[\r\n]+", os.read(ours, 1 << 16).decode()) if text.strip()]
+    assert all(len(text) <= 40 and re.match(r"[01]/1 \[\d\d:\d\d<[\d?]", text) for text in shown), shown
+    assert any("machine / limits" in text for text in shown)
 
 
 def test_a_name_is_taken_once():
