@@ -8,6 +8,9 @@ In place of "prompt" stands "messages", a chat, or "token_ids"; beside it any fi
 A line that cannot be answered gives {"line": 2, "of": .., "error": ".."}, and the rest go on. Answers come as they are
 done, whole lines only, each with the number and a hash of what it answers: an interrupted run goes on where it was, and
 a file that answers other prompts is noticed. A request without a seed has the number of its line.
+
+    Batch(prompts, out)     the files: which lines wait, and the answers as they come
+    Answering(runner, ..)   lines to answers, here; `cluster.py` has many machines of them
 """
 
 from __future__ import annotations
@@ -15,20 +18,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
-from itertools import islice
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, fields
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .baseline import Baseline
 from .runner import Runner
 from .step.requests import Request, Result
 
-_PROMPTS = ("prompt", "messages", "token_ids")
+#: In one of these a line says what it asks.
+PROMPTS = ("prompt", "messages", "token_ids")
 #: What a line may say: all of a request that JSON can.
 _OPTIONS = {field.name for field in fields(Request) if field.init} - {"token_ids", "request_id", "logits_processor"}
+_ANSWER = b'{"line": '  # how a line of answers begins
 
 
 class Line(NamedTuple):
@@ -39,68 +49,98 @@ class Line(NamedTuple):
 
 class Summary(NamedTuple):
     num_answered: int
-    num_failed: int
+    num_failed: int  # lines that cannot be answered, those of an earlier run included
     num_resumed: int  # lines that were there already, failed ones included
 
 
-def run_batch(
-    prompts: Path,
-    out: Path,
-    runner: Runner,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_new_tokens: int = 64,
-    resume: bool = False,
-    report: Callable[[str], None] = lambda message: None,
-) -> Summary:
-    """Answer every line of `prompts` in `out`.
+@dataclass(frozen=True)
+class Lines:
+    """The lines of a file that wait for an answer, read anew each time: the file may be larger than memory."""
+
+    path: Path
+    answered: frozenset[int]  # their numbers
+    num_waiting: int
+
+    def __iter__(self) -> Iterator[Line]:
+        return (line for line in _read_lines(self.path) if line.number not in self.answered)
+
+    def __len__(self) -> int:
+        return self.num_waiting
+
+
+class Batch:
+    """A file of prompts and the file of its answers. What is wrong with them is said here, before a model is loaded.
 
     Args:
-        max_new_tokens: of lines that do not say.
-        resume: go on with an `out` that is there; without it such a file is refused.
-        report: told of every line that cannot be answered.
+        resume: go on with an `out` that is there; without it such a file is refused. What a killed run has left behind
+            the last whole line is cut off when this one begins to write.
 
     Raises:
-        ValueError: `out` exists, or answers other prompts than these.
+        ValueError: `out` exists, is no file of answers, or answers other prompts than these.
+        OSError: a file that cannot be read.
     """
-    done = _answered(prompts, out, resume)
-    waiting = (line for line in _lines(prompts) if line.number not in done)
-    running: dict[int, tuple[Line, dict, list[Result]]] = {}
-    num_answered = num_failed = 0
-    with out.open("ab") as file:
 
-        def write(line: Line, answer: dict[str, object]) -> None:
-            row = {"line": line.number, "of": line.digest} | answer
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            file.flush()
+    def __init__(self, prompts: Path, out: Path, *, resume: bool = False):
+        if out.exists() and not resume:
+            raise ValueError(f"{out} exists already: go on with it (--resume), or give another name")
+        if not out.parent.is_dir():
+            raise ValueError(f"there is no folder {out.parent} to write to")
+        self.out = out
+        self._is_new = not out.exists()
+        found, self._num_failed, self._num_bytes = ({}, 0, 0) if self._is_new else _read_answers(out)
+        answered, num_waiting = frozenset(found), 0
+        for line in _read_lines(prompts):
+            if line.number not in found:
+                num_waiting += 1
+            elif found.pop(line.number) != line.digest:
+                found = {line.number: line.digest}
+                break
+        if found:
+            raise ValueError(f"{out} answers another line {min(found)} than {prompts} has: it cannot be gone on with")
+        self.lines = Lines(prompts.absolute(), answered, num_waiting)
 
-        while True:
-            # Enough to keep all seats taken, and never the whole file.
-            for line in islice(waiting, 2 * runner.max_num_seqs - len(running)):
-                try:
-                    asked, request = _request(line, tokenizer, max_new_tokens)
-                    runner.submit([request])
-                    running[line.number] = line, asked, []
-                except ValueError as error:
-                    num_failed += 1
-                    report(f"line {line.number}: {error}")
-                    write(line, {"error": str(error)})
-            if not running:
-                os.fsync(file.fileno())
-                return Summary(num_answered, num_failed, len(done))
-            for event in runner.step():
-                if event.result is None:
-                    continue
-                line, asked, results = running[event.request_id]
-                results.append(event.result)
-                if len(results) == int(asked.get("n", 1)):
-                    del running[line.number]
-                    num_answered += 1
-                    results.sort(key=lambda result: result.sample_index)
-                    write(line, {"id": asked.get("id"), "samples": [_sample(r, tokenizer) for r in results]})
+    def run(
+        self,
+        answer: Callable[[Lines], Generator[dict, None, None]],
+        *,
+        report: Callable[[str], None] = lambda message: None,
+        progress: bool = False,
+    ) -> Summary:
+        """Write the answers as they come, each line once. However it ends, what was written can be gone on with.
+
+        Args:
+            answer: makes rows of lines, in any order: an `Answering`, or a `Cluster`.
+            report: told of every line that cannot be answered.
+            progress: show it, and the time left, where standard error is a terminal.
+
+        Raises:
+            OSError: an answer could not be written.
+            RuntimeError: lines were left without an answer.
+        """
+        written, num_failed = set(), 0
+        with self.out.open("xb" if self._is_new else "ab") as file, closing(answer(self.lines)) as rows:
+            file.truncate(self._num_bytes)
+            try:
+                for row in tqdm(rows, total=len(self.lines), unit="line", disable=None if progress else True):
+                    if row["line"] in written:
+                        continue
+                    file.write(encode(row) + b"\n")
+                    file.flush()
+                    written.add(row["line"])
+                    if "error" in row:
+                        num_failed += 1
+                        report(f"line {row['line']}: {row['error']}")
+            except BaseException:
+                if self._is_new and not written:
+                    self.out.unlink(missing_ok=True)
+                raise
+            os.fsync(file.fileno())
+        if len(written) < len(self.lines):
+            raise RuntimeError(f"{len(self.lines) - len(written)} lines were left without an answer")
+        return Summary(len(written) - num_failed, self._num_failed + num_failed, len(self.lines.answered))
 
 
-def _lines(path: Path) -> Iterator[Line]:
+def _read_lines(path: Path) -> Iterator[Line]:
     """Those that are not empty."""
     with path.open("rb") as file:
         for number, text in enumerate(file, start=1):
@@ -108,23 +148,145 @@ def _lines(path: Path) -> Iterator[Line]:
                 yield Line(number, hashlib.sha256(text).hexdigest()[:12], text)
 
 
-def _request(line: Line, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> tuple[dict, Request]:
+def _read_answers(out: Path) -> tuple[dict[int, str], int, int]:
+    """Line -> hash of what it answers; how many of them are errors; and the bytes of all whole lines.
+
+    Raises:
+        ValueError: no file of answers.
+    """
+    found, num_failed, num_bytes = {}, 0, 0
+    with out.open("rb") as file:
+        for number, row in enumerate(file, start=1):
+            if not row.endswith(b"\n") and _ANSWER.startswith(row[: len(_ANSWER)]):
+                break  # of a run that was killed
+            try:
+                answer = json.loads(row)
+                found[answer["line"]] = answer["of"]
+                num_failed += "error" in answer
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{out}, line {number}, is no answer of a batch: give another name") from None
+            num_bytes += len(row)
+    return found, num_failed, num_bytes
+
+
+@dataclass
+class _Caller:
+    """Someone who waits for the answers to its lines."""
+
+    lines: Iterator[Line]
+    rows: deque[dict] = field(default_factory=deque)  # not yet handed over
+    num_open: int = 0
+    has_more: bool = True
+
+
+class _Open(NamedTuple):
+    line: Line
+    asked: dict
+    results: list[Result]  # of those samples that have ended
+    caller: _Caller
+
+
+class Answering:
+    """Lines to rows, by one runner, which is its own while it answers.
+
+    Several threads may ask at the same time: all their lines are one batch, whoever's turn it is to compute.
+
+    Args:
+        max_new_tokens: of lines that do not say.
+    """
+
+    def __init__(self, runner: Runner, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int = 64):
+        if isinstance(runner.strategy, Baseline):
+            raise ValueError("the baseline answers one request after the other: a batch takes any other strategy")
+        self.runner = runner
+        self._tokenizer = tokenizer
+        self._max_new_tokens = max_new_tokens
+        self._lock = threading.Lock()
+        self._callers: list[_Caller] = []
+        self._open: dict[int, _Open] = {}  # by request id
+        self._ids = count()  # a line may be asked again, in another call
+
+    def __call__(self, lines: Iterable[Line]) -> Generator[dict, None, None]:
+        """The rows of all lines, as they are done. Stopping early cancels what is left."""
+        caller = _Caller(iter(lines))
+        self._callers.append(caller)
+        try:
+            while caller.has_more or caller.num_open or caller.rows:
+                while caller.rows:
+                    yield caller.rows.popleft()
+                with self._lock:
+                    self._advance()
+        finally:
+            with self._lock:
+                self._callers.remove(caller)
+                for request_id in [key for key, entry in self._open.items() if entry.caller is caller]:
+                    del self._open[request_id]
+                    self.runner.cancel(request_id)
+
+    def _advance(self) -> None:
+        """One step, for all callers. It holds enough of their lines to keep all seats taken, and never a whole file."""
+        for caller in self._callers:
+            while caller.has_more and caller.num_open + len(caller.rows) < 2 * self.runner.max_num_seqs:
+                line = next(caller.lines, None)
+                caller.has_more = line is not None
+                if line is not None:
+                    self._begin(line, caller)
+        if self._open:
+            for event in self.runner.step():
+                if event.result is not None and event.request_id in self._open:
+                    self._end(event.result)
+
+    def _begin(self, line: Line, caller: _Caller) -> None:
+        request_id = next(self._ids)
+        try:
+            asked, request = _request(line, request_id, self._tokenizer, self._max_new_tokens)
+            self.runner.submit([request])
+        except ValueError as error:
+            caller.rows.append(_row(line, {"error": str(error).removeprefix(f"request {request_id}: ")}))
+            return
+        self._open[request_id] = _Open(line, asked, [], caller)
+        caller.num_open += 1
+
+    def _end(self, result: Result) -> None:
+        line, asked, results, caller = self._open[result.request_id]
+        results.append(result)
+        if len(results) == int(asked.get("n", 1)):
+            del self._open[result.request_id]
+            caller.num_open -= 1
+            results.sort(key=lambda result: result.sample_index)
+            samples = [_sample(result, self._tokenizer) for result in results]
+            caller.rows.append(_row(line, {"id": asked.get("id"), "samples": samples}))
+
+
+def _row(line: Line, answer: dict[str, object]) -> dict[str, object]:
+    return {"line": line.number, "of": line.digest} | answer
+
+
+def encode(row: dict[str, object]) -> bytes:
+    """As it stands in the file. What an id may hold and UTF-8 cannot, half of a surrogate pair, stays an escape."""
+    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace")
+
+
+def _request(
+    line: Line, request_id: int, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> tuple[dict, Request]:
     try:
         asked = json.loads(line.text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from None
     if not isinstance(asked, dict):
         raise ValueError(f"a line is a JSON object, got {type(asked).__name__}")
-    unknown = sorted(asked.keys() - _OPTIONS - {*_PROMPTS, "id"})
+    unknown = sorted(asked.keys() - _OPTIONS - {*PROMPTS, "id"})
     if unknown:
         raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(_OPTIONS))}")
-    given = [name for name in _PROMPTS if name in asked]
+    given = [name for name in PROMPTS if name in asked]
     if len(given) != 1:
-        raise ValueError(f"needs one of {', '.join(_PROMPTS)}, got {' and '.join(given) or 'none'}")
+        raise ValueError(f"needs one of {', '.join(PROMPTS)}, got {' and '.join(given) or 'none'}")
     (kind,) = given
     if kind == "token_ids":
         ids = asked[kind]
     elif kind == "prompt" and isinstance(asked[kind], str):
+        asked[kind].encode()  # a ValueError where half of a surrogate pair stands alone
         ids = tokenizer(asked[kind]).input_ids
     elif kind == "messages":
         try:
@@ -135,7 +297,7 @@ def _request(line: Line, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
         raise ValueError(f"{kind} must be text, got {type(asked[kind]).__name__}")
     options = {"max_new_tokens": max_new_tokens, "seed": line.number}
     options |= {name: value for name, value in asked.items() if name in _OPTIONS}
-    return asked, Request(ids, request_id=line.number, **options)
+    return asked, Request(ids, request_id=request_id, **options)
 
 
 def _sample(result: Result, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
@@ -144,31 +306,3 @@ def _sample(result: Result, tokenizer: PreTrainedTokenizerBase) -> dict[str, obj
     for name in ("request_id", "sample_index", "timings"):
         del found[name]
     return {"text": text} | found
-
-
-def _answered(prompts: Path, out: Path, resume: bool) -> set[int]:
-    """The lines of `prompts` that `out` answers. What a killed run has left behind the last whole line is cut off.
-
-    Raises:
-        ValueError: see `run_batch`.
-    """
-    if not out.exists():
-        return set()
-    if not resume:
-        raise ValueError(f"{out} exists already: go on with it (--resume), or give another name")
-    with out.open("r+b") as file:
-        text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        file.truncate(len(whole))
-    found = {}
-    for number, row in enumerate(whole.splitlines(), start=1):
-        try:
-            answer = json.loads(row)
-            found[answer["line"]] = answer["of"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{out}, line {number}, is no answer of a batch: give another name") from None
-    asked = {line.number: line.digest for line in _lines(prompts)}
-    for number, digest in found.items():
-        if asked.get(number) != digest:
-            raise ValueError(f"{out} answers another line {number} than {prompts} has: it cannot be gone on with")
-    return set(found)

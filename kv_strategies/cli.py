@@ -11,8 +11,12 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import plan_command
+
+if TYPE_CHECKING:
+    from .batch import Answering
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -224,27 +228,24 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _batch(options: argparse.Namespace) -> int:
-    from . import Runner, build
-    from .batch import run_batch
-    from .models import load_model
+    from tqdm import tqdm
+
+    from .batch import Batch
 
     if not options.prompts.is_file():
         raise ValueError(f"there is no file {options.prompts}")
-    if options.out.exists() and not options.resume:  # said before a model is loaded
-        raise ValueError(f"{options.out} exists already: go on with it (--resume), or give another name")
-    model, tokenizer = load_model(options.model)
-    if tokenizer is None:
-        raise ValueError(f"{options.model} has no tokenizer")
-    strategy = build(options.strategy, model, **dict(map(_parse_option, options.option)))
-    found = run_batch(
-        options.prompts,
-        options.out,
-        Runner(model, strategy, tokenizer=tokenizer),
-        tokenizer,
-        max_new_tokens=options.max_new_tokens,
-        resume=options.resume,
-        report=lambda message: print(message, file=sys.stderr),
-    )
+    batch = Batch(options.prompts, options.out, resume=options.resume)
+    given = dict(map(_parse_option, options.option))
+    try:
+        found = batch.run(
+            load_answering(options.model, options.strategy, given, options.max_new_tokens),
+            report=lambda message: tqdm.write(message, file=sys.stderr),
+            progress=True,
+        )
+    except BaseException:
+        if options.out.exists():
+            print(f"kv-strategies: {options.out} holds what is answered: go on with --resume", file=sys.stderr)
+        raise
     if options.json:
         print(json.dumps(found._asdict()))
     else:
@@ -252,6 +253,18 @@ def _batch(options: argparse.Namespace) -> int:
             f"{found.num_answered} answered, {found.num_failed} failed, {found.num_resumed} were there; {options.out}"
         )
     return 1 if found.num_failed else 0
+
+
+def load_answering(model: str | None, strategy: str, options: dict[str, object], max_new_tokens: int) -> Answering:
+    from . import Runner, build
+    from .batch import Answering
+    from .models import load_model
+
+    loaded, tokenizer = load_model(model)
+    if tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer")
+    runner = Runner(loaded, build(strategy, loaded, **options), tokenizer=tokenizer)
+    return Answering(runner, tokenizer, max_new_tokens=max_new_tokens)
 
 
 def _convert(options: argparse.Namespace) -> int:

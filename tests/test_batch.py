@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import resource
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from kv_strategies import Request, Runner, build
-from kv_strategies.batch import run_batch
+from kv_strategies.batch import Answering, Batch, Line
 from kv_strategies.cli import main
 from kv_strategies.models import load_model
 
 MODEL, TOKENIZER = load_model(dtype=torch.float32, device="cpu")
 GOOD = [
-    {"prompt": "The capital of France is", "max_new_tokens": 4, "id": "a"},
+    {"prompt": "The capital of France is", "max_new_tokens": 4, "id": "a\ud800"},
     {"messages": [{"role": "user", "content": "Hi"}], "max_new_tokens": 3, "temperature": 0.8, "n": 2},
     {"token_ids": [504, 260, 2], "logprobs": 1, "stop": ["."]},
     {"prompt": "naïve 日本", "max_new_tokens": 2, "temperature": 1.0},
@@ -31,11 +33,18 @@ BAD = [
     (b'{"token_ids": [99999999]}', "outside the vocabulary"),
     (b'{"prompt": "a", "max_new_tokens": 9999}', "exceed"),
     (b'{"prompt": "\xff"}', "not valid JSON"),
+    (b"[" * 100_000, "not valid JSON"),
+    (rb'{"prompt": "\ud800"}', "surrogates not allowed"),
 ]
 
 
 def new_runner() -> Runner:
     return Runner(MODEL, build("prefix", MODEL, num_blocks=32), max_num_seqs=2, tokenizer=TOKENIZER)
+
+
+def run(prompts, out, *, resume=False, max_new_tokens=64, **options):
+    answering = Answering(new_runner(), TOKENIZER, max_new_tokens=max_new_tokens)
+    return Batch(prompts, out, resume=resume).run(answering, **options)
 
 
 def answers(path) -> dict[int, dict]:
@@ -44,19 +53,27 @@ def answers(path) -> dict[int, dict]:
     return {row["line"]: row for row in rows}
 
 
+def lines_of(prompts) -> list[Line]:
+    return list(Batch(prompts, prompts.with_name("none")).lines)
+
+
+def tokens(row: dict) -> list:
+    return row["error"] if "error" in row else [sample["token_ids"] for sample in row["samples"]]
+
+
 @pytest.fixture
 def prompts(tmp_path):
     """Good lines, with bad ones and empty ones between them."""
     path, lines = tmp_path / "prompts.jsonl", []
     for index, good in enumerate(GOOD):
-        lines += [json.dumps(good).encode(), b"", *(text for text, _ in BAD[index * 3 : index * 3 + 3])]
+        lines += [json.dumps(good).encode(), b"", *(text for text, _ in BAD[index * 4 : index * 4 + 4])]
     path.write_bytes(b"\n".join(lines))  # no newline at the end
     return path
 
 
 def test_good_lines_are_answered_and_bad_ones_reported(prompts, tmp_path):
     told = []
-    summary = run_batch(prompts, tmp_path / "out", new_runner(), TOKENIZER, max_new_tokens=5, report=told.append)
+    summary = run(prompts, tmp_path / "out", max_new_tokens=5, report=told.append)
     assert (summary.num_answered, summary.num_failed, summary.num_resumed) == (len(GOOD), len(BAD), 0)
     found, lines = answers(tmp_path / "out"), prompts.read_bytes().split(b"\n")
     for number, text in enumerate(lines, start=1):
@@ -81,11 +98,11 @@ def test_good_lines_are_answered_and_bad_ones_reported(prompts, tmp_path):
 @pytest.mark.parametrize("kept", [0, 1, 200, 900, 2000])
 def test_an_interrupted_run_goes_on_exactly(prompts, tmp_path, kept):
     """Killed after any byte: the answers are those of a run that was not."""
-    run_batch(prompts, tmp_path / "whole", new_runner(), TOKENIZER)
+    run(prompts, tmp_path / "whole")
     out = tmp_path / "out"
     text = (tmp_path / "whole").read_bytes()
     out.write_bytes(text[:kept])
-    summary = run_batch(prompts, out, new_runner(), TOKENIZER, resume=True)
+    summary = run(prompts, out, resume=True)
     assert summary.num_resumed == text[:kept].count(b"\n")
     found, expected = answers(out), answers(tmp_path / "whole")
     for row in [*found.values(), *expected.values()]:
@@ -93,24 +110,94 @@ def test_an_interrupted_run_goes_on_exactly(prompts, tmp_path, kept):
             del sample["num_cached_tokens"]  # a new cache has to be filled again
             sample.pop("logprobs", None)  # the last bits are those of other batches
     assert found == expected
-    again = run_batch(prompts, out, new_runner(), TOKENIZER, resume=True)
-    assert again == (0, 0, len(GOOD) + len(BAD))
+    assert run(prompts, out, resume=True) == (0, len(BAD), len(GOOD) + len(BAD))
 
 
 def test_files_that_are_refused(prompts, tmp_path):
     out = tmp_path / "out"
-    run_batch(prompts, out, new_runner(), TOKENIZER)
+    run(prompts, out)
     before = out.read_bytes()
     with pytest.raises(ValueError, match=r"exists already: go on with it \(--resume\)"):
-        run_batch(prompts, out, new_runner(), TOKENIZER)
+        run(prompts, out)
     prompts.write_bytes(prompts.read_bytes().replace(b"France", b"Spain"))
     with pytest.raises(ValueError, match="answers another line 1 than"):
-        run_batch(prompts, out, new_runner(), TOKENIZER, resume=True)
+        run(prompts, out, resume=True)
     assert out.read_bytes() == before
-    out.write_text("something else\n")
-    with pytest.raises(ValueError, match="line 1, is no answer of a batch"):
-        run_batch(prompts, out, new_runner(), TOKENIZER, resume=True)
-    assert out.read_text() == "something else\n"
+    for text in ("something else\n", "something else", '{"line": 1}\n'):
+        out.write_text(text)
+        with pytest.raises(ValueError, match="line 1, is no answer of a batch"):
+            run(prompts, out, resume=True)
+        assert out.read_text() == text
+    with pytest.raises(ValueError, match="no folder"):
+        run(prompts, tmp_path / "none" / "out")
+    with pytest.raises(IsADirectoryError):
+        run(tmp_path, tmp_path / "new")
+    baseline = Runner(MODEL, build("baseline", MODEL))
+    with pytest.raises(ValueError, match="baseline answers one request after the other"):
+        Answering(baseline, TOKENIZER)
+
+
+def test_an_empty_file_has_no_answers(tmp_path):
+    (tmp_path / "prompts").write_text("\n\n")
+    assert run(tmp_path / "prompts", tmp_path / "out") == (0, 0, 0)
+    assert (tmp_path / "out").read_bytes() == b""
+
+
+def full_disk(message: str) -> None:
+    """No file may grow from here on."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, LIMIT[1]))
+
+
+def interrupt(message: str) -> None:
+    raise KeyboardInterrupt
+
+
+LIMIT = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+
+@pytest.mark.parametrize(("fault", "error"), [(full_disk, OSError), (interrupt, KeyboardInterrupt)])
+def test_what_was_answered_before_a_fault_stays(prompts, tmp_path, fault, error):
+    out = tmp_path / "out"
+    try:
+        with pytest.raises(error):
+            run(prompts, out, report=fault)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, LIMIT)
+    assert 0 < len(out.read_bytes()) <= 300
+    num_resumed = out.read_bytes().count(b"\n")
+    assert 0 < run(prompts, out, resume=True).num_resumed == num_resumed
+    assert set(answers(out)) == {line.number for line in lines_of(prompts)}
+
+
+def test_nothing_answered_leaves_no_file(prompts, tmp_path):
+    def broken(lines):
+        raise RuntimeError("no model")
+        yield
+
+    with pytest.raises(RuntimeError, match="no model"):
+        Batch(prompts, tmp_path / "out").run(broken)
+    with pytest.raises(RuntimeError, match=f"{len(GOOD) + len(BAD)} lines were left without an answer"):
+        Batch(prompts, tmp_path / "out").run(lambda lines: (row for row in ()))
+
+
+def test_rows_that_come_twice_are_written_once(prompts, tmp_path):
+    answering = Answering(new_runner(), TOKENIZER)
+    summary = Batch(prompts, tmp_path / "out").run(lambda lines: (row for row in answering(lines) for _ in range(2)))
+    assert summary == (len(GOOD), len(BAD), 0) and len(answers(tmp_path / "out")) == len(GOOD) + len(BAD)
+
+
+def test_threads_share_a_runner(prompts):
+    """Each gets the rows of its own lines, those that one computed alone would get."""
+    lines, answering = lines_of(prompts), Answering(new_runner(), TOKENIZER, max_new_tokens=12)
+    alone = {row["line"]: row for row in answering(lines)}
+    next(answering(lines))  # what is left is cancelled
+    assert not answering.runner.num_running and not answering.runner.num_waiting
+    with ThreadPoolExecutor(3) as pool:
+        parts = list(pool.map(lambda i: list(answering(lines[i::3])), range(3)))
+    for i, rows in enumerate(parts):
+        assert {row["line"] for row in rows} == {line.number for line in lines[i::3]}
+        for row in rows:
+            assert tokens(row) == tokens(alone[row["line"]])
 
 
 def test_from_a_shell(tmp_path, capsys):
@@ -121,8 +208,11 @@ def test_from_a_shell(tmp_path, capsys):
     told = capsys.readouterr()
     assert "line 2: not valid JSON" in told.err and "1 answered, 1 failed" in told.out
     assert main(options) == 1 and "exists already" in capsys.readouterr().err
-    assert main([*options, "--resume"]) == 0 and "0 answered, 0 failed, 2 were there" in capsys.readouterr().out
+    assert main([*options, "--resume"]) == 1 and "0 answered, 1 failed, 2 were there" in capsys.readouterr().out
+    assert main([*options, "--resume", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == {"num_answered": 0, "num_failed": 1, "num_resumed": 2}
+    prompts.write_text('{"prompt": "The capital of France is"}\n')
+    out.write_bytes(out.read_bytes().splitlines(keepends=True)[-1])
     assert main([*options, "--resume", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"num_answered": 0, "num_failed": 0, "num_resumed": 2}
     assert main(["batch", str(tmp_path / "none"), str(tmp_path / "new")]) == 1
     assert not (tmp_path / "new").exists()
