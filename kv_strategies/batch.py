@@ -23,7 +23,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
-from itertools import count
+from itertools import count as counter
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +63,12 @@ class Lines:
     num_waiting: int
 
     def __iter__(self) -> Iterator[Line]:
-        return (line for line in _read_lines(self.path) if line.number not in self.answered)
+        return self.part()
+
+    def part(self, offset: int = 0, number: int = 1, count: int | None = None) -> Iterator[Line]:
+        """Those among `count` lines of the file from byte `offset` on, where line `number` begins."""
+        lines = _read_lines(self.path, offset, number, count)
+        return (line for line in lines if line.number not in self.answered)
 
     def __len__(self) -> int:
         return self.num_waiting
@@ -140,10 +146,11 @@ class Batch:
         return Summary(len(written) - num_failed, self._num_failed + num_failed, len(self.lines.answered))
 
 
-def _read_lines(path: Path) -> Iterator[Line]:
+def _read_lines(path: Path, offset: int = 0, first: int = 1, count: int | None = None) -> Iterator[Line]:
     """Those that are not empty."""
     with path.open("rb") as file:
-        for number, text in enumerate(file, start=1):
+        file.seek(offset)
+        for number, text in enumerate(islice(file, count), start=first):
             if text := text.strip():
                 yield Line(number, hashlib.sha256(text).hexdigest()[:12], text)
 
@@ -204,7 +211,7 @@ class Answering:
         self._lock = threading.Lock()
         self._callers: list[_Caller] = []
         self._open: dict[int, _Open] = {}  # by request id
-        self._ids = count()  # a line may be asked again, in another call
+        self._ids = counter()  # a line may be asked again, in another call
 
     def __call__(self, lines: Iterable[Line]) -> Generator[dict, None, None]:
         """The rows of all lines, as they are done. Stopping early cancels what is left."""

@@ -9,7 +9,9 @@ import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ from . import plan_command
 
 if TYPE_CHECKING:
     from .batch import Answering
+    from .cluster import Cluster
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("--model", help="as of generate")
     batch.add_argument("--max-new-tokens", type=int, default=64, help="of lines that do not say (default: %(default)s)")
     batch.add_argument("--json", action="store_true", help="print one JSON object")
+    batch.add_argument(
+        "--address", help="answer on a Ray cluster: `auto` for the one this machine is in, HOST:PORT, or `local`"
+    )
+    batch.add_argument(
+        "--replicas", type=plan_command.positive(int), help="of the model, on the cluster (default: as many as fit)"
+    )
+    batch.add_argument("--gpus", type=float, help="of a replica (default: 1 where the cluster has any)")
+    batch.add_argument("--cpus", type=float, help="of a replica (default: 1)")
     batch.set_defaults(run=_batch)
 
     convert = commands.add_parser("convert", help="write a model as a folder of Llama architecture")
@@ -234,13 +245,18 @@ def _batch(options: argparse.Namespace) -> int:
 
     if not options.prompts.is_file():
         raise ValueError(f"there is no file {options.prompts}")
+    if not options.address and {options.replicas, options.gpus, options.cpus} != {None}:
+        raise ValueError("--replicas, --gpus and --cpus are of a cluster: say which with --address")
     batch = Batch(options.prompts, options.out, resume=options.resume)
-    given = dict(map(_parse_option, options.option))
+    model = str(Path(options.model).resolve()) if options.model and Path(options.model).exists() else options.model
+    load = partial(
+        load_answering, model, options.strategy, dict(map(_parse_option, options.option)), options.max_new_tokens
+    )
     try:
         found = batch.run(
-            load_answering(options.model, options.strategy, given, options.max_new_tokens),
+            _cluster(load, options) if options.address else load(),
             report=lambda message: tqdm.write(message, file=sys.stderr),
-            progress=True,
+            progress=not options.address,  # Ray shows its own
         )
     except BaseException:
         if options.out.exists():
@@ -256,6 +272,7 @@ def _batch(options: argparse.Namespace) -> int:
 
 
 def load_answering(model: str | None, strategy: str, options: dict[str, object], max_new_tokens: int) -> Answering:
+    """What answers lines, by names alone: so another machine can make the same."""
     from . import Runner, build
     from .batch import Answering
     from .models import load_model
@@ -265,6 +282,14 @@ def load_answering(model: str | None, strategy: str, options: dict[str, object],
         raise ValueError(f"{model} has no tokenizer")
     runner = Runner(loaded, build(strategy, loaded, **options), tokenizer=tokenizer)
     return Answering(runner, tokenizer, max_new_tokens=max_new_tokens)
+
+
+def _cluster(load: Callable[[], Answering], options: argparse.Namespace) -> Cluster:
+    try:
+        from .cluster import Cluster
+    except ImportError:
+        raise RuntimeError("--address takes the package ray: pip install 'kv-strategies[cluster]'") from None
+    return Cluster(load, options.address, replicas=options.replicas, gpus=options.gpus, cpus=options.cpus)
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -216,3 +218,16 @@ def test_from_a_shell(tmp_path, capsys):
     assert main([*options, "--resume", "--json"]) == 0
     assert main(["batch", str(tmp_path / "none"), str(tmp_path / "new")]) == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_a_cluster_takes_the_extra_and_nothing_else_imports_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts").write_text('{"prompt": "a"}')
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "kv_strategies.cluster", raising=False)
+    assert main(["batch", str(tmp_path / "prompts"), str(tmp_path / "out"), "--address", "auto"]) == 1
+    assert "pip install 'kv-strategies[cluster]'" in capsys.readouterr().err
+    assert main(["batch", str(tmp_path / "prompts"), str(tmp_path / "out"), "--gpus", "0"]) == 1
+    assert "say which with --address" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    check = "import sys, kv_strategies.cli, kv_strategies.batch; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)
