@@ -45,6 +45,19 @@ def by_system(lines: Mapping[str, dict], columns: Mapping[str, Callable[[dict], 
     return table(["system", *columns], rows) if rows else ""
 
 
+def of_points(
+    points: Iterable[dict], columns: Mapping[str, Callable[[dict], str]], num_names: int = 1
+) -> list[list[str]]:
+    """A row a point, a cell for each function of it; one that failed has its first `num_names` cells, and says why."""
+    shows = [*columns.values()]
+    return [
+        [*(show(point) for show in shows[:num_names]), point["error"], *[""] * (len(shows) - num_names - 1)]
+        if "error" in point
+        else [show(point) for show in shows]
+        for point in points
+    ]
+
+
 def of_each(workload: str, show: Callable[[dict], str]) -> Callable[..., str]:
     """The tables of a workload whose lines stand alone: `show` of the parameters and result of each that is done."""
 
