@@ -12,11 +12,10 @@ from pathlib import Path
 
 from bench import lines, machine, records
 from bench.lines import write_whole
-from bench.report import frontier, page, plots, readme, web
+from bench.report import frontier, page, plots, questions, readme, web
 
 RESULTS = machine.ROOT / "bench" / "results"
 README = machine.ROOT / "README.md"
-COMPARISON = ("default", "equality")  # suites that make comparison_table.md; any other makes <suite>_table.md
 
 
 def write(folder: Path = RESULTS) -> Path:
@@ -29,13 +28,15 @@ def write(folder: Path = RESULTS) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = lines.read(folder)
-    compared = [line for line in found if line["suite"] in COMPARISON]
+    compared = [line for line in found if line["suite"] in page.COMPARISON]
     pages = {"default": page.render(compared, "Comparison of KV-cache strategies")}
-    for suite in sorted({line["suite"] for line in found} - set(COMPARISON)):
+    for suite in sorted({line["suite"] for line in found} - set(page.COMPARISON)):
         own = [line for line in found if line["suite"] == suite]
         pages[suite] = page.render(own, f"Suite {suite}", f"`make bench SUITE={suite}`")
     for suite, text in pages.items():
         write_whole(page_of(suite, folder), lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    text = questions.render(found)
+    write_whole(folder / "questions.md", lambda path: path.write_text(text, encoding="utf-8"))
     plots.comparison(compared, folder)
     plots.cost(found, folder)
     frontier.write(found, folder)
@@ -53,4 +54,4 @@ def write(folder: Path = RESULTS) -> Path:
 
 def page_of(suite: str, folder: Path) -> Path:
     """Where the tables of a suite stand."""
-    return folder / ("comparison_table.md" if suite in COMPARISON else f"{suite}_table.md")
+    return folder / page.page_of(suite)

@@ -15,6 +15,13 @@ from bench.report import claims
 from bench.report.comparison import comparison
 from bench.workload import WORKLOADS
 
+COMPARISON = ("default", "equality")  # suites that share a page
+
+
+def page_of(suite: str) -> str:
+    """The name of the file with the tables of a suite."""
+    return "comparison_table.md" if suite in COMPARISON else f"{suite}_table.md"
+
 
 def render(lines: Sequence[dict], title: str, command: str = "`make bench`") -> str:
     parts = [f"# {title}", f"Measured by {command}, written by `make report` from the `.jsonl` files beside it."]

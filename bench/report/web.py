@@ -21,7 +21,7 @@ from string import Template
 from bench.lines import Found, machine_of
 from bench.markdown import NONE, spread, unique
 from bench.records import command
-from bench.report import comparison, predictions
+from bench.report import comparison, predictions, questions
 from bench.report.charts import Chart, charts, colours, with_rows
 from bench.report.page import blame
 
@@ -59,6 +59,7 @@ def _render(lines: Sequence[dict], frontier: Sequence[dict]) -> str:
         filters=_filters(lines),
         comparison=_comparison(found),
         charts="\n".join(_figure(chart, first, data["colours"]) for chart in drawn),
+        questions=questions.as_html(lines),
         replays=_replay_table(found),
         points=_points(found),
         losses=_losses(found),
