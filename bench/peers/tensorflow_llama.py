@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import tensorflow as tf
@@ -25,6 +26,8 @@ from transformers import LlamaConfig
 Generate = Callable[[Sequence[int], int], list[int]]  # a prompt and how many new tokens -> these
 Step = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # token ids [T] and the position of the first -> the next token [1]
 
+# Traced as it was imported: AutoGraph would read the source file again, which may have been edited meanwhile.
+graph = partial(tf.function, autograph=False)
 IDS, ID, POSITION = (tf.TensorSpec(shape, tf.int32) for shape in ([None], [1], []))
 
 
@@ -182,7 +185,7 @@ def eager(model: Llama, capacity: int) -> Generate:
 def variable(model: Llama, capacity: int) -> Generate:
     cache = Preallocated(model.config, capacity)
 
-    @tf.function(input_signature=[IDS, POSITION])
+    @graph(input_signature=[IDS, POSITION])
     def step(ids, start):
         return model(ids, start, cache)
 
@@ -192,11 +195,11 @@ def variable(model: Llama, capacity: int) -> Generate:
 def two_graphs(model: Llama, capacity: int, kind: type[Preallocated] = Preallocated, jit: bool = False) -> Generate:
     cache = kind(model.config, capacity)
 
-    @tf.function(input_signature=[IDS, POSITION])
+    @graph(input_signature=[IDS, POSITION])
     def prefill(ids, start):
         return model(ids, 0, cache)
 
-    @tf.function(input_signature=[ID, POSITION], jit_compile=jit)
+    @graph(input_signature=[ID, POSITION], jit_compile=jit)
     def decode(ids, start):
         return model(ids, start, cache)
 
@@ -206,7 +209,7 @@ def two_graphs(model: Llama, capacity: int, kind: type[Preallocated] = Prealloca
 def while_loop(model: Llama, capacity: int) -> Generate:
     cache = Preallocated(model.config, capacity)
 
-    @tf.function(input_signature=[IDS, POSITION])
+    @graph(input_signature=[IDS, POSITION])
     def loop(prompt, new_tokens):
         def step(count, token, tokens):
             token = model(token, tf.shape(prompt)[0] + count - 1, cache)
