@@ -46,6 +46,7 @@ def run_all(cases: Sequence[Case], results: Path, suite_name: str, *, keep_failu
     bar = tqdm(total=len(cases), bar_format=BAR)
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch, bar:
         for case in cases:
+            bar.set_postfix_str("", refresh=False)  # of the case before
             bar.set_description_str(case.name)
             line = run_one(case, Path(scratch), suite_name, say=lambda text: bar.set_postfix_str(text[:60]))
             has_failed = line["status"] not in ("ok", "skipped")
