@@ -44,7 +44,7 @@ _NUM_REMEMBERED = 8  # descriptions, so that a model may come back to what it wa
 #: Modules of these very classes read nothing but their weights, unless an attribute comes to them (a `forward`, say).
 _PLAIN = {nn.Linear, nn.ModuleList, nn.ModuleDict, nn.SiLU, SiLUActivation}
 #: What every module has, described apart or no matter to a forward without gradients in eval mode.
-_OWN = set(vars(nn.Module())) | {"config", "generation_config"}
+OWN = set(vars(nn.Module())) | {"config", "generation_config"}
 #: Of a configuration, what changes K and V. The rest (paths, versions, special tokens) may differ.
 CONFIG_KEYS = (
     "vocab_size",
@@ -202,6 +202,22 @@ def hooks_of(module: nn.Module) -> list[object]:
     return [hook for hook in hooks if getattr(hook, "__module__", None) != output_capturing.__name__]
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Whether calling it runs another forward than its class has. What accelerate puts before the modules of a model
+    that is spread over devices (`device_map`) brings their inputs to them, and changes nothing.
+    """
+    own = vars(module)
+    return "forward" in own and not (is_moved(module) and own["_old_forward"] == type(module).forward.__get__(module))
+
+
+def is_moved(module: nn.Module) -> bool:
+    """Whether accelerate, and nothing else, stands before it, and its weights stay where they are."""
+    hook, forward = vars(module).get("_hf_hook"), vars(module).get("forward")
+    name = f"{type(hook).__module__}.{type(hook).__qualname__}"
+    written = getattr(getattr(forward, "func", None), "__module__", None)
+    return name == "accelerate.hooks.AlignDevicesHook" and written == "accelerate.hooks" and not hook.offload
+
+
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name, each once; of a sharded one (tensor parallelism) the part that is here."""
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
@@ -337,7 +353,7 @@ class _Description:
         own = vars(module)
         if type(module) in (LlamaForCausalLM, LlamaModel):  # on which anybody may leave notes
             return self._frozen({name: own[name] for name in ("forward", "_compiled_call_impl") if name in own})
-        return self._frozen({name: value for name, value in own.items() if name not in _OWN})
+        return self._frozen({name: value for name, value in own.items() if name not in OWN})
 
     def _frozen(self, value: object) -> Hashable:
         """Numbers, words and what is made of them by value, anything else by its id."""
@@ -376,7 +392,7 @@ def _copied(values: dict[str, object]) -> dict[str, object]:
     """A dictionary, and the lists, sets and dictionaries in it, so that a change of one of them shows; but for those
     that all modules have, which are compared apart.
     """
-    return {name: value if name in _OWN else _copy(value) for name, value in values.items()}
+    return {name: value if name in OWN else _copy(value) for name, value in values.items()}
 
 
 def _copy(value: object) -> object:

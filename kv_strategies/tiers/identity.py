@@ -15,16 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..step.store import Planes
-from ..step.version import CONFIG_KEYS, tensors_of, watch
+from ..step.version import CONFIG_KEYS, OWN, has_upstream_functions, is_replaced, tensors_of, watch
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 _CHUNK_BYTES = 16 << 20  # read at a time; on a GPU, copied to the host
 _SAMPLES = 64  # numbers read of each weight
+_NUM_REMEMBERED = 8  # hashes, of as many states of a model
+_UPSTREAM = ("torch.", "transformers.")  # packages whose modules keep what is no matter to others under "_names"
 
 
 def identity(
@@ -58,23 +61,66 @@ def differences(theirs: dict[str, object], ours: dict[str, object]) -> str:
 
 
 def weights_hash(model: LlamaForCausalLM) -> str:
-    """A hash of all bytes of all parameters and buffers, with their names, shapes and dtypes.
+    """A hash of all bytes of all parameters and buffers, with their names, shapes and dtypes, and of the classes and
+    settings of the modules that read them (which adapters are active, say).
 
     Read once a state of the model, in chunks, by several threads, which hash 0.9 GB/s each. It is read again where a
     few numbers of each weight are others, which a change that torch does not count would show.
     """
     watched = watch(model)
-    state = watched.numbers.content, _sample(model)
-    known = watched.made.get("weights")
-    if known is None or known[0] != state:
+    known = watched.made.setdefault("weights", {})
+    content, sample = watched.numbers.content, _sample(model)
+    if content not in known or known[content][0] != sample:
         total = hashlib.blake2b(digest_size=32)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashlib works outside the interpreter's lock
             named = list(tensors_of(model))
             digests = threads.map(_digest, [weight for _, weight in named])
             for (name, weight), digest in zip(named, digests, strict=True):
                 total.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode() + digest)
-        known = watched.made["weights"] = state, total.hexdigest()
-    return known[1]
+        for name, module in model.named_modules():
+            total.update(json.dumps([name, type(module).__qualname__, _settings_of(module)]).encode())
+        known[content] = sample, total.hexdigest()
+        while len(known) > _NUM_REMEMBERED:
+            del known[next(iter(known))]
+    return known[content][1]
+
+
+def told_weights(model: LlamaForCausalLM) -> str | None:
+    """The `weights_hash`, where it and `identity` tell another process all that K and V depend on; None where hooks
+    steer the model, or methods are replaced.
+
+    Raises:
+        ValueError: the model is one rank's part of a tensor parallel one.
+    """
+    if any(hasattr(parameter, "_local_tensor") for parameter in model.parameters()):
+        raise ValueError(
+            "ranks of a tensor parallel model must find the same blocks, and a folder gives each of them what is there "
+            "when it looks: build without shared_path"
+        )
+    watched = watch(model)
+    watched.numbers  # noqa: B018  looks whether it is hooked
+    if watched.is_hooked or not has_upstream_functions() or any(map(is_replaced, model.modules())):
+        return None
+    return weights_hash(model)
+
+
+def _settings_of(module: nn.Module) -> object:
+    if isinstance(module, PreTrainedModel):  # on which anybody may leave notes
+        return None
+    hides = type(module).__module__.startswith(_UPSTREAM)
+    own = vars(module).items()
+    return _plain({key: value for key, value in own if key not in OWN and not (hides and key.startswith("_"))})
+
+
+def _plain(value: object) -> object:
+    """Numbers, words, and what is made of them; of all else nothing."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return [[key, _plain(value[key])] for key in sorted(key for key in value if isinstance(key, str))]
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else None
 
 
 def _digest(weight: Tensor) -> bytes:
