@@ -36,7 +36,7 @@ Shapes: T packed query tokens of B rows, Hq query heads in groups over Hkv heads
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,6 +98,14 @@ class Sharing(Policy):
         blocks may go.
         """
 
+    def join(self, placement: Placement, weights: Callable[[], str | None]) -> None:
+        """Called after `open`: where K and V lie, and what gives the hash of the model's weights, None where other
+        processes cannot be told all that K and V depend on. For who shares with them.
+
+        Raises:
+            ValueError: it cannot be done with what the options say.
+        """
+
     def follow(self, content: int) -> None:
         """The model has changed, and what is published from here on belongs to its state of this number: `match` gives
         nothing of another one, until the model is in that again.
@@ -156,6 +164,10 @@ class Sharing(Policy):
     def load(self, path: str | Path, placement: Placement, weights: str = "") -> Loaded:
         """See `Strategy.load`."""
         raise self._refusal("load")
+
+    def stats(self) -> dict[str, object]:
+        """What has moved between processes."""
+        return {}
 
     def _refusal(self, what: str) -> ValueError:
         return ValueError(f"{what} needs a strategy that keeps blocks for later requests: build it with 'prefix'")

@@ -42,6 +42,7 @@ from .step.plan import NULL_BLOCK
 from .tiers import saved
 from .tiers.identity import fingerprint
 from .tiers.lower import Chain, LowerTiers
+from .tiers.shared import Folder, Name
 
 _BLOCKS_AT_ONCE = 256  # read from the pool for a file
 
@@ -64,7 +65,18 @@ class Node:
 
 
 class PrefixCache(Sharing):
-    """Blocks by the hash of their tokens and of all tokens before them."""
+    """Blocks by the hash of their tokens and of all tokens before them.
+
+    Args:
+        shared_path, shared_bytes: a folder through which all processes of this user share what they have computed
+            (`tiers/shared.py`), and how large it may become.
+    """
+
+    def __init__(self, *, shared_path: str | Path | None = None, shared_bytes: int | None = None):
+        if (shared_path is None) != (shared_bytes is None):
+            raise ValueError("shared_path and shared_bytes go together: a folder, and how much of it to use")
+        self._shared_path, self._shared_bytes = shared_path, shared_bytes
+        self._folder: Folder | None = None
 
     def open(self, pool: BlockPool, identity: dict[str, object], tiers: LowerTiers | None = None) -> None:
         self.pool = pool
@@ -72,11 +84,20 @@ class PrefixCache(Sharing):
         self.identity = identity
         self._fingerprint = fingerprint(identity)
         self._content: int | None = None
+        self._told: dict[str, object] | None = None  # the identity as other processes are told it, where it is known
         self._roots: dict[bytes, Node] = {}
         self._nodes: dict[bytes, Node] = {}
         self._by_block: dict[int, Node] = {}
         self._preloaded: Counter[Node] = Counter()  # the last block of each prompt, and how often it was preloaded
         self.num_pinned = 0
+
+    def join(self, placement: Placement, weights: Callable[[], str | None]) -> None:
+        if self._shared_path is None:
+            return
+        block_bytes = placement.read_blocks([0]).shape[1]
+        self._folder = Folder(self._shared_path, self._shared_bytes, 4 * self.pool.block_size, block_bytes)
+        self._placement, self._weights = placement, weights
+        self._tell()  # all weights are read once: not in the first request
 
     # --- sharing
 
@@ -86,7 +107,7 @@ class PrefixCache(Sharing):
             self._unpin(next(iter(self._preloaded)))
         for table in self.pool.tables:
             table.is_mixed |= table.num_tokens > 0
-        self._content = content
+        self._content, self._told = content, None
 
     def match(self, token_ids: Sequence[int], salt: str) -> tuple[list[int], int]:
         held: list[Node] = []
@@ -96,6 +117,7 @@ class PrefixCache(Sharing):
                     self.pool.share(node.block)
                     held.append(node)
             self._promote(held, token_ids, salt)
+            self._fetch(held, token_ids, salt)
             return [node.block for node in held], len(held) * self.pool.block_size
         except BaseException:
             self._release([node.block for node in held])
@@ -106,14 +128,16 @@ class PrefixCache(Sharing):
         if table.num_cut or table.is_mixed:
             return  # its keys are turned to other positions, or the first were computed by another model
         num_tokens = min(len(token_ids), table.num_tokens)
-        node = self.root(self._salted(salt))
+        node, path = self.root(self._salted(salt)), []
         for tokens, block in zip(self._split(token_ids[:num_tokens]), table.blocks.tolist(), strict=False):
             known = node.children.get(tokens)
             if known is None and block != NULL_BLOCK:  # a block out of the window has been given back
                 known = self.insert(node, tokens, block)
             if known is None:
-                return
+                break
             node = known
+            path.append(node)
+        self._tiers.attempt(self._offer, path, salt)
 
     def insert(self, parent: Node, tokens: bytes, block: int) -> Node | None:
         """Keep a block that holds `tokens` behind `parent`; None where its hash is taken by other tokens."""
@@ -155,6 +179,7 @@ class PrefixCache(Sharing):
         for root in list(self._roots.values()):
             for node in list(root.children.values()):
                 self.drop(node)
+        self._told = None
 
     def count_hit(self, blocks: Iterable[int]) -> None:
         for block in blocks:
@@ -271,6 +296,9 @@ class PrefixCache(Sharing):
 
     # --- for people
 
+    def stats(self) -> dict[str, object]:
+        return self._folder.stats() if self._folder else {}
+
     def tree(self, text: Callable[[list[int]], str] = str) -> str:
         """The shared prefixes, one line for each stretch without a branch.
 
@@ -346,6 +374,63 @@ class PrefixCache(Sharing):
                     break
                 held.append(node)
                 parent = node
+
+    # --- other processes
+
+    def _tell(self) -> dict[str, object]:
+        """The identity as other processes are told it; its "weights" are None where nothing is."""
+        if self._told is None:
+            self._told = self.identity | {"weights": self._weights()}
+        return self._told
+
+    def _named(self, pieces: Sequence[bytes], salt: str) -> Iterator[Name]:
+        """What the blocks of a row with these tokens are called in the folder."""
+        digest = root = salt_digest(fingerprint(self._tell()), salt)
+        path, size = b"".join(pieces), 4 * self.pool.block_size
+        for index, tokens in enumerate(pieces):
+            digest = block_digest(digest, tokens)
+            yield Name(digest, root, path, index * size, (index + 1) * size)
+
+    def _offer(self, path: list[Node], salt: str) -> None:
+        """Give the folder those blocks of a path that it lacks."""
+        if self._folder is None or not path or self._tell()["weights"] is None:
+            return
+        names = list(self._named([node.tokens for node in path], salt))
+        if lacking := self._folder.lacking(names):
+            contents = self._placement.read_blocks([path[index].block for index in lacking])
+            data = [content.numpy().tobytes() for content in contents]
+            self._folder.write(self._tell(), [(names[index], one) for index, one in zip(lacking, data, strict=True)])
+
+    def _fetch(self, held: list[Node], token_ids: Sequence[int], salt: str) -> None:
+        """Add the blocks behind `held` that the folder has to it, one reference each to the caller."""
+        if self._folder is None or self._tell()["weights"] is None:
+            return
+        pieces = list(self._split(token_ids))
+        wanted = islice(self._named(pieces, salt), len(held), None)
+        for found in self._folder.read(self._tell(), wanted) if len(held) < len(pieces) else ():
+            with uninterrupted():
+                if self._adopt(held, pieces[len(held) :], found, salt) < len(found):
+                    return
+
+    def _adopt(self, held: list[Node], pieces: list[bytes], found: list[bytes], salt: str) -> int:
+        """Put what was found behind `held`. Returns how many blocks there was room for."""
+        if len(found) > self.pool.num_free:
+            self.evict(len(found) - self.pool.num_free)
+        count = min(len(found), self.pool.num_free)
+        blocks = self.pool.allocate_run(count)
+        try:
+            if blocks:
+                contents = torch.frombuffer(bytearray(b"".join(found[:count])), dtype=torch.uint8)
+                self._placement.write_blocks(blocks, contents.view(count, -1))
+            for tokens in pieces[:count]:
+                node = self.insert(held[-1] if held else self.root(self._salted(salt)), tokens, blocks[0])
+                if node is None:
+                    break
+                held.append(node)
+                del blocks[0]
+            return count - len(blocks)
+        finally:
+            self._release(blocks)
 
     @uninterrupted()
     def _release(self, blocks: list[int]) -> None:

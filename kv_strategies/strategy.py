@@ -13,6 +13,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -33,7 +34,7 @@ from .step.interrupts import uninterrupted
 from .step.plan import NULL_BLOCK, LayerStore, Plan
 from .step.store import KVShape, Planes
 from .step.version import watch
-from .tiers.identity import identity, weights_hash
+from .tiers.identity import identity, told_weights, weights_hash
 from .tiers.lower import LowerTiers
 from .tiers.saved import Loaded
 
@@ -87,6 +88,7 @@ class Strategy:
         numbers = self._watch.numbers
         self.seen = Seen(*numbers, None, self._watch.is_hooked)
         self.sharing.follow(numbers.content)
+        self.sharing.join(self.placement, partial(told_weights, model))
 
     def follow(self) -> None:
         """Look whether the model is what it was (`step/version.py`): before blocks are looked up, and before a forward.
@@ -559,6 +561,7 @@ class Strategy:
             "prompt_tokens": self.num_prompt_tokens,
             "hit_tokens": self.num_hit_tokens,
             "evictions": self.num_evictions,
+            **self.sharing.stats(),
             **self.compaction.stats(),
             **self.placement.stats(),
         }

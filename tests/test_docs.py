@@ -149,7 +149,7 @@ def test_links_and_names_of_files_lead_somewhere(page):
         assert any(next(folder.glob(f"**/{name}"), None) for folder in SOURCES) or (ROOT / name).exists(), name
 
 
-def test_every_figure_key_is_explained():
+def test_every_figure_key_is_explained(tmp_path):
     """docs/stats.md has a row for each key of `stats()`, and no other."""
     from common import tiny_llama
 
@@ -161,6 +161,7 @@ def test_every_figure_key_is_explained():
         ("offload", {"top_n": 2}),
         ("offload", {"host_bytes": 1 << 20}),
         ("evict", {}),
+        ("prefix", {"shared_path": tmp_path / "shared", "shared_bytes": 1 << 20}),
     ):
         keys |= set(build(name, model, num_blocks=4, **options).stats())
     explained = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/stats.md").read_text(), re.MULTILINE)

@@ -76,14 +76,21 @@ def write(
     Raises:
         OSError: the folder cannot be written, the disk is full, or what has that name is no file; it is as it was.
     """
+    with _replacing(path) as file:
+        file.writelines(pieces(identity, roots, num_blocks, records))
+
+
+def pieces(
+    identity: dict[str, object], roots: list[bytes], num_blocks: int, records: Iterable[Record]
+) -> Iterator[bytes]:
+    """The bytes of a file, one piece after the other."""
     header = {"identity": identity, "roots": [digest.hex() for digest in roots], "num_blocks": num_blocks}
     encoded = json.dumps(header).encode()
     start = _MAGIC + struct.pack("<q", len(encoded)) + encoded
-    with _replacing(path) as file:
-        file.write(start + _checksum(start))
-        for record in records:
-            packed = struct.pack("<q", record.parent) + record.tokens + record.data
-            file.write(packed + _checksum(packed))
+    yield start + _checksum(start)
+    for record in records:
+        packed = struct.pack("<q", record.parent) + record.tokens + record.data
+        yield packed + _checksum(packed)
 
 
 @contextmanager
@@ -227,6 +234,8 @@ class Reader:
             end = 8 + self._token_bytes
             return Record(parent, bytes(record[8:end]), bytes(record[end : self._size]))
 
+        if count == 1:
+            return [check(0)]
         with ThreadPoolExecutor() as threads:  # hashlib works outside the interpreter's lock
             return list(threads.map(check, range(count)))
 
