@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import plan_command
+from .models.room import NoRoom
 
 if TYPE_CHECKING:
     from .batch import Answering
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         return options.run(options)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"kv-strategies: {error}", file=sys.stderr)
+        if isinstance(error, NoRoom):
+            print(plan_command.beside(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .models.load import model_shape
+from .models.room import NoRoom
 from .planner import Card, Model, Plan, Work, plan_all, settings
 from .registry import STRATEGIES, parts_of
 
@@ -97,6 +98,16 @@ def run(options: argparse.Namespace, parsed: dict[str, object], results: Path | 
     if not any(plan.fits for plan in plans):
         raise ValueError(_too_large(plans, options, chosen, model, work, card))
     return 0
+
+
+def beside(error: NoRoom) -> str:
+    """Where a model found no room and would in another dtype: the longest context of each strategy that fits beside."""
+    if not error.dtypes:
+        return "no strategy changes that: they save K and V, not weights"
+    card = Card(error.free, *(ASSUMED[rate] * 1e9 for rate in ("bandwidth", "pcie", "tflops")))
+    plans = plan_all([(name, {}) for name in STRATEGIES], _model(error.spec, error.dtypes[0]), Work(1), card)
+    room = [f"{plan.label} {plan.longest_context or 'any number of'} tokens" for plan in plans if plan.fits]
+    return f"in {error.dtypes[0]} there is room beside the weights for: {', '.join(room) or 'no strategy'}"
 
 
 def _model(spec: str | None, dtype: str) -> Model:

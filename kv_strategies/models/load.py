@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from . import fetch, files, gguf, mistral, qwen
+from .room import check_room
 
 #: Where models and the text live, beside the package in a checkout. Git ignores it.
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -91,22 +92,27 @@ def load_model(
         FileNotFoundError: no such folder (for the default: run `make model`), or no such model on the hub.
         ValueError: not of Llama architecture, an unknown "-random" name, or files that are damaged or do not belong
             together: names the file and what to do.
+        NoRoom: a ValueError; there is less memory than the weights take (`room.py`).
     """
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     spec = str(spec if spec is not None else DEFAULT_MODEL)
     if spec.endswith("-random") and not Path(spec).exists():
+        check_room(spec, _random_config(spec), dtype, device)
         return random_model(spec, dtype=dtype, device=device), None
 
     if spec.endswith(".gguf"):
-        model, tokenizer = load_gguf(find_gguf(spec), dtype)
+        path = find_gguf(spec)
+        check_room(spec, llama_config(spec, gguf_config(path)), dtype, torch.device("cpu"), device)
+        model, tokenizer = load_gguf(path, dtype)
         return model.to(device).eval(), tokenizer
     config = read_config(spec)
     if Path(spec).is_dir():
         files.check_folder(Path(spec))
+    if config.get("model_type") in _CONFIGS:
+        check_room(spec, llama_config(spec, config), dtype, torch.device("cpu"), device)
     match config.get("model_type"):
         case "llama":
-            llama_config(spec, config)
             model = load_llama(spec, dtype)
             tokenizer = load_tokenizer(spec)
         case "qwen2" | "qwen":
