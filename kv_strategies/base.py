@@ -36,7 +36,7 @@ Shapes: T packed query tokens of B rows, Hq query heads in groups over Hkv heads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,8 +45,9 @@ from torch import Tensor, nn
 
 from .kernels import Kernels, compact
 from .paged import BlockPool, BlockTable, Ranges
+from .step.defaults import current
 from .step.plan import LayerStore, Plan
-from .step.store import BlockStore, KVShape, Planes, block_bytes
+from .step.store import BlockStore, KVShape, Planes, block_bytes, layers_of
 from .tiers.lower import LowerTiers
 from .tiers.saved import Loaded
 
@@ -371,6 +372,7 @@ class Placement(Policy):
         for device in layer_devices:
             self._layers.append(self.stores[device].layer(seen[device]))
             seen[device] += 1
+        self._layers_of = layers_of(layer_devices)
 
     def read_bytes(self, num_tokens: int, planes: Planes, site: Site, is_decode: bool) -> tuple[int, int | None]:
         """What a forward reads for a row that sees `num_tokens`, a decode step or one over a prompt: bytes of the
@@ -415,7 +417,8 @@ class Placement(Policy):
         """
         for planes, index in zip(self.planes(), kept, strict=True):
             for plane in planes.values():
-                compact(plane, sources, targets, index)
+                with current(plane.device):
+                    compact(plane, sources, targets, index)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy (source, destination) blocks of all layers."""
@@ -423,18 +426,33 @@ class Placement(Policy):
             store.copy_blocks([source for source, _ in copies], [destination for _, destination in copies])
 
     def read_blocks(self, blocks: list[int]) -> Tensor:
-        """Whole blocks, copied to the host: [n, bytes] uint8, K of all layers, then V, then any scales."""
-        stores = list(self.stores.values())
-        return torch.cat([store.read(name, blocks) for name in stores[0].planes for store in stores], dim=1)
+        """Whole blocks, copied to the host: [n, bytes] uint8, K of all layers in their order, on whatever devices they
+        are, then V, then any scales.
+        """
+        num_bytes = sum(plane[0].numel() * plane.element_size() for home in self.planes() for plane in home.values())
+        data = torch.empty(len(blocks), num_bytes, dtype=torch.uint8)
+        for piece, plane, there in self._pieces(data):
+            piece[:, there] = plane[torch.tensor(blocks, device=plane.device)].flatten(2).cpu()
+        return data
 
     def write_blocks(self, blocks: list[int], data: Tensor) -> None:
         """Put back what `read_blocks` gave, into these blocks."""
-        stores = list(self.stores.values())
-        for name in stores[0].planes:
-            for store in stores:
-                size = store.bytes_of(name)
-                store.write(name, blocks, data[:, :size])
-                data = data[:, size:]
+        for piece, plane, there in self._pieces(data):
+            layers = piece[:, there].to(plane.device)
+            plane[torch.tensor(blocks, device=plane.device)] = layers.view(-1, *plane.shape[1:])
+
+    def _pieces(self, data: Tensor) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+        """Of whole blocks [n, bytes], for each plane and device: the plane in all layers [n, L, bytes], where it lies
+        on that device [num_blocks, layers there, ..] uint8, and which layers these are.
+        """
+        homes, begin = self.planes(), 0
+        for name in homes[0]:
+            planes = [home[name].view(torch.uint8) for home in homes]
+            end = begin + sum(plane[0].numel() for plane in planes)
+            piece = data[:, begin:end].unflatten(1, (len(self._layers), -1))
+            for plane, there in zip(planes, self._layers_of, strict=True):
+                yield piece, plane, there
+            begin = end
 
     # Figures
 

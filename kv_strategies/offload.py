@@ -39,9 +39,9 @@ from .base import Placement, Site
 from .kernels import Kernels
 from .kernels.blocks.topn import TALLY, new_tally
 from .step.plan import LayerStore, Plan
-from .step.store import BlockStore, block_bytes
+from .step.store import BlockStore, block_bytes, layers_of
 from .tiers.disk import Disk
-from .tiers.host import Tiers
+from .tiers.host import Home, Tiers
 from .tiers.rates import PrefillClock, Rates
 from .tiers.stream import LayersInPlace, LayerStream
 
@@ -153,8 +153,9 @@ class Offload(Placement):
         for device in layer_devices:
             self._layers.append((by_device[device], seen[device]))
             seen[device] += 1
+        self._layers_of = layers_of(layer_devices)
         rates = Rates()
-        self._clock = PrefillClock(rates.prefill, layer_devices[0], len(layer_devices))
+        self._clock = PrefillClock(rates.prefill, layer_devices)
         if self._host_bytes is not None:
             self._add_tiers(num_blocks, next(iter(planes.values()))[0][1], rates)
 
@@ -172,12 +173,9 @@ class Offload(Placement):
         return resident, {name: plane for name, plane in planes.items() if name not in resident}
 
     def _add_tiers(self, num_blocks: int, block_size: int, rates: Rates) -> None:
-        if len(self._devices) > 1:
-            raise ValueError("host_bytes keeps idle blocks of a model on one device; this one is spread over several")
-        home = self._devices[0]
-        memories = home.memories
-        one = sum(memory.shape[0] * memory.shape[2] for memory in memories)
-        streamed = home.host_bytes
+        homes = [Home(home.memories, home.device, home.settle, home.touched) for home in self._devices]
+        one = sum(home.block_bytes for home in homes)
+        streamed = sum(home.host_bytes for home in self._devices)
         spare = self._host_bytes - streamed
         wanted = self._resident == "kv" or self._disk_path is not None
         if spare < 0 or (wanted and spare < one):
@@ -189,7 +187,7 @@ class Offload(Placement):
             )
         if spare >= one:
             disk = None if self._disk_path is None else Disk(self._disk_path, self._disk_bytes, one)
-            self.tiers = Tiers(memories, block_size, home.device, spare // one, rates, disk, home.settle, home.touched)
+            self.tiers = Tiers(homes, block_size, spare // one, rates, disk)
 
     # --- the data plane
 
@@ -239,7 +237,7 @@ class Offload(Placement):
         return [home.layers[layer] for home, layer in self._layers]
 
     def planes(self) -> list[dict[str, Tensor]]:
-        return [home.planes for home in self._devices]
+        return [{name: home.planes[name] for name in self._names} for home in self._devices]
 
     def compact(self, sources: Sequence[int], targets: Sequence[int], kept: Sequence[Tensor]) -> None:
         for home in self._devices:
@@ -257,23 +255,13 @@ class Offload(Placement):
     def read_blocks(self, blocks: list[int]) -> Tensor:
         for home in self._devices:
             home.synchronize()
-        pieces = []
-        for name in self._names:
-            for home in self._devices:
-                plane = home.planes[name].view(torch.uint8)
-                pieces.append(plane[torch.tensor(blocks, device=plane.device)].flatten(1).cpu())
-        return torch.cat(pieces, dim=1)
+        return super().read_blocks(blocks)
 
     def write_blocks(self, blocks: list[int], data: Tensor) -> None:
         for home in self._devices:
             home.synchronize()
         try:
-            for name in self._names:
-                for home in self._devices:
-                    plane = home.planes[name].view(torch.uint8)
-                    piece, data = data[:, : plane[0].numel()], data[:, plane[0].numel() :]
-                    index = torch.tensor(blocks, device=plane.device)
-                    plane[index] = piece.to(plane.device).view(-1, *plane.shape[1:])
+            super().write_blocks(blocks, data)
         finally:
             for home in self._devices:
                 home.touched()

@@ -434,9 +434,22 @@ def check_model(model: LlamaForCausalLM) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(
-                f"{name} is on the meta device (weights that accelerate keeps elsewhere, or a model that was never "
-                "filled): load the model onto real devices, e.g. with device_map='auto' and enough memory for it"
+                f"{name} is on the meta device ({_why_meta(model, name)}): load the model onto real devices, e.g. with "
+                "device_map='auto' and enough memory for it, or in a smaller dtype"
             )
+    for index, layer in enumerate(model.model.layers):
+        if len(devices := {str(parameter.device) for parameter in layer.parameters()}) > 1:
+            raise ValueError(
+                f"model.layers.{index} is on several devices ({', '.join(sorted(devices))}): K and V of a layer are "
+                "where it is, so keep each layer whole, as device_map='auto' does"
+            )
+
+
+def _why_meta(model: LlamaForCausalLM, name: str) -> str:
+    for part, place in getattr(model, "hf_device_map", {}).items():
+        if place in ("cpu", "disk") and f"{name}.".startswith(f"{part}." if part else ""):
+            return f"device_map has put it on {place!r}, from where accelerate brings it for each forward"
+    return "weights that accelerate keeps elsewhere, or a model that was never filled"
 
 
 def check_rope(name: str, model: LlamaForCausalLM) -> None:

@@ -12,7 +12,7 @@ import uuid
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,7 +27,7 @@ from .compaction import Compaction
 from .kernels import Kernels, store_kv
 from .kernels.linear import Rotary
 from .paged import BlockPool, BlockTable, OutOfBlocks
-from .step.defaults import plain_defaults
+from .step.defaults import current, plain_defaults
 from .step.forward import Seen
 from .step.fused import FusedStack, stack_of
 from .step.interrupts import uninterrupted
@@ -67,11 +67,14 @@ class Strategy:
         block_size: int,
     ):
         #: Held while tables change and while a forward runs: other threads wait.
-        self.lock = Lock()
+        self.lock = Lock(model.device)
         self.name, self.model, self.kernels, self.door = name, model, kernels, door
         self.sharing, self.retention = policies.sharing, policies.retention
         self.placement, self.codec, self.selection = policies.placement, policies.codec, policies.selection
         self.shape, self._watch = KVShape.of(model), watch(model)
+        #: Whether the layers are on several devices.
+        self.is_spread = len(set(self.shape.layer_devices)) > 1
+        self._current = current if self.is_spread else nullcontext  # else the lock has said so
         self.pool = BlockPool(num_blocks, block_size)
         self.selection.open(num_blocks * block_size)
         self._planes = planes_of(self.shape, policies, block_size)
@@ -136,7 +139,7 @@ class Strategy:
     @property
     def capturable(self) -> bool:
         """Whether a decode step may be recorded as a CUDA graph."""
-        return self.placement.capturable and self.kernels.capturable
+        return self.placement.capturable and self.kernels.capturable and not self.is_spread
 
     @property
     def addresses(self) -> tuple[int, int]:
@@ -477,25 +480,26 @@ class Strategy:
         Returns:
             [T, Hq, D]
         """
-        layer = self.placement.open(layer_idx, plan)
-        self.kernels.store_kv(key, value, layer, plan.slot_mapping, query, rotary)
-        if self.compaction.records(plan):
-            ring = self.compaction.rings.layer(layer_idx)
-            store_kv(query, query, ring, plan.query_slots)
-        own = {"key": key, "value": value} if self.codec.lossless else {}  # else what comes later reads other bytes
-        out = self.placement.read(
-            layer_idx,
-            query,
-            layer,
-            plan,
-            self.kernels,
-            scaling=scaling,
-            window=self.retention.window,
-            sinks=self.retention.sinks,
-            sink_query=self.retention.sink_query(query, plan),
-            **own,
-        )
-        self.placement.close(layer_idx, plan)
+        with self._current(query.device):
+            layer = self.placement.open(layer_idx, plan)
+            self.kernels.store_kv(key, value, layer, plan.slot_mapping, query, rotary)
+            if self.compaction.records(plan):
+                ring = self.compaction.rings.layer(layer_idx)
+                store_kv(query, query, ring, plan.query_slots)
+            own = {"key": key, "value": value} if self.codec.lossless else {}  # else what comes later reads other bytes
+            out = self.placement.read(
+                layer_idx,
+                query,
+                layer,
+                plan,
+                self.kernels,
+                scaling=scaling,
+                window=self.retention.window,
+                sinks=self.retention.sinks,
+                sink_query=self.retention.sink_query(query, plan),
+                **own,
+            )
+            self.placement.close(layer_idx, plan)
         return out
 
     # --- prompts computed ahead, and across restarts
@@ -601,10 +605,12 @@ class Lock:
     """One thread at a time changes tables or runs a forward; the others wait. It may enter again.
 
     Tables that nobody refers to any more are released when it is safe: the garbage collector may find them in the
-    middle of anything. Meanwhile torch has its own default dtype and device, whatever the user has set.
+    middle of anything. Meanwhile torch has its own default dtype and device, whatever the user has set, and `device` is
+    the current GPU, if it is one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._lock, self._depth = threading.RLock(), 0
         self._orphans: deque[list[BlockTable]] = deque()
         self._defaults = ExitStack()
@@ -614,6 +620,7 @@ class Lock:
         try:
             if not self._depth:
                 self._defaults = plain_defaults()
+                self._defaults.enter_context(current(self._device))
         except BaseException:
             self._lock.release()
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from kv_strategies import Request, Runner, build, prefix
 from kv_strategies.paged import BlockPool, BlockTable, OutOfBlocks
 from kv_strategies.prefix import PrefixCache
 from kv_strategies.step import plan
-from kv_strategies.step.store import BlockStore, block_bytes, views_of
+from kv_strategies.step.store import block_bytes, views_of
 from kv_strategies.step.upstream import with_cache
 from kv_strategies.tiers import saved
 from kv_strategies.tiers.lower import LowerTiers
@@ -642,17 +641,16 @@ def test_saved_blocks_serve_after_a_restart(name, tmp_path):
 
 def test_a_gpu_reads_what_a_cpu_has_saved():
     """Both layouts of the memory read and write the same bytes."""
-    planes = build("int8", DEEP, num_blocks=1).placement.stores[torch.device("cpu")].planes
-    planes = {name: (tuple(plane.shape[2:]), plane.dtype) for name, plane in planes.items()}
-    flat = BlockStore(6, 2, planes, torch.device("cpu"))
-    slab = copy.copy(flat)
-    slab.planes = views_of(torch.zeros(6, block_bytes(2, planes), dtype=torch.uint8), 2, planes)
-    for name, plane in flat.planes.items():
+    flat, slab = (build("int8", DEEP, num_blocks=6).placement for _ in range(2))
+    (store,), (flat_store,) = slab.stores.values(), flat.stores.values()
+    planes = {name: (tuple(plane.shape[2:]), plane.dtype) for name, plane in store.planes.items()}
+    store.planes = views_of(torch.zeros(6, block_bytes(2, planes), dtype=torch.uint8), 2, planes)
+    for plane in flat_store.planes.values():
         plane.copy_(torch.randint(0, 100, plane.shape))
-        slab.write(name, [3, 0], flat.read(name, [1, 5]))
-        assert torch.equal(slab.planes[name][[3, 0]], plane[[1, 5]])
-        assert torch.equal(slab.read(name, [0, 3]), flat.read(name, [5, 1]))
-        assert slab.bytes_of(name) == flat.read(name, [0]).shape[1]
+    slab.write_blocks([3, 0], flat.read_blocks([1, 5]))
+    for name, plane in flat_store.planes.items():
+        assert torch.equal(store.planes[name][[3, 0]], plane[[1, 5]])
+    assert torch.equal(slab.read_blocks([0, 3]), flat.read_blocks([5, 1]))
 
 
 def test_salts_are_saved_as_digests_and_still_separate(tmp_path):

@@ -28,7 +28,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kv_strategies import Request, Runner, build
 from kv_strategies.tiers import disk as disk_module
 from kv_strategies.tiers import host as host_module
-from kv_strategies.tiers.host import Disk, Rates, Tiers
+from kv_strategies.tiers.host import Disk, Home, Rates, Tiers
 from kv_strategies.tiers.transfer import Lane
 
 MODEL = tiny_llama(num_layers=2)
@@ -167,7 +167,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.near, self.far = torch.zeros(1, 4, ROW, dtype=torch.uint8), torch.zeros(3, 4, ROW, dtype=torch.uint8)
         with late() if is_late else contextlib.nullcontext(Faults()) as self.faults:
             on_disk = Disk(self.folder.name, disk * 4 * ROW, 4 * ROW) if disk else None
-            self.tiers = Tiers([self.near, self.far], 16, torch.device("cpu"), host, Rates(), on_disk)
+            self.tiers = Tiers([Home([self.near, self.far], torch.device("cpu"))], 16, host, Rates(), on_disk)
         self.late = [*LateLane.lanes, *LateWriter.writers] if is_late else []
         self.recent: list[int] = []  # keys, the least recently demoted first
         self.random = random.Random(0)
@@ -414,7 +414,7 @@ def test_a_block_is_fetched_only_where_that_is_faster():
 
 def test_a_slow_block_on_the_way_to_fast_ones_is_fetched(tmp_path):
     pool = torch.zeros(1, 4, ROW, dtype=torch.uint8)
-    tiers = Tiers([pool], 16, torch.device("cpu"), 4, Rates(), Disk(tmp_path, 9 * ROW, ROW))
+    tiers = Tiers([Home([pool], torch.device("cpu"))], 16, 4, Rates(), Disk(tmp_path, 9 * ROW, ROW))
     keys = [bytes([i]) for i in range(4)]
     for key in keys:
         tiers.demote(key, 0)
@@ -553,7 +553,7 @@ def test_room_is_made_at_the_cost_of_others_than_what_is_fetched(tmp_path):
     pool = torch.arange(4, dtype=torch.uint8).repeat_interleave(ROW).view(1, 4, ROW)
     with late():
         disk = Disk(tmp_path, ROW, ROW)
-        tiers = Tiers([pool], 16, torch.device("cpu"), 1, Rates(), disk)
+        tiers = Tiers([Home([pool], torch.device("cpu"))], 16, 1, Rates(), disk)
         tiers.demote(b"a", 1)
         tiers.demote(b"b", 2)
         for later in (*LateLane.lanes, *LateWriter.writers):

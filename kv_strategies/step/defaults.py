@@ -1,10 +1,17 @@
-"""torch's own default dtype and device, for code that must not depend on those that a user has set."""
+"""torch's own default dtype and device, for code that must not depend on those that a user has set; and which GPU is
+the current one, on which Triton launches whatever it is given.
+"""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, a GPU is the current one of this thread; for any other device nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def plain_defaults() -> ExitStack:

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from ..kernels import Kernels
 from ..kernels.linear import Rotary
 from . import fused
+from .defaults import current
 from .fused import FusedStack
 from .plan import Plan
 from .upstream import takes_cache, with_cache
@@ -158,9 +159,14 @@ def forward(cache: AttendingCache, plan: Plan, input_ids: Tensor, last: Tensor |
         if strategy.kernels.needs_stack:
             raise ValueError(NEEDS_STACK)
         inputs = {"input_ids": input_ids[None], "position_ids": plan.positions[None], "use_cache": True}
-        return model(**inputs, **with_cache(cache), logits_to_keep=last).logits[0]
+        if isinstance(last, int) or model.model.norm.weight.device == last.device:
+            return model(**inputs, **with_cache(cache), logits_to_keep=last).logits[0]
+        states = model.model(**inputs, **with_cache(cache)).last_hidden_state[0]  # where the last layer is
+        return model.lm_head(states[last.to(states.device)])
     states = model.model.embed_tokens(input_ids[None])  # [1, T, hidden]
     angles = model.model.rotary_emb(states, position_ids=plan.positions[None])
     states = stack(states, position_embeddings=angles, **with_cache(cache))[0]
-    states = states if isinstance(last, int) else states[last]
-    return strategy.kernels.linear(states, tail.weight, tail.bias, norm=tail.norm, is_replayed=plan.is_replayed)
+    states = states if isinstance(last, int) else states[last.to(states.device)]
+    states = states.to(tail.weight.device)
+    with current(states.device):
+        return strategy.kernels.linear(states, tail.weight, tail.bias, norm=tail.norm, is_replayed=plan.is_replayed)

@@ -16,7 +16,10 @@ Costs: the weights are copied once, one layer at a time.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -33,8 +36,9 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import output_capturing
 
 from ..kernels.linear import Norm, Rotary
+from .defaults import current
 from .upstream import takes_cache
-from .version import has_upstream_functions, hooks_of, is_globally_hooked, is_upstream, watch
+from .version import has_upstream_functions, hooks_of, is_globally_hooked, is_replaced, is_upstream, watch
 
 _KINDS = {LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, nn.Linear, SiLUActivation, nn.SiLU}
 
@@ -46,7 +50,7 @@ class FusedStack:
         """Merges the weights of each layer, in place."""
         layers = _layers(model)
         attention = layers[0].self_attn
-        self.device = attention.q_proj.weight.device
+        self.device = attention.q_proj.weight.device  # of the first layer
         self._head_dim = attention.head_dim
         self._layers = [_Layer(layer) for layer in layers]
         self._model = weakref.ref(model)
@@ -72,9 +76,19 @@ class FusedStack:
         if not cos.is_cuda:
             cos, sin = cos.float(), sin.float()  # once, not once a layer
         x = hidden_states.reshape(-1, hidden).clone()  # [T, hidden], changed in place from layer to layer
-        kernels = cache.strategy.kernels
+        for device, layers in groupby(self._layers, key=attrgetter("device")):
+            with current(device):
+                x, cos, sin = (tensor.to(device) for tensor in (x, cos, sin))
+                self._run(layers, x, cos, sin, (num_rows, num_columns), cache)
+        return x.view(hidden_states.shape)
+
+    def _run(
+        self, layers: Iterable[_Layer], x: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, int], cache
+    ) -> None:
+        """Layers of one device, one after the other, on x [T, hidden] in place."""
+        kernels, (num_rows, num_columns) = cache.strategy.kernels, shape
         product = partial(kernels.linear, is_replayed=cache.plan.is_replayed)
-        for layer in self._layers:
+        for layer in layers:
             heads = [size // self._head_dim for size in layer.qkv_sizes]
             rotary = Rotary(cos, sin, heads[0] + heads[1])
             inside, later = (None, rotary) if kernels.rotates_later(x) else (rotary, None)
@@ -84,7 +98,6 @@ class FusedStack:
             product(out.flatten(0, 1), *layer.o, residual=x)
             gated = product(x, *layer.gate_up, norm=layer.mlp_norm, gated=True)
             product(gated, *layer.down, residual=x)
-        return x.view(hidden_states.shape)
 
 
 class _Layer:
@@ -94,6 +107,7 @@ class _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         qkv, gate_up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
         self.index, self.scaling = attention.layer_idx, attention.scaling
+        self.device = attention.q_proj.weight.device
         self.qkv_sizes = [len(module.weight) for module in qkv]
         self.qkv, self.gate_up = _merge(qkv), _merge(gate_up)
         self.o, self.down = _weights(attention.o_proj), _weights(mlp.down_proj)
@@ -129,7 +143,7 @@ def supports(model: LlamaForCausalLM) -> bool:
     """Whether the layers are upstream's own, so that running them otherwise changes nothing that anyone could see.
 
     Not so with quantised or adapted linear layers, tensor parallelism, hooks (offloading, probes; also those of all
-    modules), layers on several devices, weights shared between layers, another activation, replaced methods, of one
+    modules), a layer on several devices, weights shared between layers, another activation, replaced methods, of one
     module or of its class, or layers that disagree about a head.
     """
     layers = _layers(model)
@@ -145,9 +159,10 @@ def supports(model: LlamaForCausalLM) -> bool:
         and not is_globally_hooked()
         and not any(_is_changed(module) for module in modules)
         and all(type(parameter) is nn.Parameter for parameter in parameters)  # a sharded one is of another type
-        and len({(parameter.device, parameter.dtype, parameter.is_inference()) for parameter in parameters}) == 1
+        and len({(parameter.dtype, parameter.is_inference()) for parameter in parameters}) == 1
+        and all(len({parameter.device for parameter in layer.parameters()}) == 1 for layer in layers)
         and parameters[0].is_floating_point()
-        and len({parameter.data_ptr() for parameter in parameters}) == len(parameters)
+        and len({(parameter.device, parameter.data_ptr()) for parameter in parameters}) == len(parameters)
         and all(type(layer.mlp.act_fn) in (SiLUActivation, nn.SiLU) for layer in layers)
         and len({attention.head_dim for attention in attentions}) == 1
         and len({attention.layer_idx for attention in attentions}) == len(attentions)
@@ -162,7 +177,7 @@ def _read(layers: list[LlamaDecoderLayer]) -> list[tuple]:
     """What a stack takes from the layers, by which it is known again: where weights lie, and numbers."""
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
     return [
-        *((p.data_ptr(), p.shape, p.stride(), p.dtype) for layer in layers for p in layer.parameters()),
+        *((p.device, p.data_ptr(), p.shape, p.stride(), p.dtype) for layer in layers for p in layer.parameters()),
         *((layer.self_attn.layer_idx, layer.self_attn.scaling, layer.self_attn.head_dim) for layer in layers),
         *((norm.variance_epsilon,) for norm in norms),
     ]
@@ -189,7 +204,7 @@ def tail_of(model: LlamaForCausalLM) -> Tail | None:
         return None
     if is_globally_hooked() or not all(map(is_upstream, (LlamaForCausalLM, LlamaModel, nn.Linear, LlamaRMSNorm))):
         return None
-    if any(map(_is_changed, (model, inner, head, norm))):
+    if any(map(_is_changed, (model, inner, head, norm))) or norm.weight.device != head.weight.device:
         return None
     return Tail(_norm(norm), *_weights(head))
 
@@ -201,7 +216,7 @@ def is_observed() -> bool:
 
 def _is_changed(module: nn.Module) -> bool:
     """Whether calling it does something else than its class says."""
-    return "forward" in vars(module) or bool(module._compiled_call_impl or hooks_of(module))
+    return is_replaced(module) or bool(module._compiled_call_impl or hooks_of(module))
 
 
 def _merge(modules: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:

@@ -114,6 +114,7 @@ class Plan:
     # None where that is its index.
     distances: Tensor | None = None
     host_tables: np.ndarray | None = None  # [B, max_blocks] the block tables on the host, for who moves blocks
+    buffer: PlanBuffer | None = None  # whose memory the tensors are
     scratch: dict = field(default_factory=dict)  # what a kernel derives from the plan once and every layer uses
 
     @property
@@ -135,13 +136,13 @@ class Plan:
         return self.positions.device
 
     def on(self, device: torch.device) -> Plan:
-        """The plan for a layer that lives on another device; copied once, not once a layer."""
+        """The plan for a layer that lives on another device: one copy for all layers there."""
         if device == self.device:
             return self
         if device not in self.scratch:
-            tensors = {name: getattr(self, name) for name in PLAN_TENSORS}
-            tensors = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
-            self.scratch[device] = replace(self, **tensors, scratch={})
+            distances = None if self.distances is None else self.distances.to(device)
+            tensors = self.buffer.copied_to(device)
+            self.scratch[device] = replace(self, **tensors, distances=distances, scratch={})
         return self.scratch[device]
 
     def once(self, name: object, make: Callable[[], object]) -> object:
@@ -255,8 +256,14 @@ class PlanBuffer:
             row_lens=[row.num_tokens for row in rows],
             row_groups=groups,
             host_tables=arrays["block_tables"],
+            buffer=self,
             num_decodes=next((i for i, query_len in enumerate(query_lens) if query_len != 1), len(rows)),
         )
+
+    def copied_to(self, device: torch.device) -> dict[str, Tensor]:
+        """The tensors of the plan on another device."""
+        views = self._views(self._bytes.to(device, non_blocking=True))
+        return {name: views[name] for name in PLAN_TENSORS}
 
     def _views(self, buffer: Tensor) -> dict[str, Tensor]:
         views, offset = {}, 0

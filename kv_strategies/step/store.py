@@ -94,27 +94,20 @@ class BlockStore:
     def layer(self, index: int) -> LayerStore:
         return LayerStore(**{name: plane[:, index] for name, plane in self.planes.items()})
 
-    def bytes_of(self, name: str) -> int:
-        """Bytes of one plane of a block."""
-        plane = self.planes[name]
-        return plane[0].numel() * plane.element_size()
-
-    def read(self, name: str, blocks: list[int]) -> Tensor:
-        """One plane of some blocks, copied to the host: [n, bytes] uint8."""
-        plane = self.planes[name].view(torch.uint8)
-        return plane[torch.tensor(blocks, device=self.device)].flatten(1).cpu()
-
-    def write(self, name: str, blocks: list[int], data: Tensor) -> None:
-        """Put back what `read` gave."""
-        plane = self.planes[name].view(torch.uint8)
-        plane[torch.tensor(blocks, device=self.device)] = data.to(self.device).view(-1, *plane.shape[1:])
-
     def copy_blocks(self, sources: list[int], destinations: list[int]) -> None:
         """Copy whole blocks inside the store, all layers, K and V."""
         sources = torch.tensor(sources, device=self.device)
         destinations = torch.tensor(destinations, device=self.device)
         for memory in self.memories:
             memory[:, destinations] = memory[:, sources]
+
+
+def layers_of(layer_devices: list[torch.device]) -> list[list[int]]:
+    """The layers of each device, in the order in which the devices come."""
+    return [
+        [layer for layer, there in enumerate(layer_devices) if there == device]
+        for device in dict.fromkeys(layer_devices)
+    ]
 
 
 def views_of(slab: Tensor, num_layers: int, planes: Planes) -> dict[str, Tensor]:

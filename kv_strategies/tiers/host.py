@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from ..step.interrupts import uninterrupted
 from .disk import Disk
 from .lower import LowerTiers
 from .rates import Rate, Rates
-from .transfer import Lane, Mark, copy_row, host_memory
+from .transfer import Lane, Mark, Marks, copy_row, host_memory
 
 _BOUNCE_BYTES = 256 << 20  # on the device, at most; and never more than so many blocks:
 _MAX_BOUNCE = 32
@@ -45,28 +46,17 @@ class Tiers(LowerTiers):
     """Host memory for `num_blocks` idle blocks and, where given, a disk for those that it gives up.
 
     Args:
-        memories: where the blocks of the pool lie: [L, N, bytes] uint8 each, of which block b is [:, b] of all.
-        settle, touched: called before the memories are read, and after they are written, in the model's lane.
+        homes: where the blocks of the pool lie, a piece of each on every device of the model.
     """
 
-    def __init__(
-        self,
-        memories: Sequence[Tensor],
-        block_size: int,
-        device: torch.device,
-        num_blocks: int,
-        rates: Rates,
-        disk: Disk | None = None,
-        settle: Callable[[], None] = lambda: None,
-        touched: Callable[[], None] = lambda: None,
-    ):
+    def __init__(self, homes: Sequence[Home], block_size: int, num_blocks: int, rates: Rates, disk: Disk | None = None):
         self.rates = rates
-        self.block_bytes = bytes_of(memories)
+        self.block_bytes = sum(home.block_bytes for home in homes)
         self.num_promoted = self.num_refused = self.bytes_down = self.bytes_up = 0
         self.num_places = num_blocks + (disk.num_places if disk else 0)
         self._block_size, self._disk = block_size, disk
-        self._host = host_memory(num_blocks, self.block_bytes, device=device)
-        self._crossing = _Crossing(memories, device, self.rates, settle, touched)
+        self._host = host_memory(num_blocks, self.block_bytes, device=homes[0].device)
+        self._crossing = _Crossings(homes, rates)
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # in host memory, the longest unused first
         self._leaving: OrderedDict[bytes, tuple[_Kept, Future]] = OrderedDict()  # in host memory, being written to disk
         self._unwanted: deque[bytes] = deque()
@@ -272,24 +262,72 @@ class Tiers(LowerTiers):
         }
 
 
-def bytes_of(memories: Sequence[Tensor]) -> int:
-    """Bytes of one block."""
-    return sum(memory.shape[0] * memory.shape[2] for memory in memories)
+@dataclass(frozen=True)
+class Home:
+    """Where the blocks of the pool lie on one device: in memories [L, N, bytes] uint8, of which block b is [:, b] of
+    each.
+
+    `settle` and `touched` are called before they are read, and after they are written, in the model's lane.
+    """
+
+    memories: Sequence[Tensor]
+    device: torch.device
+    settle: Callable[[], None] = lambda: None
+    touched: Callable[[], None] = lambda: None
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block here."""
+        return sum(memory.shape[0] * memory.shape[2] for memory in self.memories)
 
 
 @dataclass
 class _Kept:
     tokens: bytes
     place: int  # in host memory; -1 on disk
-    arrived: Mark  # when the copy has ended
+    arrived: Mark | Marks  # when the copy has ended
+
+
+class _Crossings:
+    """Between the pool and host memory, where a block is the pieces of all devices, one behind the other."""
+
+    def __init__(self, homes: Sequence[Home], rates: Rates):
+        ends = pairwise(accumulate((home.block_bytes for home in homes), initial=0))
+        self._each = [(_Crossing(home, rates), slice(*end)) for home, end in zip(homes, ends, strict=True)]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(crossing.num_bytes for crossing, _ in self._each)
+
+    def down(self, block: int, host: Tensor) -> Mark | Marks:
+        """See `_Crossing`."""
+        return _joined(crossing.down(block, host[piece]) for crossing, piece in self._each)
+
+    def up(self, host: Tensor, filled: Mark | Marks, block: int) -> Mark | Marks:
+        """See `_Crossing`."""
+        marks = filled.each if isinstance(filled, Marks) else [filled] * len(self._each)
+        each = zip(self._each, marks, strict=True)
+        return _joined(crossing.up(host[piece], mark, block) for (crossing, piece), mark in each)
+
+
+def _joined(copies: Iterable[Mark]) -> Mark | Marks:
+    """What stands for all of these copies, which begin here; where one fails, none is under way afterwards."""
+    marks = []
+    try:
+        for mark in copies:
+            marks.append(mark)
+    except BaseException:
+        Marks(marks).synchronize()
+        raise
+    return marks[0] if len(marks) == 1 else Marks(marks)
 
 
 class _Crossing:
     """Between the pool and host memory, through bounce blocks on the device."""
 
-    def __init__(self, memories, device: torch.device, rates: Rates, settle, touched):
-        self._memories, self._rates, self._settle, self._touched = memories, rates, settle, touched
-        block_bytes = bytes_of(memories)
+    def __init__(self, home: Home, rates: Rates):
+        self._memories, self._rates, self._settle, self._touched = home.memories, rates, home.settle, home.touched
+        block_bytes, device = home.block_bytes, home.device
         self._main, self._down, self._up = Lane(device, main=True), Lane(device), Lane(device)
         count = max(1, min(_MAX_BOUNCE, _BOUNCE_BYTES // block_bytes)) if self._down.is_beside else 1
         self._bounce = torch.empty(count, block_bytes, dtype=torch.uint8, device=device)
@@ -306,8 +344,9 @@ class _Crossing:
         with self._next_bounce() as at:
             self._main.wait(self._busy[at])
             self._settle()
-            for memory, piece in self._pieces(at):
-                copy_row(memory, block, piece, 0)
+            with self._main:
+                for memory, piece in self._pieces(at):
+                    copy_row(memory, block, piece, 0)
             ready = self._main.mark()
             self._busy[at] = self._copy(self._down, ready, self._bounce[at], host, self._rates.down)
         return self._busy[at]
@@ -320,8 +359,9 @@ class _Crossing:
             self._up.wait(filled)
             arrived = self._copy(self._up, self._busy[at], host, self._bounce[at], self._rates.up)
             self._main.wait(arrived)
-            for memory, piece in self._pieces(at):
-                copy_row(piece, 0, memory, block)
+            with self._main:
+                for memory, piece in self._pieces(at):
+                    copy_row(piece, 0, memory, block)
             self._touched()
             self._busy[at] = self._main.mark()
         return arrived
@@ -366,7 +406,7 @@ def main() -> None:
     pool = torch.arange(8, dtype=torch.uint8).repeat_interleave(4096).view(1, 8, 4096)  # block b is full of b
     with tempfile.TemporaryDirectory() as folder:
         disk = Disk(folder, 4 * 4096, 4096)
-        tiers = Tiers([pool], 16, torch.device("cpu"), num_blocks=2, rates=Rates(), disk=disk)
+        tiers = Tiers([Home([pool], torch.device("cpu"))], 16, num_blocks=2, rates=Rates(), disk=disk)
         print("A pool of 8 blocks, host memory for 2 and disk for 4 idle ones.\n")
         for block in range(8):
             tiers.demote(bytes([block]), block)

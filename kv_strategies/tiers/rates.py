@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -59,15 +60,18 @@ class Rates:
 class PrefillClock:
     """How fast prompts are computed: the time from the first layer's attention to the last's, over their tokens."""
 
-    def __init__(self, rate: Rate, device: torch.device, num_layers: int):
-        self._rate, self._last_layer, self._lane = rate, num_layers - 1, Lane(device, main=True)
+    def __init__(self, rate: Rate, layer_devices: Sequence[torch.device]):
+        self._rate, self._last_layer = rate, len(layer_devices) - 1
+        self._first, self._last = (Lane(device, main=True) for device in (layer_devices[0], layer_devices[-1]))
+        # Times of two devices cannot be compared: a lane beside the first one's waits for the last.
+        self._end = self._last if self._first.device == self._last.device else Lane(self._first.device)
         self._began: tuple[Mark, float] | None = None
         self._timed: deque[tuple[int, Mark, Mark]] = deque()
 
     def open(self, layer_idx: int, plan: Plan) -> None:
         if layer_idx == 0:
             is_prompt = plan.num_tokens - plan.num_decodes >= _MIN_TIMED_TOKENS
-            self._began = (self._lane.mark(timed=True), time.perf_counter()) if is_prompt else None
+            self._began = (self._first.mark(timed=True), time.perf_counter()) if is_prompt else None
 
     def close(self, layer_idx: int, plan: Plan) -> None:
         if layer_idx != self._last_layer or self._began is None:
@@ -76,7 +80,8 @@ class PrefillClock:
         if mark is None:
             self._rate.learn(plan.num_tokens, time.perf_counter() - began)
             return
-        self._timed.append((plan.num_tokens, mark, self._lane.mark(timed=True)))
+        self._end.wait(self._last.mark())
+        self._timed.append((plan.num_tokens, mark, self._end.mark(timed=True)))
         while self._timed[0][2].query():
             num_tokens, mark, end = self._timed.popleft()
             self._rate.learn(num_tokens, mark.elapsed_time(end) / 1e3)

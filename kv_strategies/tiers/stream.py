@@ -125,8 +125,9 @@ class LayerStream:
         """Copy (source, destination) blocks of all layers, in host memory."""
         self.settle()
         try:
-            for source, destination in copies:
-                copy_row(self.host, source, self.host, destination)
+            with self._main:
+                for source, destination in copies:
+                    copy_row(self.host, source, self.host, destination)
         finally:
             self.touched()
 

@@ -14,6 +14,22 @@ import torch
 from torch import Tensor
 
 Mark = torch.cuda.Event | None
+_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for all devices
+
+
+class Marks:
+    """Marks of several devices as one: reached where all of them are."""
+
+    def __init__(self, each: list[Mark]):
+        self.each = each
+
+    def query(self) -> bool:
+        return all(mark is None or mark.query() for mark in self.each)
+
+    def synchronize(self) -> None:
+        for mark in self.each:
+            if mark is not None:
+                mark.synchronize()
 
 
 class Lane:
@@ -82,7 +98,7 @@ def host_memory(*shape: int, device: torch.device) -> Tensor:
         return memory
     cuda = torch.cuda.cudart()
     with torch.cuda.device(device):
-        if cuda.cudaHostRegister(memory.data_ptr(), memory.numel(), 0) != cuda.cudaError.success:
+        if cuda.cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE) != cuda.cudaError.success:
             with contextlib.suppress(RuntimeError):
                 torch.zeros(1, device=device)  # the next launch reports the failure, and clears it
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
@@ -91,7 +107,10 @@ def host_memory(*shape: int, device: torch.device) -> Tensor:
 
 
 def copy_row(source: Tensor, row: int, target: Tensor, target_row: int) -> None:
-    """target[:, target_row] = source[:, row], for memories [L, N, bytes] on a device or in its page-locked memory."""
+    """target[:, target_row] = source[:, row], in the lane that has been entered.
+
+    For memories [L, N, bytes] on its device or in page-locked memory.
+    """
     if source.is_cuda and target.is_cuda:
         target[:, target_row].copy_(source[:, row])
     elif source.is_cuda or target.is_cuda or source.is_pinned():
