@@ -13,7 +13,8 @@ failure is made small. `tests/soak.py` runs, replays and shrinks worlds.
 On a GPU (`MODEL.to("cuda")`) runners replay CUDA graphs and launch steps ahead, and copies have lanes of their own; a
 world then is the same twice but for when copies arrive.
 
-Time is part of the seed: the disk writes when the world says so, and a fetch pays when the world says so.
+Time is part of the seed: the disk writes when the world says so, a fetch pays when the world says so, and deadlines
+pass when it says so.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
 from common import OUTSIDE, VOCAB, can_be_built, tiny_llama
-from transformers import DynamicCache
+from transformers import DynamicCache, RepetitionPenaltyLogitsProcessor
 
 from kv_strategies import STRATEGIES, Request, Runner, build, offload
 from kv_strategies import baseline as baseline_module
@@ -45,6 +47,7 @@ from kv_strategies import prefix as prefix_module
 from kv_strategies import runner as runner_module
 from kv_strategies.compaction import Compaction
 from kv_strategies.paged import BlockPool, BlockTable, OutOfBlocks
+from kv_strategies.speculative import PromptLookup
 from kv_strategies.step.plan import PlanBuffer
 from kv_strategies.step.requests import Result
 from kv_strategies.step.sampling import _gumbel, _mix
@@ -52,7 +55,7 @@ from kv_strategies.step.upstream import with_cache
 from kv_strategies.strategy import Strategy
 from kv_strategies.tiers import disk as disk_module
 from kv_strategies.tiers import host as host_module
-from kv_strategies.tiers import saved
+from kv_strategies.tiers import saved, shared
 from kv_strategies.tiers.rates import Rates
 
 MODEL = tiny_llama(num_heads=2, num_kv_heads=1)  # two layers: K and V of the second depend on all tokens before
@@ -77,6 +80,7 @@ SUMS = [
 CHOSEN = [
     "paged",
     "prefix",
+    "prefix:shared",
     "offload",
     "prefix+offload",
     "prefix+offload:tiers",
@@ -93,8 +97,10 @@ CHOSEN = [
     "prefix+window+offload+int8:disk",
     "contiguous",
 ]
-#: What a soak drives: each sum, and those with a lower tier as well with host memory and with a disk for idle blocks.
+#: What a soak drives: each sum; those with a lower tier as well with host memory and with a disk for idle blocks, those
+#: that share as well with a folder that outlives the process.
 ALL = ["contiguous", *SUMS, *(f"{name}:{tier}" for name in SUMS if "offload" in name for tier in ("tiers", "disk"))]
+ALL += [f"{name}:shared" for name in SUMS if "prefix" in name]
 
 
 class Fault(RuntimeError):
@@ -130,11 +136,13 @@ class Faults:
             sharing: "match publish evict" + (" insert pin save load" if hasattr(sharing, "insert") else ""),
             placement: "open read close copy_blocks read_blocks write_blocks layers compact",
             tiers: "demote num_promotable promote",
-            Runner: "_schedule _admit _draw _forward _fork _preempt _launch",
+            Runner: "_schedule _propose _admit _draw _score_prompts _forward _fork _preempt _launch",
             PlanBuffer: "fill",
-            runner_module: "sample forward",
+            runner_module: "sample forward shape logprobs",
             saved: "write",
         }
+        if getattr(strategy.sharing, "_folder", None):
+            owners[shared.Folder] = "read lacking write"
         if hasattr(strategy.placement.tiers, "_crossing"):
             owners |= {
                 host_module._Crossing: "up down",
@@ -209,6 +217,41 @@ class Faults:
 # --- what a request gives when nothing disturbs it
 
 
+class Letters:
+    """A tokenizer: a letter a token."""
+
+    def decode(self, ids, **options) -> str:
+        return "".join(chr(ord("0") + int(token)) for token in ids)
+
+
+class Shape(NamedTuple):
+    """What changes the logits of a request."""
+
+    stop: int | None = None  # a token that may not come before
+    min_new: int = 0  # others
+    penalty: float = 0.0  # for tokens that were there before; 0 for none
+
+    @property
+    def options(self) -> dict:
+        return {
+            "stop_token_ids": () if self.stop is None else (self.stop,),
+            "min_new_tokens": self.min_new,
+            "logits_processor": RepetitionPenaltyLogitsProcessor(self.penalty) if self.penalty else (),
+        }
+
+
+PLAIN = Shape()
+NUM_LOGPROBS = 3
+
+
+class Answer(NamedTuple):
+    """What a sample gives: MAX_NEW tokens, or fewer up to its stop token, and log probabilities."""
+
+    token_ids: list[int]
+    logprobs: list[dict[int, float]]
+    prompt_logprobs: list[dict[int, float] | None]
+
+
 class Oracle:
     """Tokens of a request alone: through the native cache, or through the lossy parts of a strategy alone.
 
@@ -221,12 +264,13 @@ class Oracle:
         lossy = [part for part in name.split("+") if STRATEGIES[part].lossy is True]
         self.strategy = build("+".join(lossy) or "baseline", MODEL, **self._options(lossy, block_size))
         self.is_native = not lossy
-        self._margin = 1e-3 if set(lossy) <= {"window", "every4", "evict"} else 2e-2  # a rounded code is further off
+        self.margin = 1e-3 if set(lossy) <= {"window", "every4", "evict"} else 2e-2  # a rounded code is further off
         # Without graphs, which would draw the likeliest tokens themselves.
         self._runner = Runner(
             MODEL, self.strategy, **({} if self.is_native else {"max_num_seqs": 4, "cuda_graphs": False})
         )
-        self._known: dict[tuple, list[list[int]] | None] = {}
+        self._known: dict[tuple, list[Answer] | None] = {}
+        self._beams: dict[tuple, list[int]] = {}
         self._states: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @classmethod
@@ -243,14 +287,16 @@ class Oracle:
         options = {"num_blocks": 64, "block_size": block_size} if lossy else {}
         return options | (options_of("+".join(lossy)) if lossy else {})
 
-    def tokens(self, prompt: tuple[int, ...], temperature: float = 0.0, seed: int = 0) -> list[list[int]] | None:
-        """MAX_NEW tokens of each of three samples."""
-        key = prompt, temperature, seed
+    def answers(
+        self, prompt: tuple[int, ...], temperature: float = 0.0, seed: int = 0, shape: Shape = PLAIN
+    ) -> list[Answer] | None:
+        """What each of three samples gives."""
+        key = prompt, temperature, seed, shape
         if key not in self._known:
-            self._known[key] = self._run(prompt, temperature, seed)
+            self._known[key] = self._run(*key)
         return self._known[key]
 
-    def _run(self, prompt, temperature, seed):
+    def _run(self, prompt, temperature, seed, shape):
         module = baseline_module if self.is_native else runner_module
         margins, draw = [], module.sample
 
@@ -264,18 +310,20 @@ class Oracle:
             margins.append(float((best[:, 0] - best[:, 1]).min()))
             return draw(logits, params, steps)
 
-        request = Request(prompt, MAX_NEW, temperature, seed=seed, n=3 if temperature else 1, stop_token_ids=())
+        asks = {"logprobs": NUM_LOGPROBS, "prompt_logprobs": NUM_LOGPROBS}
+        request = Request(prompt, MAX_NEW, temperature, seed=seed, n=3 if temperature else 1, **asks, **shape.options)
         with mock.patch.object(module, "sample", sample):
             results = self._runner.generate([request])
-        if min(margins) < self._margin:
+        if min(margins) < self.margin:
             return None
-        return [result.token_ids for result in results] * (1 if temperature else 3)
+        found = [Answer(result.token_ids, result.logprobs, result.prompt_logprobs) for result in results]
+        return found * (1 if temperature else 3)
 
     def beams(self, prompt: tuple[int, ...], num_new: int) -> list[int]:
         key = prompt, num_new
-        if key not in self._known:
-            self._known[key] = _generate([list(prompt)], self.strategy.cache(), num_new, num_beams=3)[0]
-        return self._known[key]
+        if key not in self._beams:
+            self._beams[key] = _generate([list(prompt)], self.strategy.cache(), num_new, num_beams=3)[0]
+        return self._beams[key]
 
     def states(self, path: tuple[int, ...], size: int) -> torch.Tensor:
         """K, then V, of the last `size` tokens of a path: what its block holds, [2 * L * Hkv * size * D] float32."""
@@ -367,17 +415,31 @@ class LateWriter:
                 future.set_exception(error)
 
 
+class Clock:
+    """Stands in for the module `time`: stands still until the world goes on."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
 # --- a request under way
 
 
 @dataclass
 class Asked:
-    """A request, the tokens that each of its samples must give, and those that came."""
+    """A request, the tokens that each of its samples must give and why it then ends, and those that came."""
 
     request: Request
+    answers: list[Answer]
     expected: list[list[int]]
+    reasons: list[str]
     found: list[list[int]] = field(default_factory=list)
     ended: set[int] = field(default_factory=set)
+    deadline: float = float("inf")  # of the clock, once it is submitted
+    is_cancelled: bool = False
 
     def __post_init__(self):
         self.found = [[] for _ in self.expected]
@@ -411,13 +473,18 @@ class World:
         self.block_size, self.num_blocks = rng.choice([2, 3, 4]), rng.randint(10, 40)
         self.oracle = Oracle.of(self.name, self.block_size)
         self.seats, self.chunk = rng.randint(3, 6), rng.choice([7, 11, 24])
-        self.resident = rng.choice(["k", "none", "kv"]) if self.tier else rng.choice(["k", "none"])
+        self.resident = rng.choice(["k", "none", "kv"] if self.tier in ("tiers", "disk") else ["k", "none"])
         self.num_host, self.num_disk = rng.randint(1, 12), rng.randint(1, 24)
         self.is_fused = rng.random() < 0.7
-        self.time = random.Random(f"{case}/{seed}/time")
+        # What a forward over several tokens of a row rounds otherwise is another code, or decides between equal scores.
+        self.guesses = rng.random() < 0.3 and not self._is_rounded and "evict" not in self.parts
+        self.time, self.clock = random.Random(f"{case}/{seed}/time"), Clock()
         self.folder = tempfile.TemporaryDirectory()
         self.file = Path(self.folder.name) / "saved"
         self.on_file: dict[str, set] | None = None
+        #: By salt, the starts that a request may find, and those that were ever there, of models before as well.
+        self.seen: dict[str, set[tuple[int, ...]]] = {salt: set() for salt in SALTS}
+        self.ever: dict[str, set[tuple[int, ...]]] = {salt: set() for salt in SALTS}
         self.counts: Counter[str] = Counter()
         self.log: list[str] = []
         self._ids = iter(range(10**9))
@@ -433,8 +500,10 @@ class World:
         options = sizes | options_of(self.name)
         if "offload" in self.parts:
             options["resident"] = self.resident
-            if self.tier:
+            if self.tier in ("tiers", "disk"):
                 options |= self._tiers(options)
+        if self.tier == "shared":
+            options |= {"shared_path": Path(self.folder.name) / "shared", "shared_bytes": self.num_disk << 12}
         self.strategy = build(self.name, MODEL, **options)
         self.strategy.fused = self.is_fused
         self.num_blocks, self.block_size = self.strategy.pool.num_blocks, self.strategy.block_size
@@ -444,14 +513,21 @@ class World:
         self.streams: list[tuple[Iterator, list[Asked]]] = []
         self.kept: list[Kept] = []
         self.pinned: Counter[tuple[tuple[int, ...], str]] = Counter()
-        self.seen: dict[str, set[tuple[int, ...]]] = {salt: set() for salt in SALTS}
-        self.ever: dict[str, set[tuple[int, ...]]] = {salt: set() for salt in SALTS}  # models before this one included
+        self._forget(for_ever=True)
         self.finished: list[tuple[tuple[int, ...], str]] = []
         self._prompt_tokens = 0
-        disk = getattr(self.strategy.placement.tiers, "_disk", None)
+        writes = getattr(self.strategy.placement.tiers, "_disk", getattr(self.strategy.sharing, "_folder", None))
         self.writer = None
-        if disk is not None:
-            self.writer = disk._writer = LateWriter()
+        if writes is not None:
+            self.writer = writes._writer = LateWriter()
+
+    def _forget(self, *, for_ever: bool = False) -> None:
+        """What was asked for is nobody's any more, or nowhere, unless a folder has it."""
+        if self.tier == "shared":
+            return
+        self.seen = {salt: set() for salt in SALTS}
+        if for_ever:
+            self.ever = {salt: set() for salt in SALTS}
 
     def _tiers(self, options: dict) -> dict:
         probe = build(self.name, MODEL, **options, host_bytes=1 << 24).placement
@@ -462,7 +538,9 @@ class World:
         return found
 
     def _runner(self) -> Runner:
-        return Runner(MODEL, self.strategy, max_num_seqs=self.seats, max_batch_tokens=self.chunk)
+        proposer = PromptLookup(num_tokens=3, max_ngram=2) if self.guesses else None
+        sizes = {"max_num_seqs": self.seats, "max_batch_tokens": self.chunk}
+        return Runner(MODEL, self.strategy, **sizes, tokenizer=Letters(), speculate=proposer)
 
     def close(self) -> None:
         self.streams.clear()
@@ -484,7 +562,15 @@ class World:
             return self.time.choice([1e-3, 1e-3, 1e-3, -1e-3])
 
         operations, weights = zip(*self.OPERATIONS.items(), strict=True)
-        with self.faults, self._counting(), warnings.catch_warnings(), mock.patch.object(Rates, "seconds_saved", pays):
+        with contextlib.ExitStack() as stack:
+            for patch in (
+                self.faults,
+                self._counting(),
+                warnings.catch_warnings(),
+                mock.patch.object(Rates, "seconds_saved", pays),
+                mock.patch.object(runner_module, "time", self.clock),
+            ):
+                stack.enter_context(patch)
             warnings.simplefilter("ignore")
             for index in range(num_ops):
                 if only is not None and index not in only:
@@ -543,6 +629,9 @@ class World:
                    "blocks used, free and cached")  # fmt: skip
             require(stats["hit_tokens"] <= stats["prompt_tokens"], "more tokens were hit than asked for")
             require(stats["tokens_stored"] <= stats["token_places"], "more tokens are stored than there is room for")
+            for runner in self.runners:
+                urgencies = [-seq.request.priority for seq in runner._waiting]
+                require(urgencies == sorted(urgencies), "a request waits behind one of a lower priority")
             waiting = {seq.request.request_id for runner in self.runners for seq in runner._unfinished()}
             for request_id, asked in self.asked.items():
                 if not asked.is_done and request_id not in waiting:
@@ -586,9 +675,9 @@ class World:
 
     # --- requests
 
-    def alone(self, *request) -> list[list[int]] | None:
+    def alone(self, *request) -> list[Answer] | None:
         with self.faults.quiet():
-            return self.oracle.tokens(*request)
+            return self.oracle.answers(*request)
 
     def beams(self, prompt: list[int], num_new: int) -> list[int]:
         with self.faults.quiet():
@@ -602,20 +691,51 @@ class World:
         else:
             prompt, salt = rng.choice(self.corpus.prompts), rng.choice(SALTS)
         temperature, seed, n = rng.choice([0.0, 0.0, 0.0, 0.8]), rng.choice([1, 2]), rng.choice([1, 1, 1, 2, 3])
-        full = self.alone(prompt, temperature, seed if temperature else 0)
+        key = prompt, temperature, seed if temperature else 0
+        full = self.alone(*key)
         if full is None:
             return None
-        max_new = rng.randint(1, MAX_NEW)
-        stops = [rng.choice(full[0])] if rng.random() < 0.2 else []
+        max_new, options = rng.randint(1, MAX_NEW), {}
+        if rng.random() < 0.1:
+            shape = rng.choice([Shape(full[0].token_ids[0], 3), Shape(penalty=1.5)])
+            full, options = self.alone(*key, shape), shape.options
+            if full is None or max_new < shape.min_new:
+                return None
+        elif rng.random() < 0.2:
+            options["stop_token_ids"] = [rng.choice(full[0].token_ids)]
+        if rng.random() < 0.15:
+            options["stop"] = self._some_text(prompt, full[0].token_ids, rng)
+        options |= {
+            "logprobs": rng.choice([None, None, None, 0, NUM_LOGPROBS]),
+            "prompt_logprobs": rng.choice([None] * 8 + [1]),
+            "priority": rng.choice([0, 0, 0, -1, 2]),
+            "deadline": rng.choice([None] * 6 + [rng.uniform(0.5, 4)]),
+        }
+        options.setdefault("stop_token_ids", ())
         request = Request(
-            list(prompt), max_new, temperature, salt, seed=seed, n=n, stop_token_ids=stops, request_id=next(self._ids)
+            list(prompt), max_new, temperature, salt, seed=seed, n=n, request_id=next(self._ids), **options
         )
-        expected = []
-        for index in range(n):
-            tokens = full[index][:max_new]
-            stop = next((i for i, token in enumerate(tokens) if token in stops), max_new)
-            expected.append(tokens[: stop + 1])
-        return Asked(request, expected)
+        expected = [self._until_stop(request, full[index].token_ids[:max_new]) for index in range(n)]
+        asks = ("stop", "min_new_tokens", "logits_processor", "logprobs", "prompt_logprobs", "priority", "deadline")
+        self.counts.update(f"with {name}" for name in asks if getattr(request, name) not in (None, 0, ()))
+        return Asked(request, full, *map(list, zip(*expected, strict=True)))
+
+    @staticmethod
+    def _some_text(prompt: tuple[int, ...], tokens: list[int], rng: random.Random) -> str:
+        """One or two different letters that come, the first perhaps in the prompt."""
+        text = Letters().decode([*prompt, *tokens])
+        end = rng.randint(len(prompt) + 1, len(text))
+        return text[end - 1] if rng.random() < 0.5 or text[end - 2 : end - 1] == text[end - 1] else text[end - 2 : end]
+
+    @staticmethod
+    def _until_stop(request: Request, tokens: list[int]) -> tuple[list[int], str]:
+        """The tokens up to the first that ends the request, and why it does."""
+        for count, token in enumerate(tokens, start=1):
+            is_last = token in request.stop_token_ids and count > request.min_new_tokens
+            text = Letters().decode([*request.token_ids, *tokens[:count]])
+            if is_last or (request.stop and text.endswith(request.stop)):
+                return tokens[:count], "stop"
+        return tokens, "length"
 
     def draw_some(self, rng: random.Random, most: int) -> list[Asked]:
         return [found for _ in range(rng.randint(1, most)) if (found := self.draw(rng)) is not None]
@@ -624,6 +744,7 @@ class World:
         for one in asked:
             self.asked[one.request.request_id] = one
             self.owners[one.request.request_id] = runner
+            one.deadline = self.clock.now + (one.request.deadline or float("inf"))
             for tokens in one.expected:
                 self.see([*one.request.token_ids, *tokens], one.request.salt)
 
@@ -633,23 +754,54 @@ class World:
             require(asked is not None, f"a token of {event.request_id}, which nobody waits for")
             index = event.sample_index
             require(index not in asked.ended, f"a token of {event.request_id}, which has ended")
-            asked.found[index].append(event.token_id)
+            if event.token_id is not None:
+                asked.found[index].append(event.token_id)
             count = len(asked.found[index])
             expect(asked.found[index], asked.expected[index][:count], f"tokens of {asked.request}")
             if event.result is None:
                 continue
-            result = event.result
-            expect(result.token_ids, asked.expected[index], f"result of {asked.request}")
-            stopped = result.token_ids[-1] in asked.request.stop_token_ids
-            expect(result.finish_reason, "stop" if stopped else "length", "finish_reason")
-            self.check_hit(asked.request, result)
+            self.check_result(asked, index, event.result)
             asked.ended.add(index)
-            self.counts["samples"] += 1
             if asked.is_done:
-                self.finished.append((tuple(asked.request.token_ids) + tuple(result.token_ids), asked.request.salt))
-                self.finished = self.finished[-20:]
-                self._prompt_tokens += len(asked.request.token_ids)
+                if event.token_id is not None:
+                    whole = (*asked.request.token_ids, *event.result.token_ids)
+                    self.finished = [*self.finished, (whole, asked.request.salt)][-20:]
+                    self._prompt_tokens += len(asked.request.token_ids)
                 del self.asked[event.request_id], self.owners[event.request_id]
+
+    def check_result(self, asked: Asked, index: int, result: Result) -> None:
+        request, reason, expected = asked.request, result.finish_reason, asked.expected[index]
+        if reason in ("deadline", "cancelled"):
+            require(
+                len(result.token_ids) < len(expected), f"{request} has ended by its {reason}, and had all its tokens"
+            )
+            expect(result.token_ids, expected[: len(result.token_ids)], f"tokens of {request} up to its {reason}")
+            holds = asked.is_cancelled if reason == "cancelled" else asked.deadline <= self.clock.now
+            require(holds, f"{request} has ended by a {reason} that was not")
+            self.counts[reason] += 1
+        else:
+            expect((result.token_ids, reason), (expected, asked.reasons[index]), f"result of {request}")
+            self.counts["samples"] += 1
+        self.check_hit(request, result)
+        answer = asked.answers[index]
+        self.check_logprobs(request.logprobs, result.logprobs, answer.logprobs, result.token_ids)
+        if result.token_ids:  # else its prompt may not be through
+            prompt = request.token_ids[1:]
+            expect(result.prompt_logprobs and result.prompt_logprobs[0], None, "log probabilities of the first token")
+            found = result.prompt_logprobs and result.prompt_logprobs[1:]
+            self.check_logprobs(request.prompt_logprobs, found, answer.prompt_logprobs[1:], prompt)
+
+    def check_logprobs(self, count: int | None, found, wanted, tokens) -> None:
+        if count is None:
+            expect(found, None, "log probabilities that nobody asked for")
+            return
+        expect(len(found), len(tokens), "log probabilities, for each token")
+        for one, other, token in zip(found, wanted, tokens, strict=False):
+            highest = [sorted(entry.values(), reverse=True)[:count] for entry in (one, other)]
+            pairs = [(one[token], other[token]), *zip(*highest, strict=True)]
+            far = max(abs(ours - theirs) for ours, theirs in pairs)
+            require(far < 2 * self.oracle.margin, f"log probabilities are off by {far}: {one} for {other}")
+            require(count <= len(one) <= count + 1 or len(one) == len(other), f"{len(one)} of {count} were asked for")
 
     def check_hit(self, request: Request, result: Result) -> None:
         num_cached = result.num_cached_tokens
@@ -700,6 +852,12 @@ class World:
                 require(self.others_hold(runner), "out of blocks, and nobody else holds any")
                 self.counts["starved"] += 1
                 return
+            late = [seq.request for seq in runner._unfinished() if seq.deadline <= self.clock.now]
+            expect(late, [], "requests behind their deadline")
+
+    def wait(self, rng: random.Random) -> None:
+        """Time passes."""
+        self.clock.now += rng.uniform(0.1, 2)
 
     # --- streams, nested calls, cancelling
 
@@ -768,9 +926,8 @@ class World:
             expect(len(results), len(found), "results, each once")
             wanted = {(o.request.request_id, i): t for o in asked for i, t in enumerate(o.expected)}
             expect(found, wanted, "results of generate")
-            self.counts["samples"] += len(found)
             for one, result in [(o, r) for o in asked for r in results if r.request_id == o.request.request_id]:
-                self.check_hit(one.request, result)
+                self.check_result(one, result.sample_index, result)
         except ValueError:
             require(self.may_refuse(asked, runner), "a request that fits was refused")
         except OutOfBlocks:
@@ -784,11 +941,8 @@ class World:
         ids = [request_id for request_id in self.asked if request_id not in streamed]
         if ids:
             request_id = rng.choice(ids)
-            runner = self.owners.pop(request_id)
-            runner.cancel(request_id)
-            del self.asked[request_id]
-            for event in [event for event in runner._events if event.request_id == request_id]:
-                runner._events.remove(event)  # known before it was cancelled
+            self.asked[request_id].is_cancelled = True
+            self.owners[request_id].cancel(request_id)
 
     def preempt(self, rng: random.Random) -> None:
         runner = rng.choice(self.runners)
@@ -817,7 +971,7 @@ class World:
         for request_id in [request_id for request_id, owner in self.owners.items() if owner is runner]:
             self.asked.pop(request_id, None)
             del self.owners[request_id]
-        self.counts["preemptions"] += runner.num_preemptions
+        self._count_runner(runner)
         del runner
         gc.collect()
 
@@ -828,15 +982,15 @@ class World:
         num_rows, num_new, salt = rng.choice([1, 1, 2]), rng.randint(1, 6), rng.choice(SALTS)
         rows = [list(rng.choice(self.corpus.prompts)) for _ in range(num_rows)]
         full = [self.alone(tuple(row)) for row in rows]
-        if any(tokens is None for tokens in full):
+        if any(answers is None for answers in full):
             return
         is_known, has_beams = rng.random() < 0.6, num_rows == 1 and rng.random() < 0.25 and not self._is_rounded
         keeps = self.can_keep and rng.random() < 0.35 and len(self.kept) < 3 and not has_beams
-        for row, tokens in zip(rows, full, strict=True):
+        for row, answers in zip(rows, full, strict=True):
             self.see(row, salt)
             if not is_known:
-                self.see([*row, *tokens[0]], salt)
-        wanted = [tokens[0][:num_new] for tokens in full]
+                self.see([*row, *answers[0].token_ids], salt)
+        wanted = [answers[0].token_ids[:num_new] for answers in full]
         options = {}
         if has_beams:
             wanted, options = [self.beams(rows[0], num_new)], {"num_beams": 3}
@@ -904,7 +1058,7 @@ class World:
         except OutOfBlocks:
             self.kept.remove(kept)
             return
-        expect(found, [full[0][:num_new]], f"another turn of {tokens}")
+        expect(found, [full[0].token_ids[:num_new]], f"another turn of {tokens}")
         kept.rows, kept.failed = [tokens + found[0]], False
         self.counts["turns"] += 1
 
@@ -920,7 +1074,7 @@ class World:
             self.counts["retries refused"] += 1
             require(isinstance(error, OutOfBlocks) or "give it a new one" in str(error), f"a retry: {error}")
             return
-        expect(found, [full[0][:num_new]], f"generate() again after a fault, of {tokens}")
+        expect(found, [full[0].token_ids[:num_new]], f"generate() again after a fault, of {tokens}")
         self.counts["retries"] += 1
 
     def drop(self, rng: random.Random) -> None:
@@ -966,7 +1120,7 @@ class World:
         with self.faults.quiet(), self.strategy.lock:
             self.strategy.follow()
         self.pinned.clear()
-        self.seen = {salt: set() for salt in SALTS}
+        self._forget()
         for asked in self.asked.values():
             for tokens in asked.expected:
                 self.see([*asked.request.token_ids, *tokens], asked.request.salt)
@@ -1025,8 +1179,7 @@ class World:
             raise Broken("a reset in spite of tables in use")
         self.drain(rng)
         self.strategy.reset()
-        self.seen = {salt: set() for salt in SALTS}
-        self.ever = {salt: set() for salt in SALTS}
+        self._forget(for_ever=True)
         self.pinned.clear()
         self._prompt_tokens = 0
         expect(self.strategy.stats()["blocks_free"], self.num_blocks, "free blocks after a reset")
@@ -1081,11 +1234,18 @@ class World:
         gc.collect()
 
     def _count(self) -> None:
-        self.counts["preemptions"] += sum(runner.num_preemptions for runner in self.runners)
+        for runner in self.runners:
+            self._count_runner(runner)
         stats = self.strategy.stats()
         self.counts["evictions"] += stats["evictions"]
         self.counts["promotions"] += stats.get("tier_blocks_promoted", 0)
         self.counts["fetches refused"] += stats.get("tier_fetches_refused", 0)
+        self.counts["blocks of a folder"] += stats.get("shared_blocks_read", 0)
+
+    def _count_runner(self, runner: Runner) -> None:
+        self.counts["preemptions"] += runner.num_preemptions
+        self.counts["guessed"] += runner.num_proposed
+        self.counts["guessed rightly"] += runner.num_accepted
 
     def total(self) -> Counter[str]:
         self._count()
@@ -1095,6 +1255,7 @@ class World:
     OPERATIONS = {  # noqa: RUF012
         "submit": 14,
         "step": 30,
+        "wait": 6,
         "stream": 4,
         "pull": 10,
         "leave": 1,

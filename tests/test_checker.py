@@ -19,7 +19,10 @@ from checker import ALL, CHOSEN, Failure, run_world, shrink
 from kv_strategies import generate, prefix, runner
 from kv_strategies.paged import BlockPool, BlockTable
 from kv_strategies.prefix import PrefixCache
+from kv_strategies.step import stop
+from kv_strategies.step.scores import Logprobs
 from kv_strategies.strategy import Reservation, Strategy
+from kv_strategies.tiers import shared
 
 STEPS = int(os.environ.get("CHECKER_STEPS", 10_000))
 SEED = int(os.environ.get("CHECKER_SEED", 0 if os.environ.get("CI") else random.SystemRandom().randrange(10**6) * 1000))
@@ -126,18 +129,46 @@ def _reorders_wrongly(monkeypatch):
     monkeypatch.setattr(generate.StrategyCache, "batch_select_indices", lambda self, indices: select(self, indices * 0))
 
 
+def _forgets_deadlines(monkeypatch):
+    monkeypatch.setattr(runner.Runner, "_end_late", lambda self: None)
+
+
+def _keeps_what_was_guessed(monkeypatch):
+    monkeypatch.setattr(BlockTable, "truncate", lambda self, num_tokens: None)
+
+
+def _misses_stop_strings(monkeypatch):
+    monkeypatch.setattr(stop, "completes", lambda tokenizer, texts, prompt, tokens: tokens[-1:] == [0])
+
+
+def _gives_log_probabilities_of_another(monkeypatch):
+    monkeypatch.setattr(Logprobs, "row", _row_of_the_first(Logprobs.row))
+
+
+def _row_of_the_first(row):
+    return lambda self, index, k: row(self, 0, k)
+
+
+def _believes_a_folder(monkeypatch):
+    """Whatever a file says of itself."""
+    monkeypatch.setattr(shared.Name, "identity", lambda self, of_all: of_all)
+    monkeypatch.setattr(prefix, "block_digest", lambda parent, tokens: bytes([sum(tokens) % 4]) * 32)
+
+
 @pytest.mark.parametrize(
     "mutant",
     [
         _forgets_to_undo, _shares_between_salts, _copies_nothing_on_write, _publishes_one_block_too_many,
-        _loses_an_event, _leaks_a_block, _reorders_wrongly,
+        _loses_an_event, _leaks_a_block, _reorders_wrongly, _forgets_deadlines, _keeps_what_was_guessed,
+        _misses_stop_strings, _gives_log_probabilities_of_another, _believes_a_folder,
     ],
 )  # fmt: skip
 def test_the_checker_finds(mutant, monkeypatch):
     with monkeypatch.context() as patch:
         mutant(patch)
+        case = "prefix:shared" if mutant is _believes_a_folder else "prefix"
         for seed in range(12):
-            found = run_world("prefix", seed)
+            found = run_world(case, seed)
             if isinstance(found, Failure):
                 break
         else:
@@ -145,4 +176,4 @@ def test_the_checker_finds(mutant, monkeypatch):
         if mutant is _forgets_to_undo:
             small = shrink(found, patience=60)
             assert len(small.only) < 30 and f"ONLY=prefix SEED={seed} OPS=" in str(small)
-    assert not isinstance(run_world("prefix", seed), Failure)
+    assert not isinstance(run_world(case, seed), Failure)
