@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, count, islice
 from typing import NamedTuple
 
@@ -681,8 +682,10 @@ class Runner:
         """How many blocks a request takes at once, its prompt in smaller chunks where large ones take too many: what a
         window keeps is what all of a chunk sees.
         """
-        tokens, request.chunk = request.token_ids, self.max_batch_tokens
-        while (needed := self.strategy.num_blocks_for(tokens, total, request.chunk, request.salt)) > within_reach:
+        shares = request.prompt_logprobs is None  # what is cached has no logits
+        needs = partial(self.strategy.num_blocks_for, request.token_ids, total, salt=request.salt, shares=shares)
+        request.chunk = self.max_batch_tokens
+        while (needed := needs(request.chunk)) > within_reach:
             if request.chunk == 1:
                 break
             request.chunk //= 2

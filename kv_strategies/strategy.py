@@ -246,12 +246,17 @@ class Strategy:
         self.num_hit_tokens += table.num_tokens
         self.sharing.count_hit(table.blocks.tolist())
 
-    def num_blocks_for(self, token_ids: Sequence[int], num_tokens: int, chunk: int, salt: str) -> int:
-        """The most blocks, pinned ones apart, that this prompt takes at once on its way to `num_tokens`."""
+    def num_blocks_for(
+        self, token_ids: Sequence[int], num_tokens: int, chunk: int, salt: str, *, shares: bool = True
+    ) -> int:
+        """The most blocks that this prompt takes at once on its way to `num_tokens`, without the pinned ones that it
+        begins with, where it takes over what is cached.
+        """
         needed = self._num_blocks(len(token_ids), num_tokens, chunk)
         if needed < -(-num_tokens // self.block_size):
             return needed  # it lets go of blocks on the way, and those may be the pinned ones
-        return needed - self.sharing.num_pinned_of(token_ids[:-1], salt)
+        known = self.compaction.num_sharable(len(token_ids), len(token_ids)) if shares else 0
+        return needed - self.sharing.num_pinned_of(token_ids[:known], salt)
 
     def _num_blocks(self, num_prompt: int, num_tokens: int, chunk: int) -> int:
         """The most blocks that a row with such a prompt holds at once on its way to `num_tokens`."""

@@ -478,6 +478,32 @@ def test_pinned_blocks_count_against_what_can_fit():
     assert strategy.stats()["blocks_free"] == 20
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "asks"),
+    [
+        ("prefix", {}, {"prompt_logprobs": 0}),
+        ("prefix+evict", {"score": "snapkv", "keep": 0.5}, {}),
+        ("prefix+evict", {"score": "tova", "keep": 0.5}, {"prompt_logprobs": 1}),
+    ],
+)
+def test_what_takes_over_less_of_a_pinned_prompt_is_refused_or_finished(name, options, asks):
+    """Log probabilities of a prompt have all of it computed, and a score the last of it."""
+    strategy = build(name, MODEL, num_blocks=20, block_size=4, **options)
+    system, refused = list(range(1, 41)), 0
+    strategy.preload(system)
+    runner = Runner(MODEL, strategy)
+    for length in range(1, 42, 4):
+        try:
+            runner.submit([Request([*system[:length], 5], max_new_tokens=9, request_id=length, **asks)])
+        except ValueError as error:
+            assert "pool" in str(error) or "blocks" in str(error)
+            refused += 1
+            continue
+        while runner.num_running or runner.num_waiting:
+            runner.step()
+    assert 0 < refused < 11
+
+
 def test_preload_refuses_what_it_cannot_keep():
     strategy = build("prefix", MODEL, num_blocks=20, block_size=4)
     with pytest.raises(ValueError, match="at least 4 tokens"):
