@@ -247,7 +247,8 @@ class Codec(Policy):
     question = "codec"
     lossless = False  # what is decoded is what was encoded, to the bit
     #: Whether the fast kernels encode and decode these planes by themselves: numbers of the model's dtype, or codes of
-    #: int8 or float8_e4m3fn with a scale a token and head. Elsewhere the reference kernels serve, and call the methods.
+    #: int8, float8_e4m3fn or 4 bits (`kernels.reference.quantise`) with a scale a token and head. Elsewhere the
+    #: reference kernels serve, and call the methods.
     in_kernels = False
 
     def planes(self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> Planes:
@@ -260,8 +261,12 @@ class Codec(Policy):
         """K or V [.., D] of any float dtype -> codes [.., as the planes say] and scales, None where there are none."""
         raise NotImplementedError
 
+    def encode_values(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Likewise of V alone, where its bytes are others than those of K."""
+        return self.encode(states)
+
     def decode(self, codes: Tensor, scale: Tensor | None) -> Tensor:
-        """The reverse -> [.., D] float32."""
+        """The reverse, of K and V -> [.., D] float32."""
         raise NotImplementedError
 
 

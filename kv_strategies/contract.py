@@ -71,24 +71,27 @@ def check_codec(name: str, codec: Codec, site: Site) -> None:
             raise ValueError(f"{who}.planes: {plane} must begin with [Hkv, block_size], got {list(dims)}")
     states = torch.randn(3, shape.num_kv_heads, shape.head_dim, generator=torch.Generator().manual_seed(0))
     states = states.to(shape.dtype)
-    codes, scale = codec.encode(states)
-    for plane, found in (("k", codes), ("k_scale", scale)):
-        wanted = None if plane not in planes else ((3, shape.num_kv_heads, *planes[plane][0][2:]), planes[plane][1])
-        got = None if found is None else (tuple(found.shape), found.dtype)
-        if got != wanted:
-            raise ValueError(f"{who}.encode: for [3, Hkv, D] {plane} must be {wanted}, as planes say, got {got}")
-    decoded = codec.decode(codes, scale)
-    if decoded.shape != states.shape or decoded.dtype != torch.float32:
-        raise ValueError(
-            f"{who}.decode must give float32 {tuple(states.shape)}, got {decoded.dtype} {tuple(decoded.shape)}"
-        )
-    if codec.lossless and not torch.equal(decoded, states.float()):
-        raise ValueError(f"{who} is declared lossless, and what it decodes is not what it encoded")
-    if codec.in_kernels:
-        known = (states, None) if scale is None else quantise(states, codes.dtype, scale.dtype)
-        same = torch.equal(codes.float(), known[0].float()) and (scale is None or torch.equal(scale, known[1]))
-        if not same:
-            raise ValueError(f"{who} says in_kernels, and the kernels encode otherwise: leave it out")
+    for side, encode in (("k", codec.encode), ("v", codec.encode_values)):
+        codes, scale = encode(states)
+        for plane, found in ((side, codes), (f"{side}_scale", scale)):
+            wanted = None if plane not in planes else ((3, shape.num_kv_heads, *planes[plane][0][2:]), planes[plane][1])
+            got = None if found is None else (tuple(found.shape), found.dtype)
+            if got != wanted:
+                raise ValueError(
+                    f"{who}.{encode.__name__}: for [3, Hkv, D] {plane} must be {wanted}, as planes say, got {got}"
+                )
+        decoded = codec.decode(codes, scale)
+        if decoded.shape != states.shape or decoded.dtype != torch.float32:
+            raise ValueError(
+                f"{who}.decode must give float32 {tuple(states.shape)}, got {decoded.dtype} {tuple(decoded.shape)}"
+            )
+        if codec.lossless and not torch.equal(decoded, states.float()):
+            raise ValueError(f"{who} is declared lossless, and what it decodes is not what it encoded")
+        if codec.in_kernels:
+            known = (states, None) if scale is None else quantise(states, codes.dtype, scale.dtype)
+            same = torch.equal(codes.float(), known[0].float()) and (scale is None or torch.equal(scale, known[1]))
+            if not same:
+                raise ValueError(f"{who} says in_kernels, and the kernels encode otherwise: leave it out")
 
 
 def check_retention(name: str, retention: Retention, site: Site) -> None:

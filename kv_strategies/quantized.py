@@ -33,37 +33,42 @@ import torch
 from torch import Tensor
 
 from .base import Codec, Plain, Site
-from .kernels.reference import dequantise, quantise
+from .kernels.reference import HALF_BYTES, dequantise, quantise
 
 SCALE_DTYPE = torch.bfloat16
 
 
-class EightBit(Codec):
-    """Codes of `dtype`, one byte each, and a scale a token and head."""
+class Quantized(Codec):
+    """Codes, and a scale a token and head. Fewer than 8 bits come two codes a byte."""
 
     in_kernels = True
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, torch.dtype]  # of K and V, as `quantise` knows them
 
     def planes(self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> dict:
-        codes = ((num_kv_heads, block_size, head_dim), self.dtype)
+        k, v = (
+            ((num_kv_heads, block_size, head_dim // 2 if own == HALF_BYTES else head_dim), own) for own in self.dtypes
+        )
         scales = ((num_kv_heads, block_size), SCALE_DTYPE)
-        return {"k": codes, "v": codes, "k_scale": scales, "v_scale": scales}
+        return {"k": k, "v": v, "k_scale": scales, "v_scale": scales}
 
     def encode(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        return quantise(states, self.dtype, SCALE_DTYPE)
+        return quantise(states, self.dtypes[0], SCALE_DTYPE)
+
+    def encode_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        return quantise(states, self.dtypes[1], SCALE_DTYPE)
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         return dequantise(codes, scale)
 
 
-class Int8(EightBit):
-    dtype = torch.int8
+class Int8(Quantized):
+    dtypes = torch.int8, torch.int8
 
 
-class Fp8(EightBit):
+class Fp8(Quantized):
     """Raises ValueError where one of the devices of the model's layers has no fp8."""
 
-    dtype = torch.float8_e4m3fn
+    dtypes = torch.float8_e4m3fn, torch.float8_e4m3fn
 
     def bind(self, site: Site) -> None:
         for device in dict.fromkeys(site.shape.layer_devices):
@@ -75,6 +80,14 @@ class Fp8(EightBit):
                     f"fp8 needs a GPU of compute capability 8.9 or higher, and {torch.cuda.get_device_name(device)} "
                     f"({device}) has {capability[0]}.{capability[1]}: use int8, which takes as many bytes"
                 )
+
+
+class Int4(Quantized):
+    dtypes = HALF_BYTES, HALF_BYTES
+
+
+class Key8Value4(Quantized):
+    dtypes = torch.int8, HALF_BYTES
 
 
 def bytes_per_token(codec: Codec, num_heads: int, head_dim: int) -> int:
@@ -92,11 +105,12 @@ def main() -> None:
         states = torch.randn(num_tokens, num_heads, head_dim)
         states[torch.rand(states.shape) < 0.01] *= 20
         plain = bytes_per_token(Plain(), num_heads, head_dim)
-        for codec in (Int8(), Fp8()):
+        for name, codec in (("int8", Int8()), ("fp8", Fp8()), ("k8v4", Key8Value4()), ("int4", Int4())):
             size = bytes_per_token(codec, num_heads, head_dim)
-            error = (codec.decode(*codec.encode(states)) - states).abs() / states.abs().amax(-1, keepdim=True)
+            decoded = torch.stack([codec.decode(*encode(states)) for encode in (codec.encode, codec.encode_values)])
+            error = (decoded - states).abs() / states.abs().amax(-1, keepdim=True)
             print(
-                f"{head_dim:>3} {type(codec).__name__.lower():<5} {size:>5} {size / plain:>8.3f} "
+                f"{head_dim:>3} {name:<5} {size:>5} {size / plain:>8.3f} "
                 f"{plain / size:>12.2f} x tokens   {error.mean():>20.5f} {error.max():.5f}"
             )
 

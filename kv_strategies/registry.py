@@ -33,7 +33,7 @@ from .generate import Generation
 from .kernels import FAST, INVARIANT, Kernels, reference_kernels
 from .offload import Offload
 from .prefix import PrefixCache
-from .quantized import Fp8, Int8
+from .quantized import Fp8, Int4, Int8, Key8Value4
 from .step.checked import checked
 from .step.defaults import plain_defaults
 from .step.forward import NEEDS_STACK
@@ -125,6 +125,8 @@ STRATEGIES: dict[str, Preset] = {
     ),
     "int8": Preset("one byte a number and a scale a token and head; lossy", "codec", Int8, lossy=True),
     "fp8": Preset("the same bytes as float8 e4m3, where the GPU has it; lossy", "codec", Fp8, lossy=True),
+    "k8v4": Preset("K as int8, V as int4: what attention weighs stays precise; lossy", "codec", Key8Value4, lossy=True),
+    "int4": Preset("half a byte a number, turned by a Hadamard transform, and a scale; lossy", "codec", Int4, lossy=True),
 }  # fmt: skip
 
 
@@ -349,7 +351,7 @@ def _kernels_for(policies: Policies, asked: str | None) -> Kernels:
     if asked == "fast" and strange:
         raise ValueError(f"the fast kernels do not know {' and '.join(strange)}: build with kernels='reference'")
     if asked == "reference" or strange:
-        return reference_kernels(codec.encode, codec.decode, retention.visible)
+        return reference_kernels((codec.encode, codec.encode_values), codec.decode, retention.visible)
     return FAST
 
 

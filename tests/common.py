@@ -18,13 +18,13 @@ from kv_strategies.paged import BlockTable
 from kv_strategies.registry import EXCLUSIVE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from codec_int4 import INT4
+from codec_raw4 import RAW4
 from retention_every_fourth import EVERY_FOURTH
 
 VOCAB = 61
 
 #: Strategies from outside the package: whatever holds of all strategies is tested with them as well.
-OUTSIDE = {"int4": INT4, "every4": EVERY_FOURTH}
+OUTSIDE = {"raw4": RAW4, "every4": EVERY_FOURTH}
 for name, preset in OUTSIDE.items():
     if name not in STRATEGIES:
         register(name, preset)

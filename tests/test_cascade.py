@@ -29,6 +29,10 @@ SHAPES = {
     "short candidates": Shape((1, 1, 3, 5, 2), (39, 34, 37, 39, 9), groups=((0, 4, 32),)),
     "candidates of a tile and more": Shape((9, 18), (30, 40), group=2, num_kv_heads=1, groups=((0, 2, 16),)),
     "int8": Shape((1, 1, 4), (40, 35, 39), codes="int8", dtype=torch.float16, groups=((0, 3, 32),)),
+    "int4": Shape((1, 1, 4), (40, 35, 39), codes="int4", dtype=torch.float16, groups=((0, 3, 32),)),
+    "int4, groups in registers": Shape(
+        (1,) * 5, (21, 58, 24, 70, 9), 1, 3, 64, 4, torch.float16, "int4", groups=((0, 2, 20), (2, 4, 12))
+    ),
     "int8, groups in registers": Shape(
         (1,) * 5, (21, 58, 24, 70, 9), 1, 3, 64, 4, torch.float16, "int8", groups=((0, 2, 20), (2, 4, 12))
     ),
@@ -101,7 +105,7 @@ def grouped(draw) -> Shape:
         num_kv_heads=draw(st.integers(1, 2)),
         group=draw(st.sampled_from([1, 2, 3])),
         block_size=block_size,
-        codes=draw(st.sampled_from([None, None, "int8"])),
+        codes=draw(st.sampled_from([None, None, "int8", "int4"])),
         window=draw(st.sampled_from([0, 0, 0, 20])),
         head_major=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),

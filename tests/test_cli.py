@@ -54,7 +54,7 @@ def test_explain_shows_the_idea(capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"), [("int8", "in the same memory"), ("prefix+window", "sinks"), ("int4", "four bits")]
+    ("name", "shown"), [("int8", "in the same memory"), ("prefix+window", "sinks"), ("raw4", "four bits")]
 )
 def test_explain_takes_the_names_of_strategies(name, shown, capsys):
     assert main(["explain", name]) == 0

@@ -124,7 +124,7 @@ def rows(draw) -> Shape:
         num_kv_heads=draw(st.sampled_from([1, 2])),
         group=draw(st.sampled_from([1, 3])),
         dim=draw(st.sampled_from([16, 20])),
-        codes=draw(st.sampled_from([None, "int8", "fp8"])),
+        codes=draw(st.sampled_from([None, "int8", "fp8", "int4", "k8v4"])),
         seed=draw(st.integers(0, 99)),
     )
 
@@ -154,7 +154,7 @@ def test_a_query_is_its_own(shape, data):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("codes", [None, "int8", "fp8"])
+@pytest.mark.parametrize("codes", [None, "int8", "fp8", "int4"])
 @pytest.mark.parametrize("group", [1, 4])
 def test_a_query_is_its_own_on_a_gpu(dtype, codes, group):
     rng = random.Random(1)
@@ -227,7 +227,7 @@ def logits_of(runner: Runner, requests: list[Request]) -> dict[tuple[int, int], 
     return seen
 
 
-NAMES = ["paged", "prefix", "contiguous", "prefix+offload", "prefix+int8", "offload+fp8"]
+NAMES = ["paged", "prefix", "contiguous", "prefix+offload", "prefix+int8", "offload+fp8", "prefix+int4"]
 
 
 def requests_of(rng: random.Random, count: int) -> list[Request]:
@@ -287,7 +287,7 @@ def test_generate_computes_the_same_keys(device):
         ("window", {}, "window"),
         ("offload", {"top_n": 4}, "offload"),
         ("offload", {"mass": 0.9}, "offload"),
-        ("int4", {}, "kernels of its own"),
+        ("raw4", {}, "kernels of its own"),
         ("paged", {"kernels": "reference"}, "kernels of its own"),
         ("baseline", {}, "upstream"),
         ("paged", {"deterministic": "yes"}, "true or false"),

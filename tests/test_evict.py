@@ -373,7 +373,7 @@ def test_samples_and_beams_go_on_from_what_one_of_them_kept():
     assert beams[0] == beams[1]
 
 
-@pytest.mark.parametrize("other", ["paged", "int8", "fp8", "offload", "offload+int8"])
+@pytest.mark.parametrize("other", ["paged", "int8", "fp8", "int4", "offload", "offload+k8v4"])
 def test_bytes_move_as_they_are(other):
     """Codes with their scales, and V wherever it lies."""
     prompt, found = text(50, 1), []

@@ -17,7 +17,7 @@ SAID = {
     "saved_prefix.py": ["blocks saved", "after the restart: ", "tokens were there"],
     "offload.py": ["second visit: 1040 of 1080", "blocks brought back from lower tiers"],
     "speculate.py": ["guesses right", "the same tokens: True"],
-    "codec_int4.py": ["bytes a token, by the reference kernels"],
+    "codec_raw4.py": ["bytes a token, by the reference kernels"],
     "retention_every_fourth.py": ["-1 -1 -1"],
 }
 #: Of an example that needs a package which the tests do not bring: what it says without, on standard error.
@@ -52,6 +52,6 @@ def test_an_example_says_what_it_lacks(name, tmp_path):
     assert run.returncode == 1 and said in run.stderr
 
 
-@pytest.mark.parametrize("name", ["codec_int4.py", "retention_every_fourth.py"])
+@pytest.mark.parametrize("name", ["codec_raw4.py", "retention_every_fourth.py"])
 def test_a_strategy_from_outside_is_short(name):
     assert len([line for line in (EXAMPLES / name).read_text().splitlines() if line.strip()]) <= 40

@@ -66,17 +66,17 @@ def test_blocks_are_really_given_back():
 
 def test_the_codec_from_outside_works_with_a_window_that_is_rebased():
     """Keys are turned through any codec's decode and encode."""
-    strategy = build("window+int4", MODEL, num_blocks=40, block_size=4, window=8, sinks=2, rebase_at=28)
+    strategy = build("window+raw4", MODEL, num_blocks=40, block_size=4, window=8, sinks=2, rebase_at=28)
     (result,) = Runner(MODEL, strategy).generate([Request(PROMPTS[1], max_new_tokens=60)])
     assert len(result.token_ids) == 60
     strategy.check_integrity()
 
 
 def test_prefix_and_codecs_from_outside_share():
-    expected = generated("int4")
-    assert generated("prefix+int4") == expected
-    assert generated("prefix+offload+int4") == expected
-    assert build("int4", MODEL, num_blocks=4).stats()["kernels"] == "reference"
+    expected = generated("raw4")
+    assert generated("prefix+raw4") == expected
+    assert generated("prefix+offload+raw4") == expected
+    assert build("raw4", MODEL, num_blocks=4).stats()["kernels"] == "reference"
 
 
 def test_a_file_says_which_policies_wrote_it(tmp_path):
@@ -101,7 +101,7 @@ def test_the_reference_kernels_run_end_to_end(name):
 
 @pytest.mark.parametrize("name", sorted(OUTSIDE))
 def test_fast_kernels_refuse_what_they_do_not_know(name):
-    with pytest.raises(ValueError, match=r"do not know the (bytes of Int4|mask of EveryFourth)"):
+    with pytest.raises(ValueError, match=r"do not know the (bytes of Raw4|mask of EveryFourth)"):
         build(name, MODEL, num_blocks=9, kernels="fast")
 
 
@@ -220,7 +220,7 @@ def test_a_broken_contract(monkeypatch, question, make, lossy, message):
 
 
 def test_two_parts_that_answer_the_same_clash():
-    for pair in ("int4+int8", "every4+window"):
+    for pair in ("raw4+int8", "every4+window"):
         with pytest.raises(ValueError, match="choose one"):
             build(pair, MODEL, num_blocks=8)
 

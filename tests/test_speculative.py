@@ -20,7 +20,7 @@ from kv_strategies.speculative import DraftModel, PromptLookup, Row
 MODEL = tiny_llama(num_layers=1)
 
 
-CODES = ("int8", "fp8")
+CODES = ("int8", "fp8", "k8v4", "int4")
 
 
 class Prophet:
@@ -47,7 +47,7 @@ class Prophet:
 @given(
     seed=st.integers(0, 10_000),
     name=st.sampled_from(
-        [name for name in STRATEGIES if name not in ("baseline", "contiguous", "int4")] + ["prefix+window"]
+        [name for name in STRATEGIES if name not in ("baseline", "contiguous", "raw4")] + ["prefix+window"]
     ),
     size=st.sampled_from([1, 3, 4, 16]),
     spare=st.integers(0, 80),

@@ -16,6 +16,7 @@ CASES = {
     "paged": {},
     "prefix": {},  # the last two rows begin alike: a prefill behind a hit, and decode steps with a cascade
     "prefix+int8": {},
+    "prefix+int4": {},
     "prefix+fp8": {},
     "window": {"window": 6, "sinks": 2},
     "window+int8": {"window": 6, "sinks": 2},

@@ -79,6 +79,7 @@ CASES = {
     "a prompt beside": Shape((1, 4), (20, 9), block_size=17),
     "window, sinks": Shape((1, 1, 1), (70, 4, 12), group=2, window=9, sinks=4, sink_query=True, num_kv_heads=1),
     "int8": Shape((1, 1), (45, 8), codes="int8", dtype=torch.float16),
+    "int4": Shape((1, 1), (45, 8), codes="int4", dtype=torch.float16, window=20, sinks=3, sink_query=True),
 }
 
 

@@ -113,7 +113,7 @@ INVARIANT = Kernels(
 )
 
 
-def reference_kernels(encode: Encode, decode: Decode, visible: Visible) -> Kernels:
+def reference_kernels(encode: tuple[Encode, Encode], decode: Decode, visible: Visible) -> Kernels:
     """The specification at work, for bytes and masks that no fast kernel knows. See `Codec` and `Retention`."""
     return Kernels(
         "reference",

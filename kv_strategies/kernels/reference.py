@@ -23,8 +23,11 @@ from torch import Tensor
 from ..step.plan import LayerStore, Plan
 from .linear import Rotary, rotate_heads
 
-#: Largest magnitude of an 8-bit code: a scale is absmax / CODE_MAX, so that the largest number maps to the last code.
-CODE_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+#: What holds codes of 4 bits, two a byte: of D numbers, byte i has the i-th in its low half and the (D / 2 + i)-th in its
+#: high one. A half byte n stands for the code 2 n - 15: sixteen codes, evenly spaced, of which none is 0.
+HALF_BYTES = torch.uint8
+#: Largest magnitude of a code: a scale is absmax / CODE_MAX, so that the largest number maps to the last code.
+CODE_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, HALF_BYTES: 15.0}
 
 #: Numbers [.., D] of any float dtype -> what is stored of them and a scale, or None; and back, to float32 [.., D]. See
 #: `base.Codec`.
@@ -42,17 +45,17 @@ def store_kv(
     query: Tensor | None = None,
     rotary: Rotary | None = None,
     *,
-    encode: Encode | None = None,
+    encode: tuple[Encode, Encode] | None = None,
 ) -> None:
     """Write the K and V of this step's tokens into their slots.
 
     Args:
         key, value: [T, Hkv, D], any strides but the last.
-        layer: the store of one layer; 8-bit stores get a scale for each token and head as well.
+        layer: the store of one layer; stores of codes get a scale for each token and head as well.
         slot_mapping: [T] int64, block * block_size + offset; -1 (NULL_SLOT) writes nothing.
         query, rotary: given together where the product before has left rotary embedding to this: queries [T, Hq, D]
             and keys are rotated first, in place, whether or not they have a slot.
-        encode: what is stored of K and V; unless told, what the store's dtypes say.
+        encode: what is stored of K, and of V; unless told, what the store's dtypes say.
     """
     if rotary is not None:
         rotate_heads(query, rotary)
@@ -60,10 +63,11 @@ def store_kv(
     written = slot_mapping >= 0
     slots = slot_mapping[written]
     block, offset = slots // layer.block_size, slots % layer.block_size
-    for tensor, store, scales in ((key, layer.k, layer.k_scale), (value, layer.v, layer.v_scale)):
+    planes = (key, layer.k, layer.k_scale), (value, layer.v, layer.v_scale)
+    for (tensor, store, scales), own_encode in zip(planes, encode or (None, None), strict=True):
         data, scale = tensor[written], None
-        if encode is not None:
-            data, scale = encode(data)
+        if own_encode is not None:
+            data, scale = own_encode(data)
         elif scales is not None:
             data, scale = quantise(data, store.dtype, scales.dtype)
         if scale is not None:
@@ -75,21 +79,58 @@ def quantise(tensor: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype = torc
     """[.., D] -> (codes [.., D] in `dtype`, scale [..]) with tensor ~ codes * scale, rounded to nearest, ties to even.
 
     A vector of zeros gets scale 0. The scale is rounded to its stored type first, so that both sides use the same one.
+    Codes of 4 bits [.., D / 2] are those of the tensor turned (see `turn`).
     """
     code_max = CODE_MAX[dtype]
-    tensor = tensor.float()
+    tensor = turn(tensor) if dtype == HALF_BYTES else tensor.float()
     largest = tensor.abs().amax(-1)
     # By a tensor: by a number torch multiplies by what 1 / it is rounded to on a GPU, and a bit more or less of the
     # quotient may round to another scale.
     scale = (largest / torch.full_like(largest, code_max)).to(scale_dtype)
     codes = tensor / torch.where(scale == 0, 1.0, scale.float())[..., None]
     codes = codes.clamp(-code_max, code_max)
+    if dtype == HALF_BYTES:
+        low, high = ((codes + code_max) * 0.5).round().to(dtype).chunk(2, dim=-1)
+        return low | high << 4, scale
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
 
 
 def dequantise(codes: Tensor, scale: Tensor | None) -> Tensor:
-    """Numbers [.., D] as they are, or codes with a scale [..] each -> float32."""
-    return codes.float() if scale is None else codes.float() * scale.float()[..., None]
+    """Numbers [.., D] as they are, or codes with a scale [..] each -> float32 [.., D]: what `quantise` was given."""
+    if scale is None:
+        return codes.float()
+    numbers = scaled(codes, scale)
+    return turn(numbers) if codes.dtype == HALF_BYTES else numbers
+
+
+def scaled(codes: Tensor, scale: Tensor | None) -> Tensor:
+    """As `dequantise`, but 4-bit codes give what was turned."""
+    return codes.float() if scale is None else unpack(codes) * scale.float()[..., None]
+
+
+def unpack(codes: Tensor) -> Tensor:
+    """Codes as float32 [.., D], exactly."""
+    if codes.dtype != HALF_BYTES:
+        return codes.float()
+    return torch.cat((codes & 15, codes >> 4), dim=-1).float().mul_(2).sub_(CODE_MAX[HALF_BYTES])
+
+
+def turn(tensor: Tensor) -> Tensor:
+    """[.., D] -> its Hadamard transform, float32: orthonormal, and its own inverse.
+
+    Each number becomes a sum of many with alternating signs, so that an outlier is spread over all of them, and the
+    largest of them is hardly larger than the others. Where q and k are turned alike, q . k stays what it was; where V
+    is, so is the sum that is read of it, to be turned back (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456).
+
+    Of D = 2^m r numbers, those that are r apart are transformed together: for r = 1, all of them. By sums of two each
+    time, so that what becomes of a vector does not depend on others beside it, to the bit.
+    """
+    size = tensor.shape[-1] & -tensor.shape[-1]
+    turned = tensor.float().unflatten(-1, (size, -1))
+    for _ in range(size.bit_length() - 1):
+        first, second = turned.chunk(2, dim=-2)
+        turned = torch.stack((first + second, first - second), dim=-2).flatten(-3, -2)
+    return turned.flatten(-2) * size**-0.5
 
 
 def attention(

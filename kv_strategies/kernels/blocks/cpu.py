@@ -18,6 +18,7 @@ and of its weight, and what is left is to widen the codes, a tile at a time:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from ...step.plan import LayerStore, Plan
 from .. import reference
 from ..linear import Rotary, rotate_heads
+from .turned import turned
 
 #: Runs shorter than this many tokens are gathered: below it, one more call costs more than the copy (measured with
 #: SmolLM2's heads on two cores: 15 to 20 us a call and its share of the merge, 0.06 us a token copied in float32).
@@ -87,8 +89,8 @@ def store_kv(
         return reference.store_kv(key, value, layer, slot_mapping)
     written = [(layer.k, key), (layer.v, value)]
     if layer.k_scale is not None:
-        codes, scales = reference.quantise(torch.stack((key, value)), layer.k.dtype, layer.k_scale.dtype)
-        written = [(layer.k, codes[0]), (layer.v, codes[1]), (layer.k_scale, scales[0]), (layer.v_scale, scales[1])]
+        codes, scales = quantised(key, value, layer)
+        written = list(zip(layer, (*codes, *scales), strict=True))
     for store, states in written:
         if is_one:  # a third of the time of what is below
             block, offset = divmod(int(slot_mapping), layer.block_size)
@@ -100,6 +102,17 @@ def store_kv(
         all_tokens.index_copy_(1, slot_mapping, states.transpose(0, 1).to(store.dtype))
 
 
+def quantised(key: Tensor, value: Tensor, layer: LayerStore) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Codes of K and V, and their scales: in one go where both are stored alike."""
+    if layer.k.dtype == layer.v.dtype:
+        return reference.quantise(torch.stack((key, value)), layer.k.dtype, layer.k_scale.dtype)
+    both = ((key, layer.k, layer.k_scale), (value, layer.v, layer.v_scale))
+    return tuple(
+        zip(*(reference.quantise(states, *(plane.dtype for plane in to)) for states, *to in both), strict=True)
+    )
+
+
+@turned
 def attention(
     query: Tensor,
     layer: LayerStore,
@@ -251,8 +264,8 @@ def windowed_prefill(
         last = int(position[-1]) + 1
         first = max(sinks, int(position[0]) + 1 - window) if window else sinks
         index = torch.cat((torch.arange(min(sinks, last)), torch.arange(first, max(first, last))))  # [s]
-        k = reference.gather(layer.k, layer.k_scale, table, index)[:, None]  # [Hkv, 1, s, D] float32
-        v = reference.gather(layer.v, layer.v_scale, table, index)[:, None]
+        k = reference.gather(layer.k, layer.k_scale, table, index, reference.scaled)[:, None]  # [Hkv, 1, s, D] float32
+        v = reference.gather(layer.v, layer.v_scale, table, index, reference.scaled)[:, None]
         num_sinks = min(sinks, last)
         sink_scores = sink_query[begin:end].permute(1, 2, 0, 3).float() @ k[:, :, :num_sinks].mT
         scores = query[begin:end].permute(1, 2, 0, 3).float() @ k[:, :, num_sinks:].mT
@@ -321,9 +334,9 @@ def find_parts(table: Tensor, layer: LayerStore, begin: int, end: int, whole: bo
 
 
 def widened(codes: Tensor) -> Tensor:
-    """Codes as float32, exactly."""
+    """As `reference.unpack`."""
     if codes.dtype != torch.float8_e4m3fn:
-        return codes.float()
+        return reference.unpack(codes)
     # torch converts them one by one, at a twelfth of this rate. float16 has the same fields, its exponent one bit more
     # and its bias 8: the bits move up, and a factor of 2^8 is what the biases differ by.
     bits = codes.view(torch.int8).to(torch.int16)  # the sign in the upper byte

@@ -20,8 +20,10 @@ from . import library
 from .triton_cascade import read_shared
 from .triton_decode import decode
 from .triton_prefill import prefill
+from .turned import turned
 
 
+@turned
 def attention(
     query: Tensor,
     layer: LayerStore,
@@ -45,14 +47,15 @@ def attention(
         """How many of the row's first queries are for the library."""
         query_len, row_len = plan.query_lens[row], plan.row_lens[row]
         is_plain = sink_query is None and (not window or row_len <= window) and plan.private_lens[row] == row_len
-        if key is None or layer.k_scale is not None or not is_plain:
+        if not is_plain or (key is None and layer.k_scale is None):
             return 0
         return library.num_queries(query_len, row_len - query_len, query)
 
     def read_long(row: int, num_queries: int) -> Tensor:
         own = slice(starts[row], starts[row] + num_queries)
         past_len = plan.row_lens[row] - plan.query_lens[row]
-        return library.attention(query[own], key[own], value[own], layer, plan.block_tables[row], past_len, scaling)
+        own_kv = (None, None) if layer.k_scale is not None else (key[own], value[own])
+        return library.attention(query[own], *own_kv, layer, plan.block_tables[row], past_len, scaling)
 
     if num_rows == 1 and 0 < num_long(0) == len(query):
         return read_long(0, len(query))

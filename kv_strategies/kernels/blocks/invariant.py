@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...step.plan import LayerStore, Plan
 from .. import reference
+from .turned import turned
 
 #: Queries of a product on a CPU, and tokens.
 QUERIES, SEGMENT = 4, 256
@@ -35,8 +36,12 @@ def attention(
 ) -> Tensor:
     """See `reference.attention`; without a window. What rows share is read by each of them."""
     assert not window and sink_query is None, "deterministic=True refuses a window"
-    if not query.is_cuda:
-        return _on_cpu(query, layer, plan, scaling)
+    attend = _on_gpu if query.is_cuda else _on_cpu
+    return attend(query, layer, plan, scaling=scaling)
+
+
+@turned
+def _on_gpu(query: Tensor, layer: LayerStore, plan: Plan, *, scaling: float) -> Tensor:
     from .triton_invariant import attend  # Triton is there only where a GPU is
 
     out = query.new_empty(query.shape)
@@ -46,7 +51,8 @@ def attention(
     return out
 
 
-def _on_cpu(query: Tensor, layer: LayerStore, plan: Plan, scaling: float) -> Tensor:
+@turned
+def _on_cpu(query: Tensor, layer: LayerStore, plan: Plan, *, scaling: float) -> Tensor:
     num_heads, dim = query.shape[1:]
     group = num_heads // layer.k.shape[1]
     out = torch.zeros(query.shape, dtype=query.dtype)
@@ -90,5 +96,6 @@ def _attend(
 
 def _gathered(store: Tensor, scales: Tensor | None, table: Tensor, begin: int, context_len: int) -> Tensor:
     """A segment of a row [Hkv, SEGMENT, D] float32, zeros beyond its tokens."""
-    data = reference.gather(store, scales, table, torch.arange(begin, min(begin + SEGMENT, context_len)))
+    index = torch.arange(begin, min(begin + SEGMENT, context_len))
+    data = reference.gather(store, scales, table, index, reference.scaled)
     return F.pad(data, (0, 0, 0, SEGMENT - data.shape[1]))

@@ -30,7 +30,7 @@ VARYING = {
 }  # fmt: skip
 #: Where a maximum starts: finite, so that the difference of two starts is 0 and not NaN.
 LOWEST = tl.constexpr(-1.0e30)
-#: Where 8-bit V is summed, weights times scales are so many times as large: else the small ones vanish in a float16,
+#: Where V is summed as codes, weights times scales are so many times as large: else the small ones vanish in a float16,
 #: which begins at 2^-24. V may be as large as 65504 / 256 * 127.
 V_UNIT = tl.constexpr(256.0)
 
@@ -41,7 +41,8 @@ def load_tile(
     scale_stride_block, scale_stride_head,
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, QUANTISED: tl.constexpr,
 ):  # fmt: skip
-    """Tokens `index` [TILE] of a row -> their K or V [TILE, DIM_P2] as stored, zeros where not seen, and scales."""
+    """Tokens `index` [TILE] of a row -> their K or V [TILE, DIM_P2] as stored (4-bit codes as int8), zeros where not
+    seen, and scales."""
     return load_tokens(
         store, scales, load_blocks(table, index, seen, BLOCK_SIZE), kv_head, index, seen, stride_block, stride_head,
         stride_token, scale_stride_block, scale_stride_head, BLOCK_SIZE, DIM, DIM_P2, QUANTISED,
@@ -63,11 +64,18 @@ def load_tokens(
     """As `load_tile`, of tokens whose blocks are known."""
     block, offset = block.to(tl.int64), index % BLOCK_SIZE
     dims = tl.arange(0, DIM_P2)
+    IN_HALF_BYTES: tl.constexpr = store.dtype.element_ty == tl.uint8
+    HALF: tl.constexpr = DIM // 2
     address = block * stride_block + kv_head.to(tl.int64) * stride_head + offset * stride_token
     mask = seen[:, None]
     if DIM != DIM_P2:
         mask = mask & (dims < DIM)[None, :]
-    tile = tl.load(store + address[:, None] + dims[None, :], mask=mask, other=0.0)
+    if IN_HALF_BYTES:  # see `reference.HALF_BYTES`; a byte is read twice, the second time from the cache
+        tile = tl.load(store + address[:, None] + (dims % HALF)[None, :], mask=mask, other=0)
+        tile = (tile >> (dims // HALF * 4).to(tl.uint8)[None, :]) & 15
+        tile = tl.where(mask, tile.to(tl.int8) * 2 - 15, 0)
+    else:
+        tile = tl.load(store + address[:, None] + dims[None, :], mask=mask, other=0.0)
     scale = tl.full(index.shape, 1.0, tl.float32)
     if QUANTISED:
         address = block * scale_stride_block + kv_head.to(tl.int64) * scale_stride_head + offset
@@ -171,6 +179,15 @@ def fold_parts(
         out = out * keep[:, None] + tl.sum(weight[:, :, None] * data, 0)
         best = new_best
     return best, total, out
+
+
+@triton.jit
+def opaque(x, FAST: tl.constexpr):
+    """x, of which the compiler does not know how it was made: else it would lay that out for a product, and move it to
+    there through shared memory. No instruction is left of this."""
+    if FAST:
+        x = tl.inline_asm_elementwise("mov.b16 $0, $1;", "=h,h", [x], dtype=tl.float16, is_pure=False, pack=1)
+    return x
 
 
 def workspace(

@@ -9,9 +9,9 @@ Three kernels compute a part, and take how rows are cut and merged from `triton_
 
     triton_decode_any.py       any K and V, any number of query heads that share a KV head
     triton_decode_codes.py     int8, each query head with a KV head of its own
-    triton_decode_groups.py    8 bits, several query heads a KV head, no window
+    triton_decode_groups.py    8 bits, several query heads a KV head, no window; 4 bits, any number of them
 
-As 8-bit codes leave half the time for it, what is most common has kernels of its own.
+As codes leave half the time for it, or a quarter, what is most common has kernels of its own.
 
 Reading K and V once is the floor: bytes = 2 * context * Hkv * D * itemsize a row.
 """
@@ -23,6 +23,7 @@ import triton
 from torch import Tensor
 
 from ...step.plan import LayerStore, Plan
+from ..reference import HALF_BYTES
 from ..triton_device import num_multiprocessors
 from ..triton_overlap import overlapping
 from .triton_cascade import SharedParts
@@ -39,7 +40,7 @@ FEW_PAIRS = 64
 
 
 def tuning(group: int, dtype: torch.dtype, num_pairs: int, in_registers: bool = False) -> Tuning:
-    """The sizes for a number of query heads a KV head and the dtype of K and V as stored, swept on an H100.
+    """The sizes for a number of query heads a KV head and the dtype of V as stored, swept on an H100.
 
     Float32 is for float32 queries on any store: they take the most registers, and their results are compared.
 
@@ -50,7 +51,7 @@ def tuning(group: int, dtype: torch.dtype, num_pairs: int, in_registers: bool = 
     """
     if dtype == torch.float32:
         return Tuning(tile=32, num_warps=4, part=256)
-    if in_registers and num_pairs >= FEW_PAIRS:
+    if in_registers and num_pairs >= FEW_PAIRS and (group > 1 or dtype == HALF_BYTES):
         return Tuning(tile=16, num_warps=1, programs=16, registers=128, least=128)
     if group > 1 and num_pairs < FEW_PAIRS:
         return Tuning(tile=64, num_warps=2, num_stages=2, programs=4)
@@ -86,7 +87,7 @@ def decode(
     sinks = sinks if window or sink_query is not None else 0  # else all is visible anyhow
     num_pairs = rows * num_kv_heads
     is_plain = not window and not sinks and (suits(query, layer, tuned.tile) if tuned else suits(query, layer))
-    dtype = query.dtype if query.dtype == torch.float32 else layer.k.dtype
+    dtype = query.dtype if query.dtype == torch.float32 else layer.v.dtype
     tuned = tuned or tuning(group, dtype, num_pairs, is_plain)
     longest = max((plan.row_lens if shared is None else plan.private_lens)[:rows])
     longest = min(longest, window + layer.block_size if window else longest)  # a window need not begin with a block
@@ -130,7 +131,7 @@ def decode(
         options = options | {"maxnreg": tuned.registers}
     if is_plain and tuned.num_warps == 1:
         decode_groups(grid, arguments, sizes, query, group, options)
-    elif layer.k.dtype == torch.int8 and group == 1:
+    elif layer.k.dtype == layer.v.dtype == torch.int8 and group == 1:
         decode_codes(grid, arguments, sizes, query, layer, plan, tuned, longest, options)
     else:
         decode_any(grid, arguments, sizes, query, layer, tuned, options)

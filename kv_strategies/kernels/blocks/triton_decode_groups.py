@@ -1,4 +1,4 @@
-"""Split-KV decode over 8-bit K and V that a group of query heads shares: from memory to tensor cores in registers.
+"""Split-KV decode over codes of K and V that a group of query heads shares: from memory to tensor cores in registers.
 
 As `triton_decode_any.py`, but a tile that passes through shared memory costs more instructions than its products, and
 half the bytes leave half the time. It need not go there: the order of the tokens in a tile, and of the dims in q . k,
@@ -14,7 +14,8 @@ A product takes 16 rows of q, twice as many as heads: they are the halves of q, 
 products of first with first and second with second are added.
 
 Where lanes lie in the first product's result (heads by g, runs by t) is where they lie in the second's operand, so that
-weights do not move either. K and V travel as words of four codes, which become float16 in front of a product.
+weights do not move either. K and V travel as words of four codes, which become float16 in front of a product; or of
+eight (`triton_half_bytes.py`), of half as many bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from torch import Tensor
 
 from ...step.plan import LayerStore
 from ..triton_overlap import followed, waited
-from .triton_common import LOWEST, VARYING
+from . import triton_half_bytes as half_bytes
+from .triton_common import LOWEST, VARYING, opaque
 from .triton_decode_parts import finish_part, own_part
 
 #: All weights are 2^UNIT times as large, for the reason of V_UNIT.
@@ -40,12 +42,11 @@ def suits(query: Tensor, layer: LayerStore, tile: int = 16) -> bool:
         layer.k_scale is not None
         and layer.k_scale.dtype == layer.v_scale.dtype == torch.bfloat16
         and query.element_size() == 2
-        and 2 <= query.shape[1] // layer.k.shape[1] <= 8
+        and query.shape[1] // layer.k.shape[1] <= 8
         and dim in (64, 128)  # twice as many take more registers than leave room for 16 programs
         and run % 2 == 0
         and layer.block_size % run == 0
-        and layer.k.stride(2) == layer.v.stride(2) == dim
-        and all(is_aligned(codes, dim // 8) for codes in layer[:2])
+        and all(codes.stride(2) == codes.shape[3] and is_aligned(codes, codes.shape[3] // 8) for codes in layer[:2])
         and all(is_aligned(scales, 2 * run) for scales in layer[2:])
     )
 
@@ -83,7 +84,10 @@ def decode_groups_kernel(
         HEADS, ROWS_P2, WINDOW, SINKS, SINK_PLACES, CASCADE, WANTED, PART, MAX_PARTS, LEAST, TILE, 1,
     )  # fmt: skip
     RUN: tl.constexpr = TILE // 4
-    dtype: tl.constexpr = k_store.dtype.element_ty
+    k_dtype: tl.constexpr = k_store.dtype.element_ty
+    v_dtype: tl.constexpr = v_store.dtype.element_ty
+    K_BYTES: tl.constexpr = DIM // 2 if k_dtype == tl.uint8 else DIM
+    V_BYTES: tl.constexpr = DIM // 2 if v_dtype == tl.uint8 else DIM
     head = kv_head.to(tl.int64)
     table = block_tables + row * table_stride
     k_store += head * k_stride_head
@@ -91,45 +95,56 @@ def decode_groups_kernel(
     k_scale += head * k_scale_stride_head
     v_scale += head * v_scale_stride_head
     begin, end = first + place, first + end  # tokens; what a row shares with others are whole blocks
-    k_runs = find_runs(k_store, table, begin, end, k_stride_block, DIM, BLOCK_SIZE, RUN)
-    v_runs = find_runs(v_store, table, begin, end, v_stride_block, DIM, BLOCK_SIZE, RUN)
+    k_runs = find_runs(k_store, table, begin, end, k_stride_block, K_BYTES, BLOCK_SIZE, RUN)
+    v_runs = find_runs(v_store, table, begin, end, v_stride_block, V_BYTES, BLOCK_SIZE, RUN)
     k_scale_runs = find_runs(k_scale, table, begin, end, k_scale_stride_block, 1, BLOCK_SIZE, RUN)
     v_scale_runs = find_runs(v_scale, table, begin, end, v_scale_stride_block, 1, BLOCK_SIZE, RUN)
     # All but the token of this step lies in the cache already, so that codes can be read ahead. Scales can not: that of
     # the new token shares a sector with those of others, which would stay in this core's own cache as it was.
-    k, v = load_k(k_runs, DIM, RUN), load_v(v_runs, DIM, RUN)
+    k, v = load_k(k_runs, K_BYTES, RUN), load_v(v_runs, V_BYTES, RUN)
     waited(OVERLAP)
     if not is_there:
         return
 
     if (part == num_parts - 1) & (end - begin <= TILE):
-        k, v = load_k(k_runs, DIM, RUN), load_v(v_runs, DIM, RUN)
-    q, q_scale = load_q(
-        query + row * query_stride_row + head * GROUP * query_stride_head, query_stride_head, scaling, GROUP, DIM
-    )
+        k, v = load_k(k_runs, K_BYTES, RUN), load_v(v_runs, V_BYTES, RUN)
+    query += row * query_stride_row + head * GROUP * query_stride_head
+    if k_dtype == tl.uint8:
+        q, q_scale, start_k = half_bytes.load_q(query, query_stride_head, scaling, GROUP, DIM)
+    else:
+        q, q_scale = load_q(query, query_stride_head, scaling, GROUP, DIM)
+        start_k = 0.0
     best = tl.full([8], LOWEST, tl.float32)  # of q . k, without its scale
     total = tl.zeros([8], tl.float32)
     acc = tl.zeros([DIM, 8], tl.float32)
+    sums = tl.zeros([8, TILE], tl.float32)  # of the weights of V times its scales, where anybody asks
     k_scales, v_scales = load_scales(k_scale_runs, RUN), load_scales(v_scale_runs, RUN)
     whole = begin + (end - begin) // TILE * TILE
     for start in tl.range(begin, whole, TILE, num_stages=1):  # K and V of a tile are read during the one before
         ahead = start + TILE
-        score = product_k(q, k, k_scales, dtype, DIM, RUN, FAST)
-        k = load_k(find_runs(k_store, table, ahead, end, k_stride_block, DIM, BLOCK_SIZE, RUN), DIM, RUN)
+        score = product_k(q, start_k, k, k_scales, k_dtype, DIM, RUN, FAST)
+        k = load_k(find_runs(k_store, table, ahead, end, k_stride_block, K_BYTES, BLOCK_SIZE, RUN), K_BYTES, RUN)
         k_scales = load_scales(find_runs(k_scale, table, ahead, end, k_scale_stride_block, 1, BLOCK_SIZE, RUN), RUN)
         best, total, keep, weight = weigh(score, q_scale, best, total)
-        acc = product_v(acc * keep[None, :], weight, v, v_scales, 0, dtype, DIM, RUN, FAST, False)
-        v = load_v(find_runs(v_store, table, ahead, end, v_stride_block, DIM, BLOCK_SIZE, RUN), DIM, RUN)
+        weight *= in_order(v_scales, RUN)[None, :]
+        sums = sums * keep[:, None] + weight
+        acc = product_v(acc * keep[None, :], weight, v, 0, v_dtype, DIM, RUN, FAST, False)
+        v = load_v(find_runs(v_store, table, ahead, end, v_stride_block, V_BYTES, BLOCK_SIZE, RUN), V_BYTES, RUN)
         v_scales = load_scales(find_runs(v_scale, table, ahead, end, v_scale_stride_block, 1, BLOCK_SIZE, RUN), RUN)
     if whole < end:  # some tokens of a tile; what lies beyond the end may be anything
         k_scales = load_scales(find_runs(k_scale, table, whole, end, k_scale_stride_block, 1, BLOCK_SIZE, RUN), RUN)
         v_scales = load_scales(find_runs(v_scale, table, whole, end, v_scale_stride_block, 1, BLOCK_SIZE, RUN), RUN)
         places = tl.arange(0, TILE)  # (token // 2, run, token % 2)
         seen = whole + places // 2 % 4 * RUN + places // 8 * 2 + places % 2 < end
-        score = tl.where(seen[None, :], product_k(q, k, k_scales, dtype, DIM, RUN, FAST), float("-inf"))
+        score = tl.where(seen[None, :], product_k(q, start_k, k, k_scales, k_dtype, DIM, RUN, FAST), float("-inf"))
         best, total, keep, weight = weigh(score, q_scale, best, total)
-        acc = product_v(acc * keep[None, :], weight, v, v_scales, seen, dtype, DIM, RUN, FAST, True)
-    acc = tl.reshape(tl.permute(tl.reshape(acc, [DIM // 8, 8, 8]), [2, 1, 0]), [8, DIM])  # as `product_v` has them
+        weight = tl.where(seen[None, :], weight * in_order(v_scales, RUN)[None, :], 0.0)  # unseen ones may be NaN
+        sums = sums * keep[:, None] + weight
+        acc = product_v(acc * keep[None, :], weight, v, seen, v_dtype, DIM, RUN, FAST, True)
+    if v_dtype == tl.uint8:
+        acc = half_bytes.in_dims(acc, tl.sum(sums, 1), DIM)
+    else:
+        acc = tl.reshape(tl.permute(tl.reshape(acc, [DIM // 8, 8, 8]), [2, 1, 0]), [8, DIM])  # as `product_v` has them
     finish_part(
         best * q_scale - UNIT, total, acc, out, parts, part_lses, arrived, shared_parts, shared_lses, shared_splits,
         shared_len, row, kv_head, part, num_parts, tl.arange(0, 8), tl.arange(0, DIM), out_stride_row, out_stride_head,
@@ -167,17 +182,17 @@ def find_runs(
 
 
 @triton.jit
-def load_k(runs, DIM: tl.constexpr, RUN: tl.constexpr):
+def load_k(runs, BYTES: tl.constexpr, RUN: tl.constexpr):
     """K of a tile as words [RUN, 4 runs, 8 pieces of a token, W], flat."""
-    W: tl.constexpr = DIM // 32
+    W: tl.constexpr = BYTES // 32
     inside = (tl.arange(0, RUN) * (8 * W))[:, None, None, None] + (tl.arange(0, 8) * W)[None, None, :, None]
     return tl.load(flat(runs[None, :, None, None] + (inside + tl.arange(0, W)[None, None, None, :]), W))
 
 
 @triton.jit
-def load_v(runs, DIM: tl.constexpr, RUN: tl.constexpr):
+def load_v(runs, BYTES: tl.constexpr, RUN: tl.constexpr):
     """V of a tile as words [even and odd tokens, RUN / 2, 8 pieces of a token, 4 runs, W], flat."""
-    W: tl.constexpr = DIM // 32
+    W: tl.constexpr = BYTES // 32
     token = tl.arange(0, 2)[:, None] + tl.arange(0, RUN // 2)[None, :] * 2
     inside = (token * (8 * W))[:, :, None, None, None] + (tl.arange(0, 8) * W)[None, None, :, None, None]
     return tl.load(flat(runs[None, None, None, :, None] + (inside + tl.arange(0, W)[None, None, None, None, :]), W))
@@ -199,11 +214,16 @@ def flat(words, W: tl.constexpr):
 
 
 @triton.jit
-def product_k(q, k, scale, dtype: tl.constexpr, DIM: tl.constexpr, RUN: tl.constexpr, FAST: tl.constexpr):
-    """Scores of a tile [8, 4 RUN], without the scale of q."""
-    k = tl.reshape(unpack(k, dtype, FAST), [RUN, 4, 2, 4, DIM // 16, 2])  # token, run, half, quarter, pair, number
+def product_k(q, start, k, scale, dtype: tl.constexpr, DIM: tl.constexpr, RUN: tl.constexpr, FAST: tl.constexpr):
+    """Scores of a tile [8, 4 RUN], without the scale of q; `start` [(half, 8 heads), 1] is added to each product."""
+    if dtype == tl.uint8:
+        k = half_bytes.unpack(k, FAST)
+    else:
+        k = unpack(k, dtype, FAST)
+    k = tl.reshape(k, [RUN, 4, 2, 4, DIM // 16, 2])  # token, run, half, quarter, pair, number
     k = tl.reshape(tl.permute(k, [4, 3, 5, 0, 1, 2]), [DIM // 2, 8 * RUN])
-    score = tl.reshape(tl.dot(q, k), [2, 8, RUN // 2, 2, 4, 2])  # half of q, head, token, run, half of K
+    score = tl.dot(q, k, tl.zeros([16, 8 * RUN], tl.float32) + start)
+    score = tl.reshape(score, [2, 8, RUN // 2, 2, 4, 2])  # half of q, head, token, run, half of K
     with_first, with_second = tl.split(tl.permute(score, [1, 2, 4, 3, 0, 5]))
     first, _ = tl.split(with_first)
     _, second = tl.split(with_second)
@@ -221,18 +241,20 @@ def weigh(score, q_scale, best, total):
 
 @triton.jit
 def product_v(
-    acc, weight, v, scale, seen, dtype: tl.constexpr, DIM: tl.constexpr, RUN: tl.constexpr, FAST: tl.constexpr,
+    acc, weight, v, seen, dtype: tl.constexpr, DIM: tl.constexpr, RUN: tl.constexpr, FAST: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """acc [(number, 8 pieces of a token), 8 heads] and the weighted V of a tile."""
-    W: tl.constexpr = DIM // 32
+    """acc [(number, 8 pieces of a token), 8 heads] and V of a tile, weighted."""
+    W: tl.constexpr = v.numel // (RUN * 32)
     even, odd = tl.split(tl.permute(tl.reshape(v, [2, RUN * 16, W]), [1, 2, 0]))
-    v = tl.reshape(unpack_pairs(even, odd, dtype, FAST), [RUN // 2, 8, 4, DIM // 8, 2])  # token, piece, run, number
+    if dtype == tl.uint8:
+        v = half_bytes.unpack_pairs(even, odd, FAST)
+    else:
+        v = unpack_pairs(even, odd, dtype, FAST)
+    v = tl.reshape(v, [RUN // 2, 8, 4, DIM // 8, 2])  # token, piece, run, number
     v = tl.reshape(tl.permute(v, [3, 1, 0, 2, 4]), [DIM, 4 * RUN])
-    weight *= in_order(scale, RUN)[None, :]
-    if MASKED:  # what is not seen may be NaN
+    if MASKED and dtype != tl.uint8:  # what is not seen may be NaN
         v = tl.where(seen[None, :], v, 0.0)
-        weight = tl.where(seen[None, :], weight, 0.0)
     return tl.dot(v, opaque(tl.trans(weight).to(tl.float16), FAST), acc)
 
 
@@ -301,12 +323,3 @@ def unpack_pairs(even, odd, dtype: tl.constexpr, FAST: tl.constexpr):
     else:
         wide = tl.join(unpack(even, dtype, FAST), unpack(odd, dtype, FAST))
     return wide
-
-
-@triton.jit
-def opaque(x, FAST: tl.constexpr):
-    """x, of which the compiler does not know how it was made: else it would lay that out for a product, and move it to
-    there through shared memory. No instruction is left of this."""
-    if FAST:
-        x = tl.inline_asm_elementwise("mov.b16 $0, $1;", "=h,h", [x], dtype=tl.float16, is_pure=False, pack=1)
-    return x

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ...step.plan import LayerStore, Plan
 from .triton_common import LOG2_E, LOWEST, load_tile
+from .turned import turned
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def tuning(group: int) -> Tuning:
     return Tuning() if group == 1 else Tuning(split=256, num_stages=3)
 
 
+@turned
 def topn_attention(
     query: Tensor,
     layer: LayerStore,

@@ -1,6 +1,6 @@
 """A codec from outside: four bits a number, two in a byte, one scale a token and head.
 
-python examples/codec_int4.py
+python examples/codec_raw4.py
 """
 
 import torch
@@ -10,7 +10,7 @@ from kv_strategies.base import Codec
 from kv_strategies.models import load_model
 
 
-class Int4(Codec):
+class Raw4(Codec):
     def planes(self, num_kv_heads, block_size, head_dim, dtype):
         codes = ((num_kv_heads, block_size, head_dim // 2), torch.uint8)
         scales = ((num_kv_heads, block_size), torch.bfloat16)
@@ -33,12 +33,12 @@ class Int4(Codec):
         return torch.where(nibbles > 7, nibbles - 16, nibbles).float() * scale.float()[..., None]
 
 
-INT4 = Preset("four bits a number and a scale a token and head; lossy", "codec", Int4, lossy=True)
+RAW4 = Preset("four bits a number and a scale a token and head; lossy", "codec", Raw4, lossy=True)
 
 if __name__ == "__main__":
-    register("int4", INT4)
+    register("raw4", RAW4)
     model, tokenizer = load_model()
-    strategy = build("prefix+int4", model, num_blocks=64)
+    strategy = build("prefix+raw4", model, num_blocks=64)
     prompt = tokenizer("To be, or not to be, that is").input_ids
     (result,) = Runner(model, strategy).generate([Request(prompt, max_new_tokens=12)])
     print(tokenizer.decode(result.token_ids))
