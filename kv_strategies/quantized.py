@@ -1,26 +1,39 @@
 """Quantized: what bytes encode K and V?
 
-One byte a number, and one scale a token and head, beside the block:
+One byte a number or half a byte, and one scale a token and head, beside the block:
 
-    code = round(x / scale)      scale = absmax(x) / 127 (int8), / 448 (fp8 e4m3)        x is [D], one token, one head
+    code = round(x / scale)   scale = absmax(x) / 127 (int8), / 448 (fp8 e4m3), / 15 (int4)   x [D]: a token, a head
 
 A scale a token needs no calibration and no second pass: a token is encoded when it is stored and never again, and an
 outlier costs precision in its own head of its own token alone (per-token scales: KVQuant, Hooper et al. 2024, arXiv
 2401.18079; KIVI, Liu et al. 2024, arXiv 2402.02750). The kernels read the codes and multiply by the scale as they go,
-with float32 accumulation, so no decoded copy of a context ever exists.
+with float32 accumulation, so no decoded copy of a context ever exists; but long chunks of a prompt are for the library,
+which wants numbers, and get a bounded stretch of their past decoded at a time.
+
+What a token reads is what is stored, its own K and V included, in a prompt as in a decode step. So tokens do not depend
+on how a prompt was cut, or on what of it was found.
 
 Scales are bfloat16. They are rounded first and the codes computed from what was kept, so the coarse scale costs no
 accuracy: at worst the largest number is cut by 127 * 2^-8 = 0.496 of a step, and rounding may take 0.5 of one anyhow.
-The range is that of float32; float16 would lose precision in heads of small numbers. Bytes a token and head, K or V:
+The range is that of float32; float16 would lose precision in heads of small numbers.
 
-    D       bf16     1 byte and a bfloat16 scale      a float32 scale
-    64      128      66      1.94 x the tokens        68     1.88 x
-    128     256      130     1.97 x                   132    1.94 x
+**4 bits** are sixteen codes -15, -13, .. 15, evenly spaced: an outlier that takes a scale for itself leaves the other
+numbers of its head two or three of them. So what is encoded is a Hadamard transform of the vector, which is
+orthonormal and spreads an outlier over all numbers (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456). It costs nothing a
+token that is read: queries are turned like keys, and what is read of V is turned back (`kernels/blocks/turned.py`).
+Numbers of a turned head are of one size, so one scale serves them all. `k8v4` keeps K in 8 bits: an error in a key
+moves the weight of its token, one in a value averages out.
 
-Saves: half the memory, and half the bytes a decode step reads. Costs: with int8 an error of at most half a scale,
+Bytes a token and head, of K and V:
+
+    D       bf16     int8, fp8          k8v4               int4
+    64      256      132   1.94 x       100   2.56 x       68    3.76 x the tokens in the same memory
+    128     512      260   1.97 x       196   2.61 x       132   3.88 x
+
+Saves: memory, and as much of the bytes that a decode step reads. Costs: with int8 an error of at most half a scale,
 absmax / 253, the same for all numbers of a head; fp8 keeps three bits of mantissa, an error of 2^-4 relative, which is
-better for small numbers and worse for large ones. fp8 needs a GPU of compute capability 8.9 or higher; on a CPU torch
-converts it in software.
+better for small numbers and worse for large ones; int4 a fifteenth of the largest turned number. fp8 needs a GPU of
+compute capability 8.9 or higher; on a CPU torch converts it in software.
 
     python -m kv_strategies.quantized      shows error and bytes on a small example
 """

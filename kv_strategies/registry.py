@@ -126,7 +126,7 @@ STRATEGIES: dict[str, Preset] = {
     "int8": Preset("one byte a number and a scale a token and head; lossy", "codec", Int8, lossy=True),
     "fp8": Preset("the same bytes as float8 e4m3, where the GPU has it; lossy", "codec", Fp8, lossy=True),
     "k8v4": Preset("K as int8, V as int4: what attention weighs stays precise; lossy", "codec", Key8Value4, lossy=True),
-    "int4": Preset("half a byte a number, turned by a Hadamard transform, and a scale; lossy", "codec", Int4, lossy=True),
+    "int4": Preset("half a byte a number, after a Hadamard transform, and a scale; lossy", "codec", Int4, lossy=True),
 }  # fmt: skip
 
 

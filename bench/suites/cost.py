@@ -6,7 +6,7 @@ length takes on the GPU, as a share of the plain block pool in bfloat16.
 
 The end of a text is fed one token at a time to top-N and mass, which are defined for decode steps and read all of V
 while they prefill; so all of a text but its end, and the prompt of a needle up to its first new token, is computed
-exactly there. Window, int8 and fp8 are lossy token by token from the start, and any chunk gives the same.
+exactly there. Window and codes are lossy token by token from the start, and any chunk gives the same.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ ROUNDING = 1e-7  # nats: differences of float32 logits alone
 # kind -> its settings: (row, strategy, options)
 SETTINGS_ON_GPU = {
     "exact and 8 bits": [("paged", "paged", {}), ("int8", "int8", {}), ("fp8", "fp8", {})],
+    "4 bits": [("k8v4", "k8v4", {}), ("int4", "int4", {})],
     "top-N": [(f"top-{n}", "offload", {"top_n": n}) for n in (16, 32, 64, 128, 256)],
     "top-N, renormalised": [
         (f"top-{n}, renormalised", "offload", {"top_n": n, "renormalise": True}) for n in (16, 64, 256)
@@ -42,6 +43,7 @@ SETTINGS_ON_GPU = {
 }
 SETTINGS_ON_CPU = {
     "exact and 8 bits": SETTINGS_ON_GPU["exact and 8 bits"],
+    "4 bits": SETTINGS_ON_GPU["4 bits"],
     "top-N": [(f"top-{n}", "offload", {"top_n": n}) for n in (16, 64)],
     "mass": [("mass 0.99", "offload", {"mass": 0.99})],
     "window": [(f"window 128, {sinks} sinks", "window", {"window": 128, "sinks": sinks}) for sinks in (0, 4)],

@@ -43,6 +43,7 @@ def settings(on_gpu: bool) -> dict[str, list[dict]]:
             setting(f"prefix+window {windows[0]}", "prefix+window", window=windows[0]),
         ],
         "8 bits": [setting("int8"), setting("prefix+int8"), *([setting("fp8")] if on_gpu else [])],
+        "4 bits": [setting("k8v4"), setting("int4")],
         "top-N and mass": [
             *(setting(f"top-{top_n}", "offload", top_n=top_n) for top_n in heaviest),
             *(setting(f"mass {mass}", "offload", mass=mass) for mass in masses),

@@ -23,8 +23,8 @@ from torch import Tensor
 from ..step.plan import LayerStore, Plan
 from .linear import Rotary, rotate_heads
 
-#: What holds codes of 4 bits, two a byte: of D numbers, byte i has the i-th in its low half and the (D / 2 + i)-th in its
-#: high one. A half byte n stands for the code 2 n - 15: sixteen codes, evenly spaced, of which none is 0.
+#: What holds codes of 4 bits, two a byte: of D numbers, byte i has number i in its low half and number D / 2 + i in its
+#: high one. A half byte n stands for the code 2 n - 15: sixteen codes, evenly spaced, none of them 0.
 HALF_BYTES = torch.uint8
 #: Largest magnitude of a code: a scale is absmax / CODE_MAX, so that the largest number maps to the last code.
 CODE_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, HALF_BYTES: 15.0}

@@ -23,7 +23,7 @@ POINTS = {
     ],
     "llama-3.1-8b-random": [
         *[["paged", *point] for point in _GQA],
-        ["int8", 32, 8192],
+        *[["int8", 32, 8192], ["int4", 32, 8192]],
         *[["baseline", *point] for point in _GQA],
     ],
 }

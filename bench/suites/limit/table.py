@@ -162,10 +162,14 @@ def _gpu_rows(found: Steps, model: str) -> Iterator[Row]:
         )  # fmt: skip
     elif model == GQA:
         yield from _decode_rows(found, GQA)
-        own, codes = found.step(GQA, "paged", 32, 8192), found.step(GQA, "int8", 32, 8192)
+        own, codes, half = (found.step(GQA, name, 32, 8192) for name in ("paged", "int8", "int4"))
         yield Row(
             "GQA shape, int8 KV, 32 x 8192: step / bf16 step", 0.70, _ratio(codes, own), at_most=True,
             time=step_ms(codes), rate=_moved(codes), native="dequantises all", vllm="fp8: 0.77 (13.99 ms)",
+        )  # fmt: skip
+        yield Row(
+            "GQA shape, int4 KV, 32 x 8192: step / bf16 step", 0.61, _ratio(half, own), at_most=True,
+            time=step_ms(half), rate=_moved(half), native="dequantises all", vllm="int4: 2.40 (44.16 ms)",
         )  # fmt: skip
 
 

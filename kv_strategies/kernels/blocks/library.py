@@ -155,8 +155,8 @@ def merge(own: Tensor, own_lse: Tensor, past: Tensor, past_lse: Tensor) -> tuple
     out = torch.empty_like(own, memory_format=torch.contiguous_format)
     lse = torch.empty_like(own_lse, memory_format=torch.contiguous_format)
     merge_kernel[(num_tokens,)](
-        own, own_lse, past, past_lse, out, lse, *own.stride()[:2], *past.stride()[:2], *own_lse.stride(), *past_lse.stride(),
-        lse.stride(0),
+        own, own_lse, past, past_lse, out, lse,
+        *own.stride()[:2], *past.stride()[:2], *own_lse.stride(), *past_lse.stride(), lse.stride(0),
         HEADS=num_heads, HEADS_P2=triton.next_power_of_2(num_heads), DIM=dim, DIM_P2=triton.next_power_of_2(dim),
         num_warps=8,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """4-bit codes in registers for `triton_decode_groups.py`: an instruction or two for two codes.
 
-A half byte n in the low bits of a float16 is the number n 2^-24, which tensor cores multiply as any other: nothing has
-to be converted. A word of eight codes gives four pairs by one mask each, the high halves of its bytes 16 times as large:
+A half byte n in the low bits of a float16 is the number n 2^-24, which tensor cores multiply as any other: nothing
+has to be converted. A word of eight codes gives four pairs by a mask each, the high halves of its bytes 16 times as
+large:
 
     word & 0x000f000f    low halves of bytes 0, 2          word >> 8 & 0x000f000f    those of bytes 1, 3
     word & 0x00f000f0    their high halves                 word >> 8 & 0x00f000f0    their high halves
