@@ -457,7 +457,7 @@ def test_the_table_of_the_limit(card):
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in page.splitlines() if " at least " in row
             or " at most " in row]  # fmt: skip
     by_work = {row[0]: row[1:] for row in rows}
-    assert len(rows) == len(by_work) == 26
+    assert len(rows) == len(by_work) == 27
     assert by_work["decode step, 1 x 4096: share"] == [
         "at least 0.89", "0.90", "reached", "10.00 ms", "36.00 GB, 3600 GB/s",
         "dynamic 0.45 (20.00 ms); static, compiled 0.90 (10.00 ms)", "0.75 (6.72 ms)",
