@@ -59,6 +59,7 @@ class Site:
     shape: KVShape  # heads, head dim, dtype and the device of each layer
     block_size: int  # tokens a block
     rotary_emb: nn.Module  # the model's own: `inv_freq` [D / 2], `rope_type`
+    num_ranks: int = 1  # processes that hold the model together, and have to find the same without asking
 
 
 class Policy:

@@ -24,6 +24,7 @@ from .step.forward import AttendingCache, forward
 from .step.graphs import StackGraphs, StackStep
 from .step.interrupts import uninterrupted
 from .step.plan import PlanBuffer
+from .step.shards import announce_forwards
 from .step.upstream import takes_cache
 from .step.version import running_model
 from .strategy import Reservation, Strategy, release_all
@@ -42,6 +43,8 @@ class Generation:
         self, strategy: Strategy, input_ids: Any = None, attention_mask: Tensor | None = None, salt: str = ""
     ) -> StrategyCache:
         """See `Strategy.cache`."""
+        if strategy.ranks.size > 1:
+            announce_forwards(strategy.model)
         if input_ids is None:
             return StrategyCache(strategy, self)
         if not torch.is_tensor(input_ids):  # what a tokenizer gives
@@ -95,7 +98,9 @@ class Generation:
                     buffer = PlanBuffer(device, 1, len(chunk), len(table.blocks), size, {"input_ids": len(chunk)})
                     plan = buffer.fill([table.row(len(chunk))], {"input_ids": chunk})
                     last = torch.tensor([len(chunk) - 1], device=device)
-                    forward(cache, plan, buffer.tensors["input_ids"], last)
+                    strategy.ranks.agree(lambda chunk=chunk: ("preload", table.num_seen, chunk))
+                    with strategy.ranks.together():
+                        forward(cache, plan, buffer.tensors["input_ids"], last)
                     sharing.publish(token_ids, table, salt)
                 strategy.reserve([(table, 0)])  # all may have been there, and promised to others
                 num_tokens = sharing.pin(token_ids, salt)
@@ -120,6 +125,7 @@ class StrategyCache(AttendingCache):
         self._columns: list[tuple[int, Tensor | None]] = []  # how many were added at once, and which are tokens
         self._pending: _Pending | None = None
         self._packing: Tensor | None = None  # [T] where the tokens stand among B * n columns, if there is padding
+        self._last: Callable[[], Tensor] | None = None  # what ranks compare, see `_in_words`
         self._step: StackStep | None = None  # what replays the stack in this forward
         self._origins: Tensor | None = None  # [B] given positions of the first tokens, where they matter
         # The tables live in a list of their own, so that the finalizer does not keep the cache alive.
@@ -168,6 +174,17 @@ class StrategyCache(AttendingCache):
             ) from None
         self._pending = _Pending(rows, num_columns, is_token, position_ids, reservation)
 
+    def announce(self, input_ids: Tensor | None) -> None:
+        """A forward begins. Ranks compare how many tokens it is of, behind how many, and the last ones of the forward
+        before it, which have reached the host by now.
+        """
+        self.strategy.ranks.agree(lambda: self._in_words(input_ids))
+
+    def _in_words(self, input_ids: Tensor | None) -> tuple:
+        last, self._last = self._last, None if input_ids is None else _to_host(input_ids[:, -1])
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        return "generate", shape, [table.num_seen for table in self.tables], None if last is None else last().tolist()
+
     @uninterrupted()
     def compact(self) -> None:
         """Let the strategy say now which of the cached tokens are worth keeping, where it says so at all (`evict.py`):
@@ -204,8 +221,9 @@ class StrategyCache(AttendingCache):
                 raise RuntimeError("another forward has begun with the same cache: one call of generate(), one cache")
             try:
                 self._plan_rows(hidden_states.device)
-                for layer in super().decoder_layers:
-                    hidden_states = layer(hidden_states, **options)
+                with self.strategy.ranks.together():
+                    for layer in super().decoder_layers:
+                        hidden_states = layer(hidden_states, **options)
             except BaseException:
                 self._undo()
                 raise
@@ -543,6 +561,16 @@ class _Pending(NamedTuple):
     is_token: Tensor | None  # [B, num_columns] bool on the host; None for all
     position_ids: Tensor  # [B or 1, num_columns] as given
     reservation: Reservation
+
+
+def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to bring it to the host. What is returned waits for it."""
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    found, ready = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True), torch.cuda.Event()
+    found.copy_(tensor, non_blocking=True)
+    ready.record()
+    return lambda: (ready.synchronize(), found)[1]
 
 
 def _refuse_prefix_tuning(model) -> None:

@@ -95,12 +95,15 @@ class Offload(Placement):
             raise ValueError("blocks reach the disk through host memory: give host_bytes as well")
         if resident == "kv" and host_bytes is None:
             raise ValueError("with resident='kv' nothing streams: give host_bytes for idle blocks, or another resident")
-        self._resident, self._host_bytes = resident, host_bytes
+        self._resident, self._host_bytes, self._num_ranks = resident, host_bytes, 1
         self._disk_path, self._disk_bytes = disk_path, disk_bytes
         self._lossy = {"top_n": top_n or 0, "mass": mass or 0.0, "renormalise": renormalise}
         # An exact step streams by copies that change with the block tables; a graph would repeat those of its capture.
         self.capturable = self.reads_some or resident == "kv"
         self.prefetches = not self.reads_some
+
+    def bind(self, site: Site) -> None:
+        self._num_ranks = site.num_ranks
 
     def identity(self) -> dict[str, object]:
         return {"reads": self._lossy} if self.reads_some else {}
@@ -154,7 +157,7 @@ class Offload(Placement):
             self._layers.append((by_device[device], seen[device]))
             seen[device] += 1
         self._layers_of = layers_of(layer_devices)
-        rates = Rates()
+        rates = Rates(decide=self._num_ranks == 1)
         self._clock = PrefillClock(rates.prefill, layer_devices)
         if self._host_bytes is not None:
             self._add_tiers(num_blocks, next(iter(planes.values()))[0][1], rates)

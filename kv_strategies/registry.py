@@ -39,6 +39,8 @@ from .step.defaults import plain_defaults
 from .step.forward import NEEDS_STACK
 from .step.fused import supports
 from .step.graphs import is_out_of_memory
+from .step.ranks import ranks_of
+from .step.shards import check_heads
 from .step.store import KVShape
 from .strategy import Strategy, planes_of
 from .window import SlidingWindow
@@ -215,6 +217,7 @@ def build(
         raise ValueError("give num_blocks or memory_fraction, not both")
     elif num_blocks < 1:
         raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+    ranks_of(model).same("what to build", f"{name}, {num_blocks} blocks of {site.block_size} tokens, {given}")
     try:
         return Strategy(name, model, policies, chosen, Generation(), num_blocks=num_blocks, block_size=site.block_size)
     except (RuntimeError, MemoryError) as error:
@@ -259,7 +262,7 @@ def _put_together(
     for part in parts:
         _answer(policies, part, given[part])
     block_size = policies.layout.block_size(block_size, model.config.max_position_embeddings)
-    site = Site(KVShape.of(model), block_size, model.model.rotary_emb)
+    site = Site(KVShape.of(model), block_size, model.model.rotary_emb, ranks_of(model).size)
     for policy in vars(policies).values():
         policy.bind(site)
     for part in parts:
@@ -375,6 +378,11 @@ def _invariant_kernels(
                 f"{part!r} as asked for cannot be deterministic: what a token is computed from follows the steps in "
                 "which its row happens to be computed"
             )
+    if ranks_of(model).size > 1:
+        raise ValueError(
+            "deterministic=True serves a model that one process holds: in which order the parts of several ranks are "
+            "added is for the communication library to say, and may differ with the size of a step"
+        )
     if not supports(model):
         raise ValueError(NEEDS_STACK)
     return INVARIANT
@@ -418,6 +426,9 @@ def check_model(model: LlamaForCausalLM) -> None:
             f"unsupported layer type {', '.join(sorted(kinds - {'full_attention'}))}: Llama layers attend to all "
             "tokens, and how many a query sees is the strategy's to say"
         )
+    mesh = getattr(model.model.layers[0].self_attn.k_proj.weight, "device_mesh", None)
+    if mesh is not None:
+        check_heads(config, mesh.size())
     for index, layer in enumerate(model.model.layers):
         if not isinstance(layer.self_attn, LlamaAttention):
             raise ValueError(
@@ -472,15 +483,21 @@ def _blocks_that_fit(model: LlamaForCausalLM, policies: Policies, site: Site, me
     shape, block_size, needed = site.shape, site.block_size, bytes_per_block(policies, site)
     on_gpu = shape.layer_devices[0].type == "cuda"
     share = memory_fraction or (0.8 if on_gpu else 0.25)
+    ranks = ranks_of(model)
+
+    def free_bytes(device: torch.device) -> int:
+        return _free_bytes(device) // (ranks.num_beside if device.type == "cpu" else 1)
+
     # Host memory beside a GPU: half of what is free, whatever share of the GPU is asked for.
     fits = {
-        device: int(_free_bytes(device) * (0.5 if on_gpu and device.type == "cpu" else share)) // size
+        device: int(free_bytes(device) * (0.5 if on_gpu and device.type == "cpu" else share)) // size
         for device, size in needed.items()
     }
     scarce = min(fits, key=fits.__getitem__)
-    num_blocks, size, free = fits[scarce], needed[scarce], _free_bytes(scarce)
+    num_blocks, size, free = fits[scarce], needed[scarce], free_bytes(scarce)
     if not on_gpu and memory_fraction is None:
         num_blocks = min(num_blocks, -(-16 * model.config.max_position_embeddings // block_size))
+    num_blocks = min(ranks.all(num_blocks))
     if num_blocks < 1:
         raise ValueError(f"one block of {block_size} tokens takes {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
     return num_blocks

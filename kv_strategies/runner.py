@@ -19,10 +19,10 @@ import time
 import weakref
 from bisect import insort_left, insort_right
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, count, islice
 from typing import NamedTuple
 
@@ -39,11 +39,13 @@ from .step.forward import AttendingCache, forward
 from .step.graphs import StepGraphs
 from .step.interrupts import uninterrupted
 from .step.plan import PlanBuffer
-from .step.requests import Event, Output, Request, Result
+from .step.ranks import ranks_of
+from .step.requests import Event, Output, Request, Result, hash_of
 from .step.sampling import SamplingParams, sample, to_device, warp
 from .step.scores import Logprobs, Shaping, logprobs, shape
 from .strategy import Reservation, Strategy, Suspended
 
+_RUNNERS = count()
 _NOTHING = np.array([], dtype=np.int32)
 _SCORED_TOKENS = 256  # of a prompt at once, where it wants log probabilities: they take rows of the vocabulary's size
 
@@ -90,6 +92,7 @@ class Runner:
         self._tokenizer = tokenizer
         self._speculate = speculate
         self.num_proposed = self.num_accepted = 0  # guessed tokens, and those that were right
+        self._ranks, self._number = ranks_of(model), next(_RUNNERS)
         self._waiting: list[_Sequence] = []  # by priority, then as they came
         self._next_deadline = math.inf  # no request ends by its deadline before it
         self._running: list[_Sequence] = []  # oldest first; at most the last one is still prefilling
@@ -171,14 +174,14 @@ class Runner:
     def _stream(self, requests: list[Request]) -> Iterator[Event]:
         if isinstance(self.strategy, Baseline):
             self._check(requests)
+            for request in requests:
+                request.draw_seed(self._ranks.random)
             yield from self.strategy.stream(requests)
             return
         box: deque[Event] = deque()
         ids = [request.request_id for request in requests]
         try:
-            with uninterrupted(), self.strategy.lock:
-                self._submit(requests)
-                self._boxes |= dict.fromkeys(ids, box)
+            self._in_turn("submit", requests, lambda: self._submit(requests, box))
             while True:
                 while box:
                     yield box.popleft()
@@ -189,11 +192,26 @@ class Runner:
                         return
                     if not box:
                         self._advance()
+                self._ranks.pause()
         finally:
+            self._in_turn("close", ids, lambda: self._close(ids, box))
+
+    def _close(self, ids: list[str | int], box: deque[Event]) -> None:
+        for request_id in [request_id for request_id in ids if self._boxes.get(request_id) is box]:
+            self._cancel(request_id)
+            del self._boxes[request_id]
+
+    @torch.inference_mode()
+    def _in_turn(self, what: str, about: Sequence, work: Callable[[], None]) -> None:
+        """Do what was asked for: at once, or, of several ranks, where rank 0 did it between its steps."""
+        call = cache(lambda: (self._number, what, *map(_known, about)))
+        while True:
             with uninterrupted(), self.strategy.lock:
-                for request_id in [request_id for request_id in ids if self._boxes.get(request_id) is box]:
-                    self.cancel(request_id)
-                    del self._boxes[request_id]
+                if self._ranks.is_turn(call):
+                    work()
+                    return
+                self._advance()
+            self._ranks.pause()
 
     # --- step by step
 
@@ -206,12 +224,16 @@ class Runner:
         if isinstance(self.strategy, Baseline):
             raise ValueError("the baseline runs one request after the other: use generate or stream")
         requests = self._checked(requests)
-        with uninterrupted(), self.strategy.lock:
-            self._submit(requests)
+        self._in_turn("submit", requests, lambda: self._submit(requests))
 
-    def _submit(self, requests: list[Request]) -> None:
+    def _submit(self, requests: list[Request], box: deque[Event] | None = None) -> None:
+        """Queue them; their events go to `box`, where there is one."""
         self._check(requests)
         now = time.perf_counter()
+        for request in requests:
+            request.draw_seed(self._ranks.random)
+            if box is not None:
+                self._boxes[request.request_id] = box
         for seq in [_Sequence(request, 0, now) for request in requests]:
             insort_right(self._waiting, seq, key=_urgency)
             self._next_deadline = min(self._next_deadline, seq.deadline)
@@ -232,6 +254,7 @@ class Runner:
         A step is done or it is not: where it raises, no token is lost and none counts as computed that was not, and the
         next call tries again. Ctrl-C comes when it is done, and its tokens with the next.
         """
+        self._ranks.pause()
         with uninterrupted() as interrupts, self.strategy.lock:
             self._advance()
             interrupts.check()
@@ -240,12 +263,21 @@ class Runner:
     def _advance(self) -> None:
         if self.model.training:
             raise ValueError("a runner serves inference: call model.eval() first")
-        self._end_late()
+        if not (self._running or self._waiting or self._in_flight):
+            return
+        late = self._ranks.step(self._number, self._late)
+        if late is None:
+            return
+        unfinished = list(self._unfinished()) if late else []
+        self._end([unfinished[place] for place in late], "deadline")
         if any(step.is_awaited for step in self._in_flight):
             self._collect()
             return
         try:
-            is_launched = self._launch(*self._schedule())
+            scheduled = self._schedule()
+            self._ranks.agree(lambda: (self._number, _digest(*scheduled)))
+            with self._ranks.together():
+                is_launched = self._launch(*scheduled)
         except BaseException:
             self._recover()
             raise
@@ -277,16 +309,19 @@ class Runner:
         """End a request and give its blocks back: its last event brings what it has. Unknown or finished ids are
         ignored.
         """
-        with uninterrupted(), self.strategy.lock:
-            self._end([seq for seq in self._unfinished() if seq.request.request_id == request_id], "cancelled")
+        self._in_turn("cancel", [request_id], lambda: self._cancel(request_id))
 
-    def _end_late(self) -> None:
-        """End the requests whose deadline has passed."""
+    def _cancel(self, request_id: str | int) -> None:
+        self._end([seq for seq in self._unfinished() if seq.request.request_id == request_id], "cancelled")
+
+    def _late(self) -> list[int]:
+        """The requests whose deadline has passed, by their places among the unfinished."""
         now = time.perf_counter()
         if now < self._next_deadline:
-            return
-        self._end([seq for seq in self._unfinished() if seq.deadline <= now], "deadline")
-        self._next_deadline = min((seq.deadline for seq in self._unfinished()), default=math.inf)
+            return []
+        deadlines = [seq.deadline for seq in self._unfinished()]
+        self._next_deadline = min((deadline for deadline in deadlines if deadline > now), default=math.inf)
+        return [place for place, deadline in enumerate(deadlines) if deadline <= now]
 
     def _end(self, sequences: list[_Sequence], reason: str) -> None:
         for seq in sequences:
@@ -580,7 +615,8 @@ class Runner:
     def _collect(self, leave: int = 0) -> None:
         """Wait for the tokens of the steps in flight but for the last `leave`, and end the sequences that are done."""
         while len(self._in_flight) > leave:
-            tokens = self._in_flight[0].tokens()
+            with self._ranks.together():
+                tokens = self._in_flight[0].tokens()
             self._receive(self._in_flight.popleft(), tokens)
 
     def _receive(self, step: _Step, tokens: list[int]) -> None:
@@ -664,6 +700,8 @@ class Runner:
                 raise ValueError(f"{name}: n must be from 1 to max_num_seqs = {self.max_num_seqs}, got {request.n}")
             total = num_prompt + num_new - 1
             if isinstance(self.strategy, Baseline):
+                if request.deadline is not None and self._ranks.size > 1:
+                    raise ValueError(f"{name}: the baseline knows a deadline by its own clock, and ranks have several")
                 self._refuse(request, "the model's context", max_context, total)
                 continue
             visible = self.strategy.retention.num_visible(total)
@@ -802,6 +840,20 @@ def _new_tokens(seq: _Sequence, count: int) -> np.ndarray:
     """The newest `count` tokens that the table of a sequence has room for, guesses included."""
     stop = seq.table.num_seen
     return np.concatenate((seq.tokens, seq.proposal))[stop - count : stop]
+
+
+def _known(asked: Request | str | int) -> str:
+    """What ranks compare of what they were asked for."""
+    return repr(asked) if not isinstance(asked, Request) else asked.digest()
+
+
+def _digest(decoding: list[_Sequence], prefilling: list[tuple[_Sequence, int]]) -> str:
+    """What ranks compare of a step: whose turn it is, for how many tokens, behind which."""
+    rows = [
+        (seq.request.request_id, seq.sample_index, num_new, seq.table.num_seen, seq.output.token_ids[-1:], seq.proposal)
+        for seq, num_new in [*((seq, 1 + len(seq.proposal)) for seq in decoding), *prefilling]
+    ]
+    return f"{len(rows)} rows, {sum(row[2] for row in rows)} tokens, {hash_of(rows)}"
 
 
 def _urgency(seq: _Sequence) -> int:

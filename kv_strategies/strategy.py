@@ -32,6 +32,7 @@ from .step.forward import Seen
 from .step.fused import FusedStack, stack_of
 from .step.interrupts import uninterrupted
 from .step.plan import NULL_BLOCK, LayerStore, Plan
+from .step.ranks import ranks_of
 from .step.store import KVShape, Planes
 from .step.version import watch
 from .tiers.identity import identity, told_weights, weights_hash
@@ -71,7 +72,7 @@ class Strategy:
         self.name, self.model, self.kernels, self.door = name, model, kernels, door
         self.sharing, self.retention = policies.sharing, policies.retention
         self.placement, self.codec, self.selection = policies.placement, policies.codec, policies.selection
-        self.shape, self._watch = KVShape.of(model), watch(model)
+        self.shape, self.ranks, self._watch = KVShape.of(model), ranks_of(model), watch(model)
         #: Whether the layers are on several devices.
         self.is_spread = len(set(self.shape.layer_devices)) > 1
         self._current = current if self.is_spread else nullcontext  # else the lock has said so
@@ -528,16 +529,38 @@ class Strategy:
             self.sharing.forget(token_ids, salt)
 
     def save(self, path: str | Path) -> int:
-        """Write all blocks that are kept for later requests to a file. Returns how many. See `saved.save`."""
+        """Write all blocks that are kept for later requests to a file. Returns how many. See `saved.save`.
+
+        Of a model over several ranks each writes a file of its own, `path` with its number behind: its heads.
+        """
         with self.lock:
             self.follow()
-            return self.sharing.save(path, self.placement, weights_hash(self.model))
+            return self.sharing.save(self.ranks.own(path), self.placement, weights_hash(self.model))
 
     def load(self, path: str | Path) -> Loaded:
-        """Take in what `save` has written, as far as free blocks go. See `saved.load`."""
+        """Take in what `save` has written, as far as free blocks go. See `saved.load`.
+
+        Raises:
+            ValueError: ranks find different blocks in their files, as one is damaged: nothing is kept of any.
+        """
         with self.lock:
             self.follow()
-            return self.sharing.load(path, self.placement, weights_hash(self.model))
+            loaded = error = None
+            try:
+                loaded = self.sharing.load(self.ranks.own(path), self.placement, weights_hash(self.model))
+            except (OSError, ValueError) as found:
+                error = found
+            told = self.ranks.all((loaded, error and str(error)))
+            for rank, (theirs, why) in enumerate(told):
+                if theirs != told[0][0]:
+                    self.sharing.clear()
+                    raise ValueError(
+                        "the files of the ranks gave different blocks, so that nothing is kept of any: rank 0 found "
+                        f"{told[0][0] or told[0][1]}; rank {rank} {theirs or why}"
+                    )
+            if error is not None:
+                raise error
+            return loaded
 
     # --- looking after it
 

@@ -20,11 +20,13 @@ from . import fused
 from .defaults import current
 from .fused import FusedStack
 from .plan import Plan
+from .ranks import Ranks
+from .shards import embed
 from .upstream import takes_cache, with_cache
 
 NEEDS_STACK = (
     "deterministic=True runs layers, norm and head in its own order of addition, and this model cannot be run so: "
-    "hooks, adapters, replaced methods, quantised or sharded layers, or output_hidden_states want modules to be called "
+    "hooks, adapters, replaced methods, quantised layers, or output_hidden_states want modules to be called "
     "one by one. Take them away, or build without it"
 )
 
@@ -45,6 +47,7 @@ class Attends(Protocol):
     model: LlamaForCausalLM
     kernels: Kernels
     fused: bool
+    ranks: Ranks
     seen: Seen
     addresses: tuple[int, int]  # differ where a captured step would read or write elsewhere
 
@@ -163,10 +166,11 @@ def forward(cache: AttendingCache, plan: Plan, input_ids: Tensor, last: Tensor |
             return model(**inputs, **with_cache(cache), logits_to_keep=last).logits[0]
         states = model.model(**inputs, **with_cache(cache)).last_hidden_state[0]  # where the last layer is
         return model.lm_head(states[last.to(states.device)])
-    states = model.model.embed_tokens(input_ids[None])  # [1, T, hidden]
+    states = embed(model.model.embed_tokens, input_ids[None], strategy.ranks)  # [1, T, hidden]
     angles = model.model.rotary_emb(states, position_ids=plan.positions[None])
     states = stack(states, position_embeddings=angles, **with_cache(cache))[0]
     states = states if isinstance(last, int) else states[last.to(states.device)]
     states = states.to(tail.weight.device)
     with current(states.device):
-        return strategy.kernels.linear(states, tail.weight, tail.bias, norm=tail.norm, is_replayed=plan.is_replayed)
+        logits = strategy.kernels.linear(states, tail.weight, tail.bias, norm=tail.norm, is_replayed=plan.is_replayed)
+    return strategy.ranks.join(logits, model.config.vocab_size)

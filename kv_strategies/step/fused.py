@@ -10,6 +10,9 @@ For that q, k and v are one matrix, as are gate and up. The merged matrix is the
 parameters become views of its rows: nothing is held twice, and the plain layers keep working, which is what runs
 wherever something asks for them (`supports` says when).
 
+Over several ranks (`ranks.py`) these are the heads and columns that are here. o and down then give a part each of x:
+the first rank adds it to x and the bias, the others to nothing, and the sum of all is x.
+
 Costs: the weights are copied once, one layer at a time.
 """
 
@@ -37,9 +40,15 @@ from transformers.utils import output_capturing
 
 from ..kernels.linear import Norm, Rotary
 from .defaults import current
+from .ranks import ranks_of
+from .shards import local, sharded_dim
 from .upstream import takes_cache
 from .version import has_upstream_functions, hooks_of, is_globally_hooked, is_replaced, is_upstream, watch
 
+#: Over several ranks, what is spread by columns, and what is whole on all; the rest of a layer is spread by rows.
+_COLUMNS, _WHOLE = (
+    [f"{module}.{kind}" for module in ("self_attn.o_proj", "mlp.down_proj")] for kind in ("weight", "bias")
+)
 _KINDS = {LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, nn.Linear, SiLUActivation, nn.SiLU}
 
 
@@ -52,7 +61,8 @@ class FusedStack:
         attention = layers[0].self_attn
         self.device = attention.q_proj.weight.device  # of the first layer
         self._head_dim = attention.head_dim
-        self._layers = [_Layer(layer) for layer in layers]
+        self._ranks = ranks_of(model)
+        self._layers = [_Layer(layer, self._ranks.is_first) for layer in layers]
         self._model = weakref.ref(model)
         self._read = _read(layers)
 
@@ -79,14 +89,14 @@ class FusedStack:
         for device, layers in groupby(self._layers, key=attrgetter("device")):
             with current(device):
                 x, cos, sin = (tensor.to(device) for tensor in (x, cos, sin))
-                self._run(layers, x, cos, sin, (num_rows, num_columns), cache)
+                x = self._run(layers, x, cos, sin, (num_rows, num_columns), cache)
         return x.view(hidden_states.shape)
 
     def _run(
         self, layers: Iterable[_Layer], x: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, int], cache
-    ) -> None:
-        """Layers of one device, one after the other, on x [T, hidden] in place."""
-        kernels, (num_rows, num_columns) = cache.strategy.kernels, shape
+    ) -> Tensor:
+        """Layers of one device, one after the other, on x [T, hidden], which they may write over -> [T, hidden]."""
+        kernels, ranks, (num_rows, num_columns) = cache.strategy.kernels, self._ranks, shape
         product = partial(kernels.linear, is_replayed=cache.plan.is_replayed)
         for layer in layers:
             heads = [size // self._head_dim for size in layer.qkv_sizes]
@@ -95,22 +105,24 @@ class FusedStack:
             qkv = product(x, *layer.qkv, norm=layer.input_norm, rotary=inside)
             qkv = qkv.view(num_rows, num_columns, -1, self._head_dim).transpose(1, 2)  # [B, Hq + 2 Hkv, n, D]
             out = cache.attend(layer.index, *qkv.split(heads, dim=1), layer.scaling, later)  # [B, n, Hq * D]
-            product(out.flatten(0, 1), *layer.o, residual=x)
+            x = ranks.add(product(out.flatten(0, 1), *layer.o, residual=x if ranks.is_first else None))
             gated = product(x, *layer.gate_up, norm=layer.mlp_norm, gated=True)
-            product(gated, *layer.down, residual=x)
+            x = ranks.add(product(gated, *layer.down, residual=x if ranks.is_first else None))
+        return x
 
 
 class _Layer:
-    """The weights of one layer: (weight, bias) pairs, bias None where there is none."""
+    """The weights of one layer: (weight, bias) pairs, bias None where there is none, or where another rank adds it."""
 
-    def __init__(self, layer: LlamaDecoderLayer):
+    def __init__(self, layer: LlamaDecoderLayer, is_first: bool):
         attention, mlp = layer.self_attn, layer.mlp
         qkv, gate_up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
         self.index, self.scaling = attention.layer_idx, attention.scaling
         self.device = attention.q_proj.weight.device
-        self.qkv_sizes = [len(module.weight) for module in qkv]
+        self.qkv_sizes = [len(local(module.weight)) for module in qkv]
         self.qkv, self.gate_up = _merge(qkv), _merge(gate_up)
-        self.o, self.down = _weights(attention.o_proj), _weights(mlp.down_proj)
+        weights = [_weights(module) for module in (attention.o_proj, mlp.down_proj)]
+        self.o, self.down = (pair if is_first else (pair[0], None) for pair in weights)
         self.input_norm, self.mlp_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
 
 
@@ -142,12 +154,13 @@ def stack_of(model: LlamaForCausalLM) -> FusedStack | None:
 def supports(model: LlamaForCausalLM) -> bool:
     """Whether the layers are upstream's own, so that running them otherwise changes nothing that anyone could see.
 
-    Not so with quantised or adapted linear layers, tensor parallelism, hooks (offloading, probes; also those of all
-    modules), a layer on several devices, weights shared between layers, another activation, replaced methods, of one
-    module or of its class, or layers that disagree about a head.
+    Not so with quantised or adapted linear layers, weights sharded otherwise than upstream's plan for Llama does, hooks
+    (offloading, probes; also those of all modules), a layer on several devices, weights shared between layers, another
+    activation, replaced methods, of one module or of its class, or layers that disagree about a head.
     """
     layers = _layers(model)
-    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    named = [named for layer in layers for named in layer.named_parameters()]
+    parameters = [local(parameter) for _, parameter in named]
     modules = [module for layer in layers for module in layer.modules()]
     attentions = [getattr(layer, "self_attn", None) for layer in layers]
     return (
@@ -158,7 +171,7 @@ def supports(model: LlamaForCausalLM) -> bool:
         and has_upstream_functions()
         and not is_globally_hooked()
         and not any(_is_changed(module) for module in modules)
-        and all(type(parameter) is nn.Parameter for parameter in parameters)  # a sharded one is of another type
+        and _are_sharded(named)
         and len({(parameter.dtype, parameter.is_inference()) for parameter in parameters}) == 1
         and all(len({parameter.device for parameter in layer.parameters()}) == 1 for layer in layers)
         and parameters[0].is_floating_point()
@@ -166,6 +179,18 @@ def supports(model: LlamaForCausalLM) -> bool:
         and all(type(layer.mlp.act_fn) in (SiLUActivation, nn.SiLU) for layer in layers)
         and len({attention.head_dim for attention in attentions}) == 1
         and len({attention.layer_idx for attention in attentions}) == len(attentions)
+    )
+
+
+def _are_sharded(named: list[tuple[str, Tensor]]) -> bool:
+    """Whether all parameters are whole, or all sharded as upstream's plan for Llama does; by names within a layer."""
+    dims = [
+        (sharded_dim(parameter), None if "norm" in name or name in _WHOLE else int(name in _COLUMNS))
+        for name, parameter in named
+    ]
+    is_sharded = any(dim is not None for dim, _ in dims)
+    return all(dim == (wanted if is_sharded else None) for dim, wanted in dims) and all(
+        type(parameter) is nn.Parameter or dim is not None for (_, parameter), (dim, _) in zip(named, dims, strict=True)
     )
 
 
@@ -177,14 +202,20 @@ def _read(layers: list[LlamaDecoderLayer]) -> list[tuple]:
     """What a stack takes from the layers, by which it is known again: where weights lie, and numbers."""
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
     return [
-        *((p.device, p.data_ptr(), p.shape, p.stride(), p.dtype) for layer in layers for p in layer.parameters()),
+        *(
+            (p.device, p.data_ptr(), p.shape, p.stride(), p.dtype)
+            for layer in layers
+            for p in map(local, layer.parameters())
+        ),
         *((layer.self_attn.layer_idx, layer.self_attn.scaling, layer.self_attn.head_dim) for layer in layers),
         *((norm.variance_epsilon,) for norm in norms),
     ]
 
 
 class Tail(NamedTuple):
-    """What is behind the layers: the final norm, and weight and bias of the product that gives the logits."""
+    """What is behind the layers: the final norm, and weight and bias of the product that gives the logits, or over
+    several ranks some of their columns.
+    """
 
     norm: Norm
     weight: Tensor
@@ -200,7 +231,8 @@ def tail_of(model: LlamaForCausalLM) -> Tail | None:
         return None
     if (type(inner), type(head), type(norm)) != (LlamaModel, nn.Linear, LlamaRMSNorm):
         return None
-    if type(head.weight) is not nn.Parameter or not head.weight.is_contiguous():
+    dim = sharded_dim(head.weight)
+    if (dim is None and type(head.weight) is not nn.Parameter) or dim or not local(head.weight).is_contiguous():
         return None
     if is_globally_hooked() or not all(map(is_upstream, (LlamaForCausalLM, LlamaModel, nn.Linear, LlamaRMSNorm))):
         return None
@@ -223,12 +255,12 @@ def _merge(modules: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
     """One matrix of all rows, whose rows become the modules' own weights; and the same for the biases."""
     merged = []
     for name in ("weight", "bias"):
-        parts = [getattr(module, name) for module in modules]
+        parts = [local(getattr(module, name)) for module in modules]
         if all(part is None for part in parts):
             merged.append(None)
             continue
         parts = [
-            module.weight.new_zeros(len(module.weight)) if part is None else part
+            (weight := local(module.weight)).new_zeros(len(weight)) if part is None else part
             for part, module in zip(parts, modules, strict=True)
         ]
         with torch.inference_mode(modules[0].weight.is_inference()), torch.no_grad():  # what they were, they stay
@@ -255,7 +287,7 @@ def _adjoining(parts: list[Tensor]) -> Tensor | None:
 
 
 def _weights(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    return module.weight.detach(), None if module.bias is None else module.bias.detach()
+    return local(module.weight).detach(), None if module.bias is None else local(module.bias).detach()
 
 
 def _norm(module: LlamaRMSNorm) -> Norm:

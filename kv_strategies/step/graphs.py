@@ -19,6 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch import Tensor
 from .forward import AttendingCache, Attends, forward
 from .fused import FusedStack
 from .plan import Group, Plan, PlanBuffer, Row
+from .ranks import Ranks
 from .sampling import greedy
 from .upstream import takes_cache
 
@@ -124,7 +126,7 @@ class StepGraphs:
         if kind not in self._graphs:
             padding = {name: [0] for name in inputs} | {"seats": [len(self._last_token) - 1]}
             plan = _bounded(buffer.fill([], padding), *bounds)
-            self._graphs[kind] = _captured(lambda: self._capture(buffer, plan), num_rows)
+            self._graphs[kind] = _captured(lambda: self._capture(buffer, plan), num_rows, self._strategy.ranks)
             if self._graphs[kind] is None:  # what is left of it is not captured into again
                 self._memory = torch.cuda.graph_pool_handle()
             buffer.fill(rows, inputs)
@@ -203,7 +205,8 @@ class StackStep:
         """See `FusedStack`. The result is valid until the next step."""
         given = (hidden_states, *(part.expand(len(hidden_states), -1, -1) for part in position_embeddings))
         if self._is_warm and not self._is_refused and self._replay is None:
-            self._is_refused = _captured(lambda: self._capture(given, cache.strategy), len(hidden_states)) is None
+            capture = partial(self._capture, given, cache.strategy)
+            self._is_refused = _captured(capture, len(hidden_states), cache.strategy.ranks) is None
         if self._replay is None:
             self._is_warm = True
             return _warm_up(  # kernels compile
@@ -227,12 +230,14 @@ class StackStep:
         return self._replay
 
 
-def _captured(capture: Callable[[], Any], num_rows: int) -> Any:
-    """What `capture` gives; None where there is no memory for it."""
+def _captured(capture: Callable[[], Any], num_rows: int, ranks: Ranks) -> Any:
+    """What `capture` gives; None where there is no memory for it. Of several ranks, one that stops in the middle has
+    left the others in theirs, and raises.
+    """
     try:
         return capture()
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or ranks.size > 1:
             raise
     warnings.warn(
         f"there is no memory left to capture a step of {num_rows} rows as a CUDA graph: such steps run without one. A "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -57,8 +59,8 @@ class Request:
         stop_token_ids: Sequence[int] = (),
         tokenizer: Callable[[], PreTrainedTokenizerBase | None] = lambda: None,
     ) -> Request:
-        """A request of its own from what the user gave: checked, every value of the type it says, with an id, a seed,
-        its tokens as an array, and stop tokens.
+        """A request of its own from what the user gave: checked, every value of the type it says, with an id, its
+        tokens as an array, and stop tokens.
 
         Args:
             tokenizer: asked where there are stop strings.
@@ -126,7 +128,7 @@ class Request:
             salt=request.salt,
             top_k=min(top_k, 2**31 - 1),
             top_p=top_p,
-            seed=random.getrandbits(32) if seed is None else seed,
+            seed=seed,
             stop_token_ids=frozenset(stops.tolist()),
             n=n,
             request_id=request_id,
@@ -140,6 +142,18 @@ class Request:
         )
         own.tokenizer = found
         return own
+
+    def draw_seed(self, source: random.Random | ModuleType) -> None:
+        """Where none was given."""
+        if self.seed is None:
+            self.seed = source.getrandbits(32)
+
+    def digest(self) -> str:
+        """Equal for requests that ask for the same, but for what logits processors do."""
+        others = [
+            getattr(self, field.name) for field in fields(self) if field.name not in ("logits_processor", "tokenizer")
+        ]
+        return f"request {self.request_id!r} of {len(self.token_ids)} tokens, {hash_of(others)}"
 
     def sampling(self, sample_index: int) -> SamplingParams:
         seed = self.seed + 0x9E3779B9 * sample_index
@@ -156,6 +170,19 @@ class Request:
         is_early = num_drawn < self.min_new_tokens
         forbidden = [token for token in self.stop_token_ids if 0 <= token < vocab_size] if is_early else []
         return Shaping(forbidden, processors, token_ids) if forbidden or processors else None
+
+
+def hash_of(values: object) -> str:
+    """64 bits of numbers, words, arrays and what is made of them."""
+    return hashlib.blake2b(repr(_plain(values)).encode(), digest_size=8).hexdigest()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, frozenset):
+        return sorted(value)
+    return list(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 #: Below it logits over temperature leave float32, where the likeliest token is drawn anyhow.

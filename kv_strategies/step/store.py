@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .plan import LayerStore
+from .shards import local
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -41,7 +42,7 @@ class KVShape:
     def of(cls, model: LlamaForCausalLM) -> KVShape:
         attentions = [layer.self_attn for layer in model.model.layers]
         head_dim = attentions[0].head_dim
-        rows = [_local_rows(module.weight) for module in (attentions[0].q_proj, attentions[0].k_proj)]
+        rows = [len(local(module.weight)) for module in (attentions[0].q_proj, attentions[0].k_proj)]
         return cls(
             num_heads=rows[0] // head_dim,
             num_kv_heads=rows[1] // head_dim,
@@ -54,10 +55,6 @@ class KVShape:
         """Bytes of one block: the planes of all layers, on whatever devices they are."""
         devices = self.layer_devices
         return sum(block_bytes(devices.count(device), planes) for device in dict.fromkeys(devices))
-
-
-def _local_rows(weight: Tensor) -> int:
-    return (weight.to_local() if hasattr(weight, "to_local") else weight).shape[0]
 
 
 class BlockStore:

@@ -40,6 +40,9 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.utils import output_capturing
 
+from .shards import __name__ as shards
+from .shards import local, own_forward
+
 _NUM_REMEMBERED = 8  # descriptions, so that a model may come back to what it was
 #: Modules of these very classes read nothing but their weights, unless an attribute comes to them (a `forward`, say).
 _PLAIN = {nn.Linear, nn.ModuleList, nn.ModuleDict, nn.SiLU, SiLUActivation}
@@ -197,17 +200,21 @@ def is_globally_hooked() -> bool:
 
 
 def hooks_of(module: nn.Module) -> list[object]:
-    """The forward hooks of a module, but for upstream's own that record outputs, which wait until they are wanted."""
+    """The forward hooks of a module, but for upstream's own that record outputs, which wait until they are wanted, and
+    for ours, which change nothing.
+    """
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return [hook for hook in hooks if getattr(hook, "__module__", None) != output_capturing.__name__]
+    return [hook for hook in hooks if getattr(hook, "__module__", None) not in (output_capturing.__name__, shards)]
 
 
 def is_replaced(module: nn.Module) -> bool:
     """Whether calling it runs another forward than its class has. What accelerate puts before the modules of a model
-    that is spread over devices (`device_map`) brings their inputs to them, and changes nothing.
+    that is spread over devices (`device_map`) brings their inputs to them, and changes nothing; as little does what
+    upstream puts around those that are spread over ranks.
     """
-    own = vars(module)
-    return "forward" in own and not (is_moved(module) and own["_old_forward"] == type(module).forward.__get__(module))
+    if own_forward(module) is None:
+        return False
+    return not (is_moved(module) and vars(module)["_old_forward"] == type(module).forward.__get__(module))
 
 
 def is_moved(module: nn.Module) -> bool:
@@ -221,7 +228,7 @@ def is_moved(module: nn.Module) -> bool:
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name, each once; of a sharded one (tensor parallelism) the part that is here."""
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-        yield name, getattr(tensor, "_local_tensor", tensor)
+        yield name, local(tensor)
 
 
 class _Snapshot:
@@ -260,7 +267,9 @@ class _Snapshot:
         self._are_contiguous = list(map(Tensor.is_contiguous, self._tensors))
         self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in self._tensors]
         self._storage_ids = list(dict.fromkeys(storage.cdata for storage in self._storages))
-        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        # A sharded tensor has a counter of its own, for what is done to the whole.
+        counted = [*self._tensors, *(tensor for tensor in self._members if tensor is not local(tensor))]
+        self._counted = [tensor for tensor in counted if not tensor.is_inference()]
         self.count()
 
     def count(self) -> None:
@@ -342,12 +351,12 @@ class _Description:
     def _place(self, tensor: Tensor | None) -> tuple:
         if tensor is None:
             return ()
-        local = getattr(tensor, "_local_tensor", tensor)
-        if local.is_meta:
+        part = local(tensor)
+        if part.is_meta:
             return (self._id(tensor),)
-        storage = StorageWeakRef(local.untyped_storage())
+        storage = StorageWeakRef(part.untyped_storage())
         self._alive.append(storage)
-        return self._id(tensor), storage.cdata, local.data_ptr(), local.shape, local.stride(), local.dtype, local.device
+        return self._id(tensor), storage.cdata, part.data_ptr(), part.shape, part.stride(), part.dtype, part.device
 
     def _attributes(self, module: nn.Module) -> Hashable:
         own = vars(module)

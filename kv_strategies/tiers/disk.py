@@ -109,8 +109,13 @@ class Disk:
         entry = self._kept.get(key)
         if entry is None or not entry.checksum:
             return None
-        self._kept.move_to_end(key)
+        self.touch(key)
         return entry.tokens
+
+    def touch(self, key: bytes) -> None:
+        """What is there, or being written, becomes the most recently used."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
 
     def discard(self, key: bytes) -> None:
         if key in self._kept:

@@ -108,7 +108,7 @@ class Tiers(LowerTiers):
         while self._kept and self._lacks_places and self._disk.takes_blocks:
             key, kept = next(iter(self._kept.items()))
             if kept.arrived is not None and not kept.arrived.query():
-                if not wait:
+                if not wait and self.rates.decide:
                     return
                 kept.arrived.synchronize()
             written = self._disk.write(key, kept.tokens, self._host[kept.place])
@@ -203,6 +203,7 @@ class Tiers(LowerTiers):
             self._kept.move_to_end(key)
             return self._kept[key]
         if key in self._leaving:
+            self._disk.touch(key)
             return self._leaving[key][0]
         tokens = self._disk.find(key) if self._disk else None
         return None if tokens is None else _Kept(tokens, -1, None)

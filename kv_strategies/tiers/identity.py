@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..step.ranks import ranks_of
 from ..step.store import Planes
 from ..step.version import CONFIG_KEYS, OWN, has_upstream_functions, is_replaced, tensors_of, watch
 
@@ -38,8 +39,9 @@ def identity(
     Args:
         policies: question -> what the policy that answers it says of itself (`Policy.identity`).
     """
-    config = model.config.to_dict()
+    config, ranks = model.config.to_dict(), ranks_of(model)
     return {
+        **({} if ranks.size == 1 else {"rank": f"{ranks.rank} of {ranks.size}"}),
         "architecture": type(model).__name__,
         "config": json.loads(json.dumps({key: config.get(key) for key in CONFIG_KEYS}, default=str)),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -38,8 +38,14 @@ class Rate:
 
 @dataclass
 class Rates:
-    """What this machine does a second, as measured while it runs: bytes moved, tokens computed."""
+    """What this machine does a second, as measured while it runs: bytes moved, tokens computed.
 
+    Args:
+        decide: whether they say what pays; else fetching always does, for ranks that have to decide alike and measure
+            each for itself.
+    """
+
+    decide: bool = True
     down: Rate = field(default_factory=Rate)
     up: Rate = field(default_factory=Rate)
     disk_read: Rate = field(default_factory=Rate)
@@ -48,13 +54,13 @@ class Rates:
 
     def seconds_saved(self, num_bytes: int, num_tokens: int, *, on_disk: bool) -> float:
         """By fetching a block and not computing it; below 0 where computing is faster. Unmeasured, fetching wins."""
-        if self.prefill.value is None:
+        if self.prefill.value is None or not self.decide:
             return 1e-9
         fetch = self.up.seconds(num_bytes) + (self.disk_read.seconds(num_bytes) if on_disk else 0.0)
         return self.prefill.seconds(num_tokens) - fetch
 
     def stats(self) -> dict[str, float | None]:
-        return {name: rate.value for name, rate in vars(self).items()}
+        return {name: rate.value for name, rate in vars(self).items() if isinstance(rate, Rate)}
 
 
 class PrefillClock:
