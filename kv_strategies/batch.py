@@ -143,7 +143,15 @@ class Batch:
             os.fsync(file.fileno())
         if len(written) < len(self.lines):
             raise RuntimeError(f"{len(self.lines) - len(written)} lines were left without an answer")
-        return Summary(len(written) - num_failed, self._num_failed + num_failed, len(self.lines.answered))
+        return self._summary(len(written), num_failed)
+
+    def follow(self, answer: Answering) -> Summary:
+        """What another rank of the model does of `run`: its share of the work. The first one writes."""
+        failed = ["error" in row for row in answer(self.lines)]
+        return self._summary(len(failed), sum(failed))
+
+    def _summary(self, num_rows: int, num_failed: int) -> Summary:
+        return Summary(num_rows - num_failed, self._num_failed + num_failed, len(self.lines.answered))
 
 
 def _read_lines(path: Path, offset: int = 0, first: int = 1, count: int | None = None) -> Iterator[Line]:

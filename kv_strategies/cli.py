@@ -33,10 +33,12 @@ def main(argv: list[str] | None = None) -> int:
         options.extra = [*options.extra, *rest]
     elif rest:
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
+    rank = os.environ.get("RANK", "0")  # of several that hold one model, the first is the one that speaks
     try:
-        return options.run(options)
+        with contextlib.redirect_stdout(io.StringIO()) if rank != "0" else contextlib.nullcontext():
+            return options.run(options)
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"kv-strategies: {error}", file=sys.stderr)
+        print(f"kv-strategies{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
         if isinstance(error, NoRoom):
             print(plan_command.beside(error), file=sys.stderr)
         return 1
@@ -250,14 +252,22 @@ def _batch(options: argparse.Namespace) -> int:
         raise ValueError(f"there is no file {options.prompts}")
     if not options.address and {options.replicas, options.gpus, options.cpus} != {None}:
         raise ValueError("--replicas, --gpus and --cpus are of a cluster: say which with --address")
-    batch = Batch(options.prompts, options.out, resume=options.resume)
+    is_first = os.environ.get("RANK", "0") == "0"  # the one that reads and writes the answers
+    if options.address and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--address answers by replicas that have a GPU each, and torchrun spreads one model: choose")
+    batch = Batch(options.prompts, options.out, resume=options.resume) if is_first else None
     model = str(Path(options.model).resolve()) if options.model and Path(options.model).exists() else options.model
     load = partial(
         load_answering, model, options.strategy, dict(map(_parse_option, options.option)), options.max_new_tokens
     )
+    answer = _cluster(load, options) if options.address else load()
+    if not options.address:
+        batch = answer.runner.strategy.ranks.first(lambda: batch)
+    if not is_first:
+        return 1 if batch.follow(answer).num_failed else 0
     try:
         found = batch.run(
-            _cluster(load, options) if options.address else load(),
+            answer,
             report=lambda message: tqdm.write(message, file=sys.stderr),
             progress=not options.address,  # Ray shows its own
         )

@@ -22,7 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from . import fetch, files, gguf, mistral, qwen
+from . import fetch, files, gguf, mistral, parallel, qwen
 from .room import check_room
 
 #: Where models and the text live, beside the package in a checkout. Git ignores it.
@@ -80,40 +80,55 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    tp: bool | None = None,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase | None]:
     """The model `spec` names, in eval mode, and its tokenizer (None where there is none: random weights).
+
+    Under `torchrun` every rank gets its share of the heads (`parallel.py`, docs/parallel.md).
 
     Args:
         spec: None for the embedded default, a folder, a hub id, or one of RANDOM_MODELS.
         dtype: float32 on a CPU and bfloat16 on a GPU unless told.
-        device: the first GPU where there is one, unless told.
+        device: the first GPU where there is one, unless told; over several ranks, the GPU of the rank.
+        tp: whether to spread the model over the ranks of `torchrun`; yes where there are several, unless told.
 
     Raises:
         FileNotFoundError: no such folder (for the default: run `make model`), or no such model on the hub.
         ValueError: not of Llama architecture, an unknown "-random" name, or files that are damaged or do not belong
-            together: names the file and what to do.
+            together: names the file and what to do. Ranks that cannot share the KV heads evenly.
         NoRoom: a ValueError; there is less memory than the weights take (`room.py`).
     """
+    is_parallel = parallel.is_wanted(tp)
+    if is_parallel:
+        device = parallel.join_ranks(device)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    spec = str(spec if spec is not None else DEFAULT_MODEL)
+    model, tokenizer = _load(str(spec if spec is not None else DEFAULT_MODEL), dtype, device, is_parallel)
+    if is_parallel:
+        parallel.cut(model)
+    return model.to(device).eval(), tokenizer
+
+
+def _load(
+    spec: str, dtype: torch.dtype, device: torch.device, is_parallel: bool
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase | None]:
     if spec.endswith("-random") and not Path(spec).exists():
         check_room(spec, _random_config(spec), dtype, device)
         return random_model(spec, dtype=dtype, device=device), None
-
     if spec.endswith(".gguf"):
         path = find_gguf(spec)
         check_room(spec, llama_config(spec, gguf_config(path)), dtype, torch.device("cpu"), device)
-        model, tokenizer = load_gguf(path, dtype)
-        return model.to(device).eval(), tokenizer
+        return load_gguf(path, dtype)
     config = read_config(spec)
     if Path(spec).is_dir():
         files.check_folder(Path(spec))
     if config.get("model_type") in _CONFIGS:
-        check_room(spec, llama_config(spec, config), dtype, torch.device("cpu"), device)
+        checked, places = llama_config(spec, config), (torch.device("cpu"), device)
+        num_shares = parallel.num_ranks() if is_parallel and config["model_type"] == "llama" else 1
+        check_room(spec, checked, dtype, *places, num_shares=num_shares)
     match config.get("model_type"):
         case "llama":
-            model = load_llama(spec, dtype)
+            model = load_llama(spec, dtype, **(parallel.shards(checked) if is_parallel else {}))
             tokenizer = load_tokenizer(spec)
         case "qwen2" | "qwen":
             converted, folder = llama_config(spec, config), qwen.local_folder(spec)
@@ -132,7 +147,7 @@ def load_model(
                 "of type 'llama', or 'qwen2', 'qwen' or 'mistral', whose weights are converted to it."
             )
     files.check_token_ids(f"{spec}/generation_config.json", model.generation_config.to_dict(), model.config.vocab_size)
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer
 
 
 def model_shape(spec: str | Path | None, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -206,10 +221,10 @@ def llama_config(spec: str, config: dict[str, Any]) -> LlamaConfig:
     return found
 
 
-def load_llama(spec: str, dtype: torch.dtype) -> LlamaForCausalLM:
+def load_llama(spec: str, dtype: torch.dtype, **shards: object) -> LlamaForCausalLM:
     # Upstream would go on with random weights for those that are missing, and without those that it has no place for.
     model, info = LlamaForCausalLM.from_pretrained(
-        spec, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        spec, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **shards
     )
     if info["missing_keys"]:
         raise ValueError(f"{spec} lacks weights of the model: {first_few(info['missing_keys'])}")
