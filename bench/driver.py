@@ -102,7 +102,7 @@ def run_one(case: Case, scratch: Path, suite_name: str, say=lambda text: None) -
     """One case in a fresh process; whatever happens to it becomes the JSON line returned."""
     head = {"schema": lines.SCHEMA, "suite": suite_name, **_head(case)}
     head["time"] = datetime.now(UTC).isoformat(timespec="seconds")
-    if reason := missing(case.system, case.device):
+    if reason := missing(case.system, case.device) or WORKLOADS[case.workload].lacking(case):
         return head | {"status": "skipped", "error": reason} | machine.conditions(case.device)
     start = time.perf_counter()
     outcome = _in_process(case, scratch, say)

@@ -87,6 +87,7 @@ class Workload:
     tables: Callable[[Found, str], str] | None = None  # of a machine's lines and a model; once where several share it
     words: Callable[[dict], str] | None = None  # of a result, for the terminal; what it claims, where there is none
     claims: Sequence[Claim] = ()
+    lacking: Callable[[Case], str | None] = lambda case: None  # why this machine cannot run a case
 
 
 WORKLOADS: dict[str, Workload] = {}

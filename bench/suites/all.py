@@ -8,4 +8,4 @@ from bench.suites.evict import blocks, step, first_token as evict_first_token, c
 from bench.suites import cost, replay  # noqa: F401
 from bench.suites.limit import attention, decode, first_token, profile, batching, deterministic  # noqa: F401
 from bench.suites.serving import outside, open_loop, first_minute  # noqa: F401
-from bench.suites import quality, tensorflow  # noqa: F401
+from bench.suites import quality, parallel, tensorflow  # noqa: F401
