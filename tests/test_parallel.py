@@ -126,7 +126,7 @@ def test_the_first_rank_speaks_and_writes(found, folder):
     status, said, error = found[0]["batch"]
     assert status == 1 and "2 answered, 1 failed" in said and "line 2: prompt must be text" in error
     assert found[1]["batch"] == [1, "", ""]
-    assert "0 answered, 0 failed, 3 were there" in found[0]["again"][1] and found[1]["again"] == [0, "", ""]
+    assert "0 answered, 1 failed, 3 were there" in found[0]["again"][1] and found[1]["again"] == [1, "", ""]
     rows = [json.loads(row) for row in (folder / "out.jsonl").read_text().splitlines()]
     assert sorted(row["line"] for row in rows) == [1, 2, 3]
 
