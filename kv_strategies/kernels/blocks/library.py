@@ -10,7 +10,11 @@ to 345, causal, 4096 to 16384 tokens). It knows no block tables, so n queries be
 
 which is one softmax over both. Costs: the past is read and written once more (2 x 16 KiB a token and layer of
 Llama-2-7B, some percent of what is saved), and cuDNN builds a plan for each new shape, some 30 ms in which the GPU
-waits for the host. So both lengths are whole steps, of which there are few; the rest of a row is for `triton_prefill`.
+waits for the host. So both lengths are made whole steps, of which there are few. The last part of a step of the past
+counts as own, with queries that nobody asked for, and what follows the own tokens is padded: nobody who asks sees it.
+
+    [ whole steps of the past ][ rest of it | own tokens | padding ]
+                                 no queries   n queries    no queries
 
 Codes are decoded as they are gathered: once for all queries of a chunk, where a kernel that reads codes decodes them
 again for each tile of queries. The past comes SEGMENT tokens at a time, so that what is decoded takes bounded memory,
@@ -44,9 +48,9 @@ def num_queries(query_len: int, past_len: int, query: Tensor) -> int:
     """How many of a row's queries, the first ones, go to the library."""
     if query.element_size() != 2 or query.shape[-1] % 8 or query.shape[-1] > 128:  # torch may lack a fused kernel
         return 0
-    if past_len and (past_len % STEP or not prefers_cudnn(query.device)):
-        return 0
-    return query_len // STEP * STEP
+    if prefers_cudnn(query.device):
+        return query_len if query_len >= STEP else 0
+    return 0 if past_len else query_len // STEP * STEP
 
 
 def prefers_cudnn(device: torch.device) -> bool:
@@ -80,22 +84,35 @@ def attention(
         [n, Hq, D]
     """
 
-    def read(begin: int, end: int) -> tuple[Tensor, Tensor]:
+    def read(begin: int, end: int, length: int) -> tuple[Tensor, Tensor]:
         stores = ((layer.k, layer.k_scale), (layer.v, layer.v_scale))
-        return tuple(gather(*store, table, begin, end, query) for store in stores)
+        return tuple(gather(*store, table, begin, end, length, query) for store in stores)
 
-    own = (key, value) if key is not None else read(past_len, past_len + len(query))
-    if not past_len:  # torch chooses cuDNN where it is the fastest, and another kernel elsewhere
+    num_queries, behind = len(query), past_len % STEP
+    past_len -= behind
+    end = behind + num_queries
+    length = -(-end // STEP) * STEP
+    if not behind and (length == num_queries or not prefers_cudnn(query.device)):
+        own = (key, value) if key is not None else read(past_len, past_len + num_queries, num_queries)
+    else:
+        own = read(past_len, past_len + end, length)
+        query = F.pad(query, (0, 0, 0, 0, behind, length - end))
+    if not past_len and len(query) == num_queries:  # torch takes cuDNN where it is the fastest, and another elsewhere
         query, key, value = _heads_first(query, *own)
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
         return out[0].transpose(0, 1)
-    merged = attend(query, *own, scaling, is_causal=True)
+
+    def part(key: Tensor, value: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+        out, lse = attend(query, key, value, scaling, is_causal)
+        return out[behind:end], lse[:, behind:end]
+
+    merged = part(*own, is_causal=True)
     step = past_len if layer.k_scale is None else SEGMENT
-    for begin in range(0, past_len, step):
-        past = read(begin, min(begin + step, past_len))
-        merged = merge(*merged, *attend(query, *past, scaling, is_causal=False))
+    for begin in range(0, past_len, max(1, step)):
+        stop = min(begin + step, past_len)
+        merged = merge(*merged, *part(*read(begin, stop, stop - begin), is_causal=False))
     return merged[0]
 
 
@@ -111,27 +128,30 @@ def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.transpose(0, 1)[None] for tensor in tensors)  # [1, H, n, D]
 
 
-def gather(store: Tensor, scales: Tensor | None, table: Tensor, begin: int, end: int, query: Tensor) -> Tensor:
-    """The tokens begin:end of a row, from [N, Hkv, block_size, D] and its table -> [n, Hkv, D], head by head, numbers
-    of the query's type and size: codes times their scales."""
+def gather(
+    store: Tensor, scales: Tensor | None, table: Tensor, begin: int, end: int, length: int, query: Tensor
+) -> Tensor:
+    """The tokens begin:end of a row, from [N, Hkv, block_size, D] and its table -> [length, Hkv, D], head by head,
+    numbers of the query's type and size: codes times their scales; zeros behind them.
+    """
     _, num_heads, block_size, _ = store.shape
     num_tokens, dim = end - begin, query.shape[-1]
-    out = query.new_empty(num_heads, num_tokens, dim)
+    out = query.new_empty(num_heads, length, dim)
     quantised = scales is not None
     scales = scales if quantised else store  # not read unless quantised
-    gather_kernel[(triton.cdiv(num_tokens, TILE), num_heads)](
-        store, scales, table, out, begin, num_tokens, *store.stride()[:3], *scales.stride()[:2], out.stride(0),
+    gather_kernel[(triton.cdiv(length, TILE), num_heads)](
+        store, scales, table, out, begin, num_tokens, length, *store.stride()[:3], *scales.stride()[:2], out.stride(0),
         BLOCK_SIZE=block_size, DIM=dim, DIM_P2=triton.next_power_of_2(dim), QUANTISED=quantised, TILE=TILE,
     )  # fmt: skip
     return out.transpose(0, 1)
 
 
 @triton.jit(
-    do_not_specialize=[*VARYING["do_not_specialize"], "begin"],
+    do_not_specialize=[*VARYING["do_not_specialize"], "begin", "length"],
     do_not_specialize_on_alignment=VARYING["do_not_specialize_on_alignment"],
 )
 def gather_kernel(
-    store, scales, table, out, begin, num_tokens, stride_block, stride_head, stride_token,
+    store, scales, table, out, begin, num_tokens, length, stride_block, stride_head, stride_token,
     scale_stride_block, scale_stride_head, out_stride_head,
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, QUANTISED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +166,7 @@ def gather_kernel(
     if QUANTISED:
         tile = (tile.to(tl.float32) * scale[:, None]).to(out.dtype.element_ty)
     target = out + head.to(tl.int64) * out_stride_head + index[:, None].to(tl.int64) * DIM + dims[None, :]
-    tl.store(target, tile, mask=seen[:, None] & (dims < DIM)[None, :])
+    tl.store(target, tile, mask=(index < length)[:, None] & (dims < DIM)[None, :])
 
 
 def merge(own: Tensor, own_lse: Tensor, past: Tensor, past_lse: Tensor) -> tuple[Tensor, Tensor]:
