@@ -53,8 +53,10 @@ def random_model(kind, config):
     return model
 
 
-def write_gguf(path: Path, model, *, pre="qwen2", kind=None, without=(), extra=None) -> None:
-    """As llama.cpp's converter does."""
+def write_gguf(
+    path: Path, model, *, tokens=TOKENS, merges=MERGES, pre="qwen2", kind=None, without=(), extra=None
+) -> None:
+    """As llama.cpp's converter does; the last token is the end."""
     config, own = model.config, model.config.model_type
     writer = gguf.GGUFWriter(path, kind or own)
     writer.add_block_count(config.num_hidden_layers)
@@ -68,10 +70,10 @@ def write_gguf(path: Path, model, *, pre="qwen2", kind=None, without=(), extra=N
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([1] * (len(TOKENS) - 1) + [3])
-    writer.add_token_merges(MERGES)
-    writer.add_eos_token_id(len(TOKENS) - 1)
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 1) + [3])
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(len(tokens) - 1)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[own.upper()], config.num_hidden_layers)
     tensors = dict(model.state_dict())
     if config.tie_word_embeddings:

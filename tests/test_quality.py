@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
-import shutil
 
 import pytest
 import torch
 from test_bench import line, rows_of, spread
-from transformers import LlamaConfig, LlamaForCausalLM
+from test_convert import write_gguf
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bench.case import Bench, Case
 from bench.report import frontier
@@ -22,18 +23,20 @@ from kv_strategies.models.load import DEFAULT_MODEL
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A random model that reads with the default model's tokenizer."""
-    folder = tmp_path_factory.mktemp("reader")
-    for path in DEFAULT_MODEL.glob("*token*"):
-        shutil.copy(path, folder)
+def model_file(tmp_path_factory):
+    """A random Qwen2 with the words of the default model, as one gguf file."""
+    read = json.loads((DEFAULT_MODEL / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    tokens = [*sorted(read["vocab"], key=read["vocab"].get), "<|end|>"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in read["merges"]]
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    config = Qwen2Config(
+        vocab_size=len(tokens), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.3,
+        eos_token_id=len(tokens) - 1, bos_token_id=None,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    path = tmp_path_factory.mktemp("reader") / "reader.gguf"
+    write_gguf(path, Qwen2ForCausalLM(config), tokens=tokens, merges=merges)
+    return str(path)
 
 
 SMALL = {
@@ -50,9 +53,9 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def measured(model_folder, tmp_path_factory):
+def measured(model_file, tmp_path_factory):
     """A real run in which what the model says counts as right, but for what is said most often."""
-    case = Case("quality", "320 tokens, some", model_folder, "float32", "cpu", SMALL)
+    case = Case("quality", "320 tokens, some", model_file, "float32", "cpu", SMALL)
     bench, said = Bench(case, tmp_path_factory.mktemp("scratch"), say=lambda text: said.append(text)), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Question, "is_right", lambda self, said: "often" not in self.ask)
