@@ -71,8 +71,8 @@ def kept_apart():
     def shape(model):
         return dataclasses.replace(of(model), layer_devices=CPUS)
 
-    def layer(self, module):
-        init(self, module)
+    def layer(self, *given):
+        init(self, *given)
         self.device = CPUS[self.index]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -46,16 +46,15 @@ _LLAMA3 = {
 _LLAMA3_FACTORS = (8.0, 32.0)
 
 
-def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model as Transformers has it, of class Llama or Qwen2, and its tokenizer.
+def open_gguf(path: Path) -> GGUFReader:
+    """A file of a kind that can be loaded.
 
     Raises:
-        ValueError: of another kind, or something in it that would be computed otherwise than llama.cpp does.
+        ValueError: no whole gguf file, or of another kind.
         RuntimeError: the gguf package is not installed.
     """
     try:
         from gguf import GGUFReader
-        from transformers import GgufConfig
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as known
     except ImportError as error:
         raise RuntimeError(
@@ -68,9 +67,18 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     kind, pre = _field(reader, "general.architecture"), _field(reader, "tokenizer.ggml.pre")
     if kind not in KINDS:
         raise ValueError(f"{path} is of kind {kind!r}; the strategies run gguf files of kind {' or '.join(KINDS)}")
-    splits_words = _field(reader, "tokenizer.ggml.model") == "gpt2"
-    if splits_words and pre is not None and pre not in known and pre not in _PRE_TOKENIZERS:
+    if _splits_words(reader) and pre is not None and pre not in known and pre not in _PRE_TOKENIZERS:
         raise ValueError(f"{path} names a pre-tokenizer {pre!r}, which is unknown here: text would be cut otherwise")
+    return reader
+
+
+def load_gguf(path: Path, reader: GGUFReader, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model as Transformers has it, of class Llama or Qwen2, and its tokenizer, from an open file.
+
+    Raises:
+        ValueError: something in it would be computed otherwise than llama.cpp does.
+    """
+    from transformers import GgufConfig
 
     source = {"pretrained_model_name_or_path": str(path.parent.absolute()), "gguf_file": path.name}
     was_shown = logging.is_progress_bar_enabled()
@@ -87,11 +95,15 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     if factors is not None:
         _scale_rope(path, model, torch.tensor(factors))
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    if splits_words and (make := _PRE_TOKENIZERS.get(pre)):
+    if _splits_words(reader) and (make := _PRE_TOKENIZERS.get(_field(reader, "tokenizer.ggml.pre"))):
         tokenizer.backend_tokenizer.pre_tokenizer = make()
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.generation_config.eos_token_id = _field(reader, "tokenizer.ggml.eos_token_id")
     return model, tokenizer
+
+
+def _splits_words(reader: GGUFReader) -> bool:
+    return _field(reader, "tokenizer.ggml.model") == "gpt2"
 
 
 def _field(reader: GGUFReader, name: str) -> Any:

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from . import fetch, files, gguf, mistral, parallel, qwen
-from .room import check_room
+from .room import check_room, num_weights
 
 #: Where models and the text live, beside the package in a checkout. Git ignores it.
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -113,19 +113,17 @@ def _load(
     spec: str, dtype: torch.dtype, device: torch.device, is_parallel: bool
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase | None]:
     if spec.endswith("-random") and not Path(spec).exists():
-        check_room(spec, _random_config(spec), dtype, device)
+        check_room(spec, num_weights(_random_config(spec)), dtype, device)
         return random_model(spec, dtype=dtype, device=device), None
     if spec.endswith(".gguf"):
-        path = find_gguf(spec)
-        check_room(spec, llama_config(spec, gguf_config(path)), dtype, torch.device("cpu"), device)
-        return load_gguf(path, dtype)
+        return load_gguf(find_gguf(spec), dtype, device)
     config = read_config(spec)
     if Path(spec).is_dir():
         files.check_folder(Path(spec))
     if config.get("model_type") in _CONFIGS:
         checked, places = llama_config(spec, config), (torch.device("cpu"), device)
         num_shares = parallel.num_ranks() if is_parallel and config["model_type"] == "llama" else 1
-        check_room(spec, checked, dtype, *places, num_shares=num_shares)
+        check_room(spec, num_weights(checked) // num_shares, dtype, *places)
     match config.get("model_type"):
         case "llama":
             model = load_llama(spec, dtype, **(parallel.shards(checked) if is_parallel else {}))
@@ -250,8 +248,10 @@ def find_gguf(spec: str) -> Path:
     return path
 
 
-def load_gguf(path: Path, dtype: torch.dtype) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    model, tokenizer = gguf.load_gguf(path, dtype)
+def load_gguf(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    reader = gguf.open_gguf(path)
+    check_room(str(path), sum(int(tensor.n_elements) for tensor in reader.tensors), dtype, torch.device("cpu"), device)
+    model, tokenizer = gguf.load_gguf(path, reader, dtype)
     if isinstance(model, LlamaForCausalLM):
         return model, tokenizer
     config, weights = model.config.to_dict(), qwen.with_o_bias(model.config.to_dict(), dict(model.state_dict()))

@@ -30,12 +30,13 @@ class NoRoom(ValueError):
         super().__init__(told)
 
 
-def check_room(spec: str, config: LlamaConfig, dtype: torch.dtype, *places: torch.device, num_shares: int = 1) -> None:
-    """Raises NoRoom where one of these places has no room for the weights of such a model, or for one of so many shares
-    of them.
-    """
+def num_weights(config: LlamaConfig) -> int:
     with torch.device("meta"):
-        num_weights = sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameters()) // num_shares
+        return sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameters())
+
+
+def check_room(spec: str, num_weights: int, dtype: torch.dtype, *places: torch.device) -> None:
+    """Raises NoRoom where one of these places, each of which is to hold so many weights, has no room."""
     for place in dict.fromkeys(places):
         free = free_bytes(place)
         if free is not None and num_weights * dtype.itemsize > free:
