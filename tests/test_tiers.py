@@ -122,14 +122,15 @@ class LateWriter:
 
     def arrive(self, count=1):
         for _ in range(min(count, len(self._todo))):
-            future, (work, *args) = self._todo.popleft()
+            future, (work, *args) = job = self._todo.popleft()
             try:
                 LateLane.faults.call()
                 future.set_result(work(*args))
-            except BaseException as error:
+            except Fault as error:
                 future.set_exception(error)
-                if not isinstance(error, Fault):
-                    raise
+            except KeyboardInterrupt:  # it comes to who waits, never to a thread that writes
+                self._todo.appendleft(job)
+                raise
 
     def shutdown(self, **options):
         while self._todo:
