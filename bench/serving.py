@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from bench.systems import Capacity, NativeBatch, Ours
+from bench.case import Bench
+from bench.systems import Capacity, NativeBatch, Ours, open_system
 
 
 class Arrival(NamedTuple):
@@ -35,6 +36,23 @@ def lognormal(count: int, mu: float, sigma: float, least: int, most: int, seed: 
     """Whole numbers whose logarithms are normal, cut off at both ends."""
     rng = random.Random(seed)
     return [min(most, max(least, round(rng.lognormvariate(mu, sigma)))) for _ in range(count)]
+
+
+def arrivals_of(bench: Bench, rate: float, seed: int) -> list[Arrival]:
+    """The `requests` of a case at so many a second: prompts and answers of its lengths, another text a seed."""
+    count, params = bench.params["requests"], bench.params
+    prompts = bench.prompts(lognormal(count, *params["prompts"], seed=1), seed=seed)
+    answers = lognormal(count, *params["answers"], seed=2)
+    return [Arrival(*one) for one in zip(poisson(count, rate, seed=3), prompts, answers, strict=True)]
+
+
+def open_for(bench: Bench, name: str, arrivals: Sequence[Arrival]) -> Ours | NativeBatch:
+    """A system with room for the longest `slots` of these requests, prompts in chunks of `chunk` where that is ours to
+    say.
+    """
+    lengths = sorted((len(arrival.prompt) + arrival.new_tokens for arrival in arrivals), reverse=True)
+    options = {} if name == "generate_batch" else {"max_batch_tokens": bench.params["chunk"]}
+    return open_system(name, bench.model, Capacity([lengths[: bench.params["slots"]]]), **options)
 
 
 def serve(system: Ours | NativeBatch, arrivals: Sequence[Arrival]) -> list[list[float]]:
@@ -89,9 +107,3 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     """The smallest value that so many percent do not exceed."""
     ranked = sorted(values)
     return {f"p{p}": ranked[max(0, math.ceil(len(ranked) * p / 100) - 1)] for p in (50, 90, 99)}
-
-
-def capacity_of(arrivals: Sequence[Arrival], slots: int) -> Capacity:
-    """Room for the longest `slots` requests at once, so that nobody waits for memory."""
-    lengths = sorted((len(arrival.prompt) + arrival.new_tokens for arrival in arrivals), reverse=True)
-    return Capacity([lengths[:slots]])

@@ -322,8 +322,11 @@ class _DeviceLayers:
         self.tally, self.num_heads, self.vector_bytes = new_tally(device), 1, 0
         self.device_bytes, self.host_bytes = self._store.num_bytes, 0
         if streamed:
-            layers = LayersInPlace if computes_on_host(device) else LayerStream
-            self.stream = layers(num_blocks, num_layers, streamed, device, num_buffers=num_buffers, in_order=in_order)
+            given = num_blocks, num_layers, streamed, device
+            if computes_on_host(device):
+                self.stream = LayersInPlace(*given)
+            else:
+                self.stream = LayerStream(*given, num_buffers=num_buffers, in_order=in_order)
             self.planes |= self.stream.planes
             self.memories += self.stream.memories
             self.device_bytes += self.stream.device_bytes

@@ -78,6 +78,13 @@ def test_a_workload_runs_and_a_part_that_fails_is_a_row(workload, params, model)
     assert "no such system" in in_words(found)
 
 
+def test_a_batch_is_run_twice_in_a_process(model):
+    found = measured(model, "first minute", "paged, 3 requests", {"batches": [[[20, 7, 30], 4, 3 * 48]]}, suite="limit")
+    (batch,) = found["result"]["batches"]
+    assert batch["requests"] == 3 and batch["first"] > 0 and batch["again"] > 0
+    assert "| `Runner`, 3 requests, again: tokens/s |" in pages.render([found], "title")
+
+
 def test_what_must_be_reached_stands_beside_a_gpus_figures():
     def on_gpu(workload, result, model, **params):
         about = {"about": GPU, "suite": "limit", "model": model, "dtype": "bfloat16"}

@@ -170,7 +170,6 @@ class LayersInPlace:
         num_layers: int,
         planes: dict[str, tuple[tuple[int, ...], torch.dtype]],
         device: torch.device,
-        **_options: object,
     ):
         self._store = BlockStore(num_blocks, num_layers, planes, device)
         self.planes, self.memories, self.host_bytes = self._store.planes, self._store.memories, self._store.num_bytes
@@ -180,9 +179,12 @@ class LayersInPlace:
         self._block_bytes = block_bytes(1, planes)
 
     def open(self, layer: int, plan: Plan) -> dict[str, Tensor]:
-        runs = plan.once("past runs", lambda: past_runs(plan, self._block_size, 0))
-        self.bytes_fetched += sum(last - first for first, last in runs) * self._block_bytes
+        self.bytes_fetched += plan.once("bytes of past blocks", lambda: self._past_bytes(plan))
         return self._layers[layer]
+
+    def _past_bytes(self, plan: Plan) -> int:
+        runs = past_runs(plan, self._block_size, 0)
+        return sum(last - first for first, last in runs) * self._block_bytes
 
     def append(self, plan: Plan) -> None:
         pass

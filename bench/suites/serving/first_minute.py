@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 
 from bench import measure
 from bench.case import Bench, Case, ragged
 from bench.lines import Found
-from bench.serving import Arrival, capacity_of, lognormal, serve, waits
+from bench.serving import arrivals_of, open_for, serve, waits
 from bench.suites.limit.first_token import no_compiled_kernels
 from bench.suites.limit.table import GQA, MHA, Row, rows_table
 from bench.suites.serving.open_loop import ANSWERS, PROMPTS
@@ -22,7 +23,7 @@ BATCHES = {64: (3700, 4050, 3738), 256: (3800, 4050, 3727)}
 
 
 def run_first_minute(bench: Bench) -> dict:
-    """No kernel is compiled. `batches` are ragged ones of (requests, places of the pool), each twice."""
+    """No kernel is compiled. `batches` are of (lengths, new tokens, places of the pool), each twice."""
     with no_compiled_kernels():
         if "batches" in bench.params:
             return {"batches": [_batch(bench, *batch) for batch in bench.params["batches"]]}
@@ -30,17 +31,12 @@ def run_first_minute(bench: Bench) -> dict:
 
 
 def _start(bench: Bench, name: str) -> dict:
-    count = bench.params["requests"]
-    lengths = lognormal(count, *bench.params["prompts"], seed=1)
-    answers = lognormal(count, *bench.params["answers"], seed=2)
     start = time.perf_counter()
     bench.model  # noqa: B018
     loaded = time.perf_counter() - start
-    prompts = bench.prompts(lengths, seed=1)
-    arrivals = [Arrival(0.0, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    options = {} if name == "generate_batch" else {"max_batch_tokens": bench.params["chunk"]}
+    arrivals = arrivals_of(bench, math.inf, seed=1)
     start = time.perf_counter()
-    system = open_system(name, bench.model, capacity_of(arrivals, bench.params["slots"]), **options)
+    system = open_for(bench, name, arrivals)
     ready = loaded + time.perf_counter() - start
     moments = serve(system, arrivals)
     found = {"load": loaded, "ready": ready, "all": max(row[-1] for row in moments), **waits(arrivals, moments)}
@@ -49,18 +45,16 @@ def _start(bench: Bench, name: str) -> dict:
     return found
 
 
-def _batch(bench: Bench, requests: int, places: int) -> dict:
-    lengths = ragged(requests, 100, 1024)
-    news = [256] * requests if requests == 64 else lengths[::-1]
-    slots = min(requests, 128)
+def _batch(bench: Bench, lengths: list[int], new_tokens: int | list[int], places: int) -> dict:
+    slots = min(len(lengths), 128)
     system = open_system("paged", bench.model, Capacity([[places // slots] * slots]), max_batch_tokens=8192)
     rates = []
     for repeat in range(2):
-        run = system(bench.prompts(lengths, seed=repeat), news)
+        run = system(bench.prompts(lengths, seed=repeat), new_tokens)
         rates.append(run.num_tokens / run.seconds)
     del system
     bench.free()
-    return {"requests": requests, "first": rates[0], "again": rates[1]}
+    return {"requests": len(lengths), "first": rates[0], "again": rates[1]}
 
 
 def cases(to: Target) -> Iterable[Case]:
@@ -71,9 +65,10 @@ def cases(to: Target) -> Iterable[Case]:
     params = {"requests": 200, "slots": 128, "chunk": 2048, "prompts": PROMPTS, "answers": ANSWERS}
     params |= {"systems": ["paged"]}
     yield to.case("paged", "bfloat16", params, timeout=300, model=to.model or GQA)
-    for requests, places in ((64, 64 * 1280), (256, 120 * 1024)):
-        params = {"batches": [[requests, places]]}
-        yield to.case(f"paged, {requests} requests", "bfloat16", params, timeout=300, model=to.model or MHA)
+    many = ragged(256, 100, 1024)
+    for lengths, new_tokens, places in ((ragged(64, 100, 1024), 256, 64 * 1280), (many, many[::-1], 120 * 1024)):
+        params = {"batches": [[lengths, new_tokens, places]]}
+        yield to.case(f"paged, {len(lengths)} requests", "bfloat16", params, timeout=300, model=to.model or MHA)
 
 
 def tables(found: Found, model: str) -> str:

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from bench import measure
 from bench.case import Bench, Case
 from bench.lines import Found
-from bench.serving import Arrival, capacity_of, lognormal, poisson, serve, waits
+from bench.serving import arrivals_of, open_for, serve, waits
 from bench.suites.limit.table import GQA, Row, rows_table
-from bench.systems import open_system
 from bench.workload import Target, Workload, register
 
 #: requests/s -> TTFT at p50 and p90, ITL at p50, p90 and p99, ms: what must be reached, and vLLM's.
@@ -26,32 +25,23 @@ PROMPTS, ANSWERS = (6.6, 0.9, 32, 6000), (5.0, 0.6, 16, 600)
 
 def run_open_loop(bench: Bench) -> dict:
     """Each rate by each system, after a round that compiles and captures. Nothing of a prompt is known before."""
-    count, slots = bench.params["requests"], bench.params["slots"]
     found = []
     for name in bench.params["systems"]:
-        rows = measure.attempt(lambda name=name: {"rows": _rates(bench, name, count, slots)})
+        rows = measure.attempt(lambda name=name: {"rows": _rates(bench, name)})
         found += rows.get("rows", [{"system": name} | rows])
         bench.free()
     return {"rows": found}
 
 
-def _arrivals(bench: Bench, count: int, rate: float, seed: int) -> list[Arrival]:
-    lengths = lognormal(count, *bench.params["prompts"], seed=1)
-    answers = lognormal(count, *bench.params["answers"], seed=2)
-    prompts = bench.prompts(lengths, seed=seed)
-    return [Arrival(*one) for one in zip(poisson(count, rate, seed=3), prompts, answers, strict=True)]
-
-
-def _rates(bench: Bench, name: str, count: int, slots: int) -> list[dict]:
-    warm = _arrivals(bench, count, bench.params["rates"][-1], seed=100)
-    options = {} if name == "generate_batch" else {"max_batch_tokens": bench.params["chunk"]}
-    system = open_system(name, bench.model, capacity_of(warm, slots), **options)
+def _rates(bench: Bench, name: str) -> list[dict]:
+    warm = arrivals_of(bench, bench.params["rates"][-1], seed=100)
+    system = open_for(bench, name, warm)
     bench.say(f"{name}: a round to warm up")
     serve(system, warm)
     rows = []
     for rate in bench.params["rates"]:
         bench.say(f"{name}: {rate} requests/s")
-        arrivals = _arrivals(bench, count, rate, seed=int(rate * 10))
+        arrivals = arrivals_of(bench, rate, seed=int(rate * 10))
         moments = serve(system, arrivals)
         seconds = max(row[-1] for row in moments)
         tokens = sum(map(len, moments))

@@ -325,11 +325,10 @@ def find_parts(table: Tensor, layer: LayerStore, begin: int, end: int, whole: bo
             skip = start % block_size
         short.append(blocks[low:high])
         num_short += stop - start
-    gathered = []
+    gathered, kept = [], torch.cat(short) if short else blocks
     for at in range(0, num_short, tile):
         count = min(tile, num_short - at)
-        kept = torch.cat(short)[at // block_size :][: -(-(skip + count) // block_size)]
-        gathered.append((kept, skip, count))
+        gathered.append((kept[at // block_size :][: -(-(skip + count) // block_size)], skip, count))
     return runs, gathered
 
 
