@@ -58,6 +58,11 @@ def of_points(
     ]
 
 
+def points_in_words(points: Iterable[dict], name: Callable[[dict], str], show: Callable[[dict], str]) -> str:
+    """For the terminal: each point by its name and what `show` says of it, or why it failed."""
+    return ", ".join(f"{name(point)}: {point['error'] if 'error' in point else show(point)}" for point in points)
+
+
 def of_each(workload: str, show: Callable[[dict], str]) -> Callable[..., str]:
     """The tables of a workload whose lines stand alone: `show` of the parameters and result of each that is done."""
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from bench import measure
 from bench.case import Bench, Case, is_random, ragged
 from bench.lines import Found
-from bench.markdown import of_points, table
+from bench.markdown import of_points, points_in_words, table
 from bench.serving import percentiles
 from bench.suites.default import speed_models
 from bench.systems import Capacity, open_system
@@ -78,11 +78,10 @@ def tables(found: Found, model: str) -> str:
 
 
 def _words(result: dict) -> str:
-    return ", ".join(
-        f"{point['requests']}: {point['error']}"
-        if "error" in point
-        else f"{point['requests']}: {point['tokens_per_second']:.1f} tokens/s"
-        for point in result["points"]
+    return points_in_words(
+        result["points"],
+        lambda point: str(point["requests"]),
+        lambda point: f"{point['tokens_per_second']:.1f} tokens/s",
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from bench import measure
 from bench.case import Bench, Case, is_random, ragged
 from bench.lines import Found
-from bench.markdown import NONE, of_points, spread, table
+from bench.markdown import NONE, of_points, points_in_words, spread, table
 from bench.measure import num_same
 from bench.suites.default import speed_models
 from bench.systems import BLOCK_SIZE, Capacity, Ours, bytes_per_block, ours
@@ -112,11 +112,10 @@ def tables(found: Found, model: str) -> str:
 
 
 def _words(result: dict) -> str:
-    return ", ".join(
-        f"{point['label']}: {point['error']}"
-        if "error" in point
-        else f"{point['label']}: {point['tokens_per_second']['median']:.1f} tokens/s"
-        for point in result["points"]
+    return points_in_words(
+        result["points"],
+        lambda point: point["label"],
+        lambda point: f"{point['tokens_per_second']['median']:.1f} tokens/s",
     )
 
 

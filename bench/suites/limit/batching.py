@@ -10,6 +10,7 @@ import torch
 
 from bench import measure
 from bench.case import Bench, Case, ragged
+from bench.markdown import points_in_words
 from bench.suites.limit import SHAPE, table
 from bench.systems import Capacity, Ours, open_system
 from bench.workload import Target, Workload, register
@@ -120,11 +121,10 @@ def cases(to: Target) -> Iterable[Case]:
 
 
 def _words(result: dict) -> str:
-    return ", ".join(
-        f"{row['system']} {row['requests']}: {row['tokens_per_second']['median']:.1f} tokens/s"
-        if "tokens_per_second" in row
-        else f"{row['system']} {row['error']}"
-        for row in result["batches"]
+    return points_in_words(
+        result["batches"],
+        lambda point: f"{point['system']} {point['requests']}",
+        lambda point: f"{point['tokens_per_second']['median']:.1f} tokens/s",
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from bench import measure
 from bench.case import Bench, Case
 from bench.lines import Found
+from bench.markdown import points_in_words
 from bench.serving import arrivals_of, open_for, serve, waits
 from bench.suites.limit.table import GQA, Row, rows_table
 from bench.workload import Target, Workload, register
@@ -92,12 +93,13 @@ def _rows(own: dict, native: dict, is_compared: bool) -> Iterable[Row]:
 
 
 def _words(result: dict) -> str:
-    return ", ".join(
-        f"{row['system']} {row['rate']:g}/s: TTFT p90 {row['ttft']['p90'] * 1e3:.0f} ms, ITL p90 "
-        f"{row['itl']['p90'] * 1e3:.1f} ms"
-        if "rate" in row
-        else f"{row['system']} {row['error']}"
-        for row in result["rows"]
+    def waited(row: dict, what: str) -> str:
+        return f"{what.upper()} p90 {row[what]['p90'] * 1e3:.1f} ms"
+
+    return points_in_words(
+        result["rows"],
+        lambda row: row["system"],
+        lambda row: f"{row['rate']:g}/s, {waited(row, 'ttft')}, {waited(row, 'itl')}",
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from bench import measure
 from bench.case import Bench, Case
 from bench.lines import Found
+from bench.markdown import points_in_words
 from bench.suites.limit.table import GQA, MHA, Row, rows_table
 from bench.systems import Capacity, open_system
 from bench.workload import Target, Workload, register
@@ -84,11 +85,10 @@ def tables(found: Found, model: str) -> str:
 
 
 def _words(result: dict) -> str:
-    return ", ".join(
-        f"{p['system']} {p['batch']} x {p['context']}: {p['first'] * 1e3:.0f} and {p['step'] * 1e3:.2f} ms"
-        if "step" in p
-        else f"{p['system']} {p['error']}"
-        for p in result["points"]
+    return points_in_words(
+        result["points"],
+        lambda point: f"{point['system']} {point['batch']} x {point['context']}",
+        lambda point: f"{point['first'] * 1e3:.0f} and {point['step'] * 1e3:.2f} ms",
     )
 
 
