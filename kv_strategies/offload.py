@@ -19,6 +19,8 @@ The lossy reads are for decode steps, rows with one new token; longer ones alway
 stays on the GPU: "k" is KCache, with "none" both K and V stream, with "kv" nothing does. With `host_bytes` idle blocks
 move to host memory, and with `disk_path` on to a disk, instead of being evicted for good (`tiers/`).
 
+A model on a CPU reads host memory where it lies: nothing streams, and what a GPU would fetch is counted.
+
 Saves: half of the KV memory of a GPU, or all but a few layers of it. Costs: exact, a step takes bytes / link rate,
 80 ms for 4 GB of V; top_n, what the dropped mass is worth, which the benchmark measures.
 

@@ -1,8 +1,8 @@
 """The questions asked of every strategy and of the native caches: memory, speed, correctness.
 
-On the embedded model; on a GPU the speed of the Llama-2-7B shape as well. On a CPU it is small enough for 8 minutes on
-two cores with a model of 135M parameters: a case costs 5 s before it begins, so what only shows the mechanism is asked
-of the plain block pool alone.
+On the embedded model; on a GPU the speed of the Llama-2-7B shape as well. On a CPU it is to stay within a quarter of an
+hour on two cores with a model of 135M parameters: a case costs 5 s before it begins, so what only shows the mechanism
+is asked of the plain block pool alone.
 """
 
 from __future__ import annotations
