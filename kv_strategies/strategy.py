@@ -76,11 +76,11 @@ class Strategy:
         #: Whether the layers are on several devices.
         self.is_spread = len(set(self.shape.layer_devices)) > 1
         self._current = current if self.is_spread else nullcontext  # else the lock has said so
-        self.pool = BlockPool(num_blocks, block_size)
-        self.selection.open(num_blocks * block_size)
         self._planes = planes_of(self.shape, policies, block_size)
         with self.lock, torch.inference_mode(False):  # blocks made in that mode could not be written outside of it
             self.placement.allocate(num_blocks, self._planes, self.shape.layer_devices)
+        self.pool = BlockPool(num_blocks, block_size)  # its books of a pool beyond all memory are beyond it as well
+        self.selection.open(num_blocks * block_size)
         said = {policy.question: policy.identity() for policy in (self.retention, self.placement, self.codec)}
         self.sharing.open(self.pool, identity(model, self._planes, block_size, said), self.placement.tiers)
         self.compaction = Compaction(self.pool, policies, self.shape)

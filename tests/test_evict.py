@@ -602,7 +602,7 @@ def test_triton_moves_what_the_reference_moves(dtype, rest, num_kept, device):
 @pytest.mark.parametrize("score, every", [("tova", 7), ("snapkv", None), ("expected", 16), ("knorm", 1)])
 def test_the_runner_on_a_gpu(score, every, device):
     """With graphs and without: also while rings grow and steps are captured again."""
-    model = tiny_llama().to(device)
+    model = copy.deepcopy(MODEL).to(device)
     found = []
     for cuda_graphs in (True, False):
         strategy = build("evict", model, num_blocks=400, score=score, keep=0.5, every=every)
