@@ -28,6 +28,7 @@ from kv_strategies.step.ranks import RankError, ranks_of
 from kv_strategies.step.upstream import with_cache
 
 RANK = int(os.environ.get("RANK", "0"))
+DEVICE = None if "RANK" in os.environ else "cpu"  # a rank takes what it finds
 STRATEGIES = {
     "paged": {},
     "prefix": {},
@@ -89,7 +90,7 @@ def made(tied: bool) -> list[int]:
         "vocab_size": 62, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied,
     }  # fmt: skip
-    model, _ = load_model("tiny-random")
+    model, _ = load_model("tiny-random", device=DEVICE)
     return Runner(model, build("paged", model, num_blocks=8)).generate([Request(range(9), 12)])[0].token_ids
 
 
@@ -241,7 +242,7 @@ def killed(folder: Path) -> list[str]:
 
 def prompts(folder: Path) -> list[list[int]]:
     """The 64 prompts, natural text, by paged."""
-    model, _ = load_model(folder / "widened")
+    model, _ = load_model(folder / "widened", device=DEVICE)
     served = Runner(model, build("paged", model, num_blocks=800))
     asked = json.loads((folder / "prompts.json").read_text())
     return [result.token_ids for result in served.generate([Request(ids, 16) for ids in asked])]

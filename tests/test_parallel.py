@@ -27,12 +27,16 @@ pytestmark = pytest.mark.upstream
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment(gpus: str = "", **more: str) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | more
+    return (
+        os.environ
+        | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        | {"CUDA_VISIBLE_DEVICES": gpus, **more}
+    )
 
 
-def run_ranks(scenario: str, folder: Path) -> list[tuple[int, object, str]]:
+def run_ranks(scenario: str, folder: Path, gpus: str = "") -> list[tuple[int, object, str]]:
     """Of each of two ranks: exit status, what it found, what it said."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -41,7 +45,7 @@ def run_ranks(scenario: str, folder: Path) -> list[tuple[int, object, str]]:
     processes = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "tests/ranks.py"), scenario, str(folder)],
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared),
+            env=environment(gpus, RANK=str(rank), LOCAL_RANK=str(rank), **shared),
             stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
@@ -131,21 +135,24 @@ def test_the_first_rank_speaks_and_writes(found, folder):
     assert sorted(row["line"] for row in rows) == [1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    ("scenario", "why"),
-    [
-        ("plan", "rank 1 of 2 is about to compute 0 1 rows, 20 tokens"),
-        ("prompt", "rank 1 of 2 is about to compute generate (1, 7) [] None"),
-        ("killed", "rank 1 of 2 is gone: no sign of life"),
-    ],
-)
-def test_a_rank_that_goes_wrong_is_named_by_all(folder, scenario, why):
-    outcomes = run_ranks(scenario, folder)
+GOES_WRONG = {
+    "plan": "rank 1 of 2 is about to compute 0 1 rows, 20 tokens",
+    "prompt": "rank 1 of 2 is about to compute generate (1, 7) [] None",
+    "killed": "rank 1 of 2 is gone: no sign of life",
+}
+
+
+@pytest.mark.parametrize("gpus", ["", pytest.param("0,1", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("scenario", GOES_WRONG)
+def test_a_rank_that_goes_wrong_is_named_by_all(folder, scenario, gpus):
+    if gpus and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    outcomes = run_ranks(scenario, folder, gpus)
     assert outcomes[0][0] == 0, outcomes
     assert [status for status, _, _ in outcomes[1:]] == [-9 if scenario == "killed" else 0], outcomes
     for _, said, _ in outcomes:
         for error in said or ():
-            assert why in error
+            assert GOES_WRONG[scenario] in error
 
 
 def test_one_process_is_not_several():

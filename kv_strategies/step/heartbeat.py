@@ -41,7 +41,7 @@ class Heartbeat:
     Args:
         store: for this alone, as a client serves one thread at a time.
         position: how much of what rank 0 said has been read here; what all have read is deleted.
-        give_up: called from the thread when another rank is gone: ends what this one waits for.
+        give_up: called from the thread when another rank is gone: ends what this one waits for. It must not wait.
     """
 
     def __init__(
@@ -132,8 +132,7 @@ class Heartbeat:
         self._failure = found
         self._told.set()
         _log.error("%s", found)
-        with suppress(RuntimeError):
-            self._give_up()
+        self._give_up()
         deadline = time.monotonic() + PATIENCE
         while self._num_working and time.monotonic() < deadline:
             time.sleep(_INTERVAL)

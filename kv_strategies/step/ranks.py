@@ -20,6 +20,7 @@ import os
 import pickle
 import random
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -251,7 +252,8 @@ class Group(Ranks):
     def _abort(self) -> None:
         """No rank waits for this one any more, nor this one for any."""
         if dist.get_backend(self._group) == "nccl":  # what waits in gloo looks by itself, see `add`
-            self._group.abort()
+            # Beside: it may itself wait for the rank that is gone, and this one is to end whatever happens.
+            threading.Thread(target=self._group.abort, name="kv-abort", daemon=True).start()
 
     def _wait(self, key: str, rank: int) -> bytes:
         """What `rank` writes under `key`, however long that takes, as long as it lives."""
