@@ -35,7 +35,7 @@ from .step.plan import NULL_BLOCK, LayerStore, Plan
 from .step.ranks import ranks_of
 from .step.store import KVShape, Planes
 from .step.version import watch
-from .tiers.identity import identity, told_weights, weights_hash
+from .tiers.identity import identity, is_steered, told_weights, weights_hash
 from .tiers.lower import LowerTiers
 from .tiers.saved import Loaded
 
@@ -532,22 +532,26 @@ class Strategy:
         """Write all blocks that are kept for later requests to a file. Returns how many. See `saved.save`.
 
         Of a model over several ranks each writes a file of its own, `path` with its number behind: its heads.
+
+        Raises:
+            ValueError: hooks or replaced methods steer the model, of which a file could not tell.
         """
         with self.lock:
             self.follow()
-            return self.sharing.save(self.ranks.own(path), self.placement, weights_hash(self.model))
+            return self.sharing.save(self.ranks.own(path), self.placement, self._weights_in_files())
 
     def load(self, path: str | Path) -> Loaded:
         """Take in what `save` has written, as far as free blocks go. See `saved.load`.
 
         Raises:
-            ValueError: ranks find different blocks in their files, as one is damaged: nothing is kept of any.
+            ValueError: hooks or replaced methods steer the model, of which no file tells; or ranks find different
+                blocks in their files, as one is damaged: nothing is kept of any.
         """
         with self.lock:
             self.follow()
             loaded = error = None
             try:
-                loaded = self.sharing.load(self.ranks.own(path), self.placement, weights_hash(self.model))
+                loaded = self.sharing.load(self.ranks.own(path), self.placement, self._weights_in_files())
             except (OSError, ValueError) as found:
                 error = found
             told = self.ranks.all((loaded, error and str(error)))
@@ -561,6 +565,15 @@ class Strategy:
             if error is not None:
                 raise error
             return loaded
+
+    def _weights_in_files(self) -> str:
+        """What the K and V in a file were computed with."""
+        if is_steered(self.model):
+            raise ValueError(
+                "hooks or replaced methods steer this model, and a file tells of its weights alone: its blocks would "
+                "pass for those of the model without them. Take them away, or do without a file"
+            )
+        return weights_hash(self.model)
 
     # --- looking after it
 

@@ -232,8 +232,10 @@ def global_hook():
         return output * 1.5 if isinstance(module, LlamaMLP) else None
 
     handle = nn.modules.module.register_module_forward_hook(louder)
-    yield
-    handle.remove()
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager
@@ -242,32 +244,40 @@ def global_pre_hook():
         return (args[0] * 1.5,) if isinstance(module, LlamaMLP) else None
 
     handle = nn.modules.module.register_module_forward_pre_hook(louder)
-    yield
-    handle.remove()
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager
 def patched_class():
     plain = LlamaMLP.forward
     LlamaMLP.forward = lambda self, x: 1.5 * plain(self, x)
-    yield
-    LlamaMLP.forward = plain
+    try:
+        yield
+    finally:
+        LlamaMLP.forward = plain
 
 
 @contextlib.contextmanager
 def patched_linear():
     plain = nn.Linear.forward
     nn.Linear.forward = lambda self, x: 1.5 * plain(self, x)
-    yield
-    nn.Linear.forward = plain
+    try:
+        yield
+    finally:
+        nn.Linear.forward = plain
 
 
 @contextlib.contextmanager
 def patched_function():
     plain = modeling_llama.apply_rotary_pos_emb
     modeling_llama.apply_rotary_pos_emb = lambda q, k, cos, sin, **rest: plain(q, k, sin, cos, **rest)
-    yield
-    modeling_llama.apply_rotary_pos_emb = plain
+    try:
+        yield
+    finally:
+        modeling_llama.apply_rotary_pos_emb = plain
 
 
 @pytest.mark.parametrize("changed", [global_hook, global_pre_hook, patched_class, patched_linear, patched_function])
@@ -404,6 +414,38 @@ def test_a_file_knows_every_weight(tmp_path):
     bent.model.rotary_emb.inv_freq *= 1.01
     with pytest.raises(ValueError, match="weights is"):
         build("prefix", bent, num_blocks=64, block_size=4).load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_no_file_takes_one_model_for_another(change, tmp_path):
+    """Of a model that was changed after `build`, and then of the plain one: neither's file gives the other a block."""
+    torch.manual_seed(3)
+    model, twin = tiny_llama(), tiny_llama()
+    changed, plain = (build("prefix", each, num_blocks=64, block_size=4) for each in (model, twin))
+    change(model)
+    for strategy, path in ((changed, tmp_path / "changed"), (plain, tmp_path / "plain")):
+        served(Runner(strategy.model, strategy))
+        with contextlib.suppress(ValueError):
+            strategy.save(path)
+    assert (tmp_path / "plain").exists()
+    for strategy, path in ((changed, tmp_path / "plain"), (plain, tmp_path / "changed")):
+        strategy.reset()
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            strategy.load(path)
+        assert not strategy.sharing.held_blocks()
+
+
+@pytest.mark.parametrize("changed", [global_hook, global_pre_hook, patched_class, patched_linear, patched_function])
+def test_no_file_is_of_what_is_done_to_all_modules(changed, tmp_path):
+    strategy = build("prefix", tiny_llama(), num_blocks=64, block_size=4)
+    served(Runner(strategy.model, strategy))
+    strategy.save(tmp_path / "saved")
+    with changed():
+        for asked in (strategy.save, strategy.load):
+            with pytest.raises(ValueError, match="hooks or replaced methods steer this model"):
+                asked(tmp_path / "saved")
+    strategy.reset()
+    assert strategy.load(tmp_path / "saved").num_blocks > 0, "the model is what it was"
 
 
 def test_a_file_holds_blocks_of_the_model_as_it_is(tmp_path):

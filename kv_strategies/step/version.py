@@ -29,6 +29,7 @@ from operator import attrgetter, eq, getitem, is_
 from typing import NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as global_hooks
@@ -66,6 +67,8 @@ CONFIG_KEYS = (
 )
 #: Functions of upstream's module that its layers call by name.
 _FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half")
+#: Where the code of a forward of their classes lies, their own decorators' included.
+_HOMES = {package.__name__: package.__file__.removesuffix("__init__.py") for package in (torch, transformers)}
 #: How calling a module calls its forward.
 _CALLS = {nn.Module.__call__, GradientCheckpointingLayer.__call__}
 _version, _forward, _call = attrgetter("_version"), attrgetter("forward"), attrgetter("__call__")
@@ -182,6 +185,18 @@ def is_upstream(cls: type) -> bool:
         and forward.__qualname__ == f"{cls.__qualname__}.forward"
         and cls.__call__ in _CALLS
     )
+
+
+def is_patched(cls: type) -> bool:
+    """Whether somebody has put another forward into a class than it was written with."""
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    forward = vars(owner)["forward"]
+    if owner is nn.Module:  # a container, which has none
+        return forward.__name__ != "_forward_unimplemented"
+    code, package = getattr(forward, "__code__", None), owner.__module__.partition(".")[0]
+    is_elsewhere = package in _HOMES and (code is None or not code.co_filename.startswith(tuple(_HOMES.values())))
+    written_as = getattr(forward, "__module__", None), getattr(forward, "__qualname__", None)
+    return is_elsewhere or written_as != (owner.__module__, f"{owner.__qualname__}.forward")
 
 
 def has_upstream_functions() -> bool:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..step.ranks import ranks_of
 from ..step.store import Planes
-from ..step.version import CONFIG_KEYS, OWN, has_upstream_functions, is_replaced, tensors_of, watch
+from ..step.version import CONFIG_KEYS, OWN, has_upstream_functions, is_patched, is_replaced, tensors_of, watch
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -39,11 +39,11 @@ def identity(
     Args:
         policies: question -> what the policy that answers it says of itself (`Policy.identity`).
     """
-    config, ranks = model.config.to_dict(), ranks_of(model)
+    ranks = ranks_of(model)
     return {
         **({} if ranks.size == 1 else {"rank": f"{ranks.rank} of {ranks.size}"}),
         "architecture": type(model).__name__,
-        "config": json.loads(json.dumps({key: config.get(key) for key in CONFIG_KEYS}, default=str)),
+        "config": _config_of(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "planes": {name: [*shape, str(dtype).removeprefix("torch.")] for name, (shape, dtype) in planes.items()},
         "block_size": block_size,
@@ -63,8 +63,8 @@ def differences(theirs: dict[str, object], ours: dict[str, object]) -> str:
 
 
 def weights_hash(model: LlamaForCausalLM) -> str:
-    """A hash of all bytes of all parameters and buffers, with their names, shapes and dtypes, and of the classes and
-    settings of the modules that read them (which adapters are active, say).
+    """A hash of all bytes of all parameters and buffers, with their names, shapes and dtypes, and of the configuration,
+    classes and settings of the modules that read them (which adapters are active, say).
 
     Read once a state of the model, in chunks, by several threads, which hash 0.9 GB/s each. It is read again where a
     few numbers of each weight are others, which a change that torch does not count would show.
@@ -81,15 +81,24 @@ def weights_hash(model: LlamaForCausalLM) -> str:
                 total.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode() + digest)
         for name, module in model.named_modules():
             total.update(json.dumps([name, type(module).__qualname__, _settings_of(module)]).encode())
+        total.update(json.dumps(_config_of(model)).encode())  # as it is by now
         known[content] = sample, total.hexdigest()
         while len(known) > _NUM_REMEMBERED:
             del known[next(iter(known))]
     return known[content][1]
 
 
+def is_steered(model: LlamaForCausalLM) -> bool:
+    """Whether K and V depend on what no hash of weights tells another process: hooks, or methods that are replaced."""
+    watched = watch(model)
+    watched.numbers  # noqa: B018  looks whether it is hooked
+    modules = list(model.modules())
+    is_other = any(map(is_replaced, modules)) or any(map(is_patched, set(map(type, modules))))
+    return watched.is_hooked or not has_upstream_functions() or is_other
+
+
 def told_weights(model: LlamaForCausalLM) -> str | None:
-    """The `weights_hash`, where it and `identity` tell another process all that K and V depend on; None where hooks
-    steer the model, or methods are replaced.
+    """The `weights_hash`, where it and `identity` tell another process all that K and V depend on; else None.
 
     Raises:
         ValueError: the model is one rank's part of a tensor parallel one.
@@ -99,11 +108,12 @@ def told_weights(model: LlamaForCausalLM) -> str | None:
             "ranks of a tensor parallel model must find the same blocks, and a folder gives each of them what is there "
             "when it looks: build without shared_path"
         )
-    watched = watch(model)
-    watched.numbers  # noqa: B018  looks whether it is hooked
-    if watched.is_hooked or not has_upstream_functions() or any(map(is_replaced, model.modules())):
-        return None
-    return weights_hash(model)
+    return None if is_steered(model) else weights_hash(model)
+
+
+def _config_of(model: LlamaForCausalLM) -> dict[str, object]:
+    config = model.config.to_dict()
+    return json.loads(json.dumps({key: config.get(key) for key in CONFIG_KEYS}, default=str))
 
 
 def _settings_of(module: nn.Module) -> object:
