@@ -1,11 +1,14 @@
 """Plan: does it fit, how long does a step take, and what bounds it?
 
 Nothing is run and no weight is loaded. Bytes are those of the strategies' own ledger: the block a layout makes of a
-codec's planes, the tier a placement puts it in, how many blocks a row holds under a retention. Times are the roofline
-(Williams et al., CACM 2009): the slowest of what has to be moved and computed, and a gap for every kernel.
+codec's planes, the tier a placement puts it in, how many blocks a row holds under a retention or a selection. Times
+are the roofline (Williams et al., CACM 2009): the slowest of what has to be moved and computed, and a gap for every
+kernel.
 
-    step    weights and visible K and V / bandwidth  |  V over the link / link rate  |  operations / rate
+    step    weights and visible K and V / bandwidth  |  V over the link / link rate  |  operations / rate  |  host
     TTFT    likewise, chunk by chunk of the prompt
+
+The host bounds what it launches copy by copy: forwards that stream, which no CUDA graph holds.
 
 What no ledger holds is the workspace of a forward (`workspace`): it follows from the widths of the model.
 
@@ -22,17 +25,20 @@ from itertools import combinations
 
 from transformers import LlamaForCausalLM
 
-from .base import Policies, Site
+from .base import KeepAllTokens, NoSharing, Policies, Site
 from .registry import STRATEGIES, bytes_per_block, outline, parts_of
+from .step.store import Planes
 from .strategy import planes_of
 
 LIBRARY_BYTES = 32 << 20  # what torch sets aside for cuBLAS on a GPU of compute capability 9
 
-# Of this code, as measured (bench/results: limit and default, one H100), the same on every card.
-KERNEL_GAP = 3.5e-6  # seconds from one kernel to the next
+# Of this code, as measured (bench/results: limit, strategies, default, one H100), the same on every card.
+KERNEL_GAP = 2.5e-6  # seconds from one kernel to the next
 KERNELS_PER_LAYER = 7
-FIRST_TOKEN_GAP = 5e-3  # seconds of the host before a prompt's first token: admission, and launches outside a graph
 PRODUCTS_READ = 0.95  # share of a card's read bandwidth that matrix products over few rows reach
+# Likewise, of its host.
+FIRST_TOKEN_GAP = 5e-3  # seconds before a prompt's first token: admission, and launches outside a graph
+STREAM_GAP = 0.7e-3  # seconds to launch a layer and the copies that bring it and take it away
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,12 @@ class Attention:
     rate: float
 
 
-ATTENTION = {"numbers": Attention(0.95, 0.58), "codes": Attention(0.72, 0.28)}
+ATTENTION = {
+    "numbers": Attention(0.95, 0.58),
+    "codes": Attention(0.72, 0.28),
+    "codes of query groups": Attention(0.92, 0.28),  # a decode kernel of their own (`triton_decode_groups.py`)
+}
+MASKED_RATE = 0.17  # in a chunk of which some is out of sight: not by the library (`kernels/blocks/gpu.py`)
 
 
 @dataclass(frozen=True)
@@ -93,13 +104,13 @@ class Model:
         tied = embedding is head
         #: bytes that a decode step reads: of an input embedding of its own only the rows looked up
         self.read = self.weights - (0 if tied else embedding.numel() * embedding.element_size())
-        self.itemsize = embedding.element_size()
+        self.itemsize, self.head = embedding.element_size(), head.numel()
         self.num_layers = self.config.num_hidden_layers
         self.head_dim = model.model.layers[0].self_attn.head_dim
 
     def products(self, num_tokens: int) -> float:
-        """Operations of the matrix products with the weights, for so many tokens."""
-        return 2 * self.read / self.itemsize * num_tokens
+        """Operations of the matrix products with the weights, for so many tokens of a row: logits of the last alone."""
+        return 2 * ((self.read / self.itemsize - self.head) * num_tokens + self.head)
 
     def attention(self, num_pairs: float) -> float:
         """Operations of the queries that see so many keys, counted together, in all layers."""
@@ -119,7 +130,7 @@ class Plan:
     """One strategy on one card. Bytes and seconds; None where nothing says, and `unknown` says why.
 
     `missing` is what the card lacks, 0 where all fits. `bound` names what a step or the first token waits for:
-    "memory", "link" or "compute".
+    "memory", "link", "compute" or "host".
     """
 
     strategy: str
@@ -167,7 +178,21 @@ class Ours:
 
     def num_blocks(self, work: Work) -> int:
         policies, site = self.outline(work.context)
-        return work.batch * policies.retention.num_blocks(work.context, work.chunk, site.block_size)
+        selection, size = policies.selection, site.block_size
+        if isinstance(selection, KeepAllTokens):
+            return work.batch * policies.retention.num_blocks(work.context, work.chunk, size)
+        is_shared = not isinstance(policies.sharing, NoSharing)
+        most = selection.num_blocks(work.prompt, work.context, size, is_shared)
+        # Prompts come one after the other: one row is whole, of others as much as the chunk that ends it brings along.
+        rest = (work.batch - 1) * min(most, -(-self.held(work) // size)) + -(-work.chunk // size)
+        return min(work.batch * most, most + rest)
+
+    def held(self, work: Work) -> int:
+        """The most tokens that a row stores while it decodes, whichever of them it still sees."""
+        selection = self.outline(work.context)[0].selection
+        kept = min(work.prompt, selection.cap(work.prompt))
+        grown = work.context - work.prompt
+        return kept + (grown if selection.every is None else min(grown, selection.every))
 
     def tiers(self, num_blocks: int, context: int) -> dict[str, int]:
         """Bytes of so many blocks: "gpu", and "host" where some of each lies there."""
@@ -181,7 +206,7 @@ class Ours:
 
     def step(self, work: Work, card: Card) -> dict[str, float | None]:
         """Seconds that each limit gives a decode step in which every row has `context` tokens."""
-        return self._forward(card, work.context - 1, 1, work.batch)
+        return self._forward(card, self.held(work) - 1, 1, rows=work.batch, is_decode=True)
 
     def first_token(self, work: Work, card: Card) -> dict[str, float | None]:
         """Likewise until a row that comes alone has its first token."""
@@ -189,22 +214,38 @@ class Ours:
         chunks = [self._forward(card, start, min(work.chunk, work.prompt - start)) for start in starts]
         return {limit: FIRST_TOKEN_GAP + sum(chunk[limit] for chunk in chunks) for limit in chunks[0]}
 
-    def _forward(self, card: Card, before: int, num_tokens: int, rows: int = 1) -> dict[str, float | None]:
+    def _forward(
+        self, card: Card, before: int, num_tokens: int, rows: int = 1, is_decode: bool = False
+    ) -> dict[str, float | None]:
         """Of a forward of `num_tokens` of each row behind `before` others."""
         policies, site = self.outline(before + num_tokens)
         visible, placement, model = policies.retention.num_visible, policies.placement, self.model
         planes = planes_of(site.shape, policies, site.block_size)
-        reached = ATTENTION["codes" if "k_scale" in planes else "numbers"]
+        is_masked = visible(before + num_tokens) < before + num_tokens
+        reached = self._reached(planes, is_masked)
         seen = min(before + num_tokens, visible(before + num_tokens) + num_tokens - 1)
-        read, link = placement.read_bytes(seen, planes, site, is_decode=num_tokens == 1)
+        read, link = placement.read_bytes(seen, planes, site, is_decode=is_decode)
         pairs = num_tokens * (visible(before + 1) + visible(before + num_tokens)) / 2
         gaps = KERNEL_GAP * KERNELS_PER_LAYER * model.num_layers
         memory = (model.read / PRODUCTS_READ + rows * read / reached.read) / card.bandwidth + gaps
+        attention = model.attention(pairs) / (MASKED_RATE if is_masked else reached.rate)
+        compute = rows * (model.products(num_tokens) + attention) / card.rate + gaps
+        streams = link != 0 and (placement.prefetches or not is_decode)
         if link is not None:
             link = rows * link / card.link
-            memory += 0 if placement.prefetches or num_tokens > 1 else link
-        compute = rows * (model.products(num_tokens) + model.attention(pairs) / reached.rate) / card.rate + gaps
-        return {"memory": memory, "link": link, "compute": compute}
+            memory += 0 if streams else link
+        if streams and not is_decode:  # a kernel takes the chunk's own V out, and the others wait for it
+            out = rows * placement.read_bytes(num_tokens, planes, site, is_decode=False)[1] / card.link
+            memory, compute = memory + out, compute + out
+        host = STREAM_GAP * model.num_layers if streams else 0.0
+        return {"memory": memory, "link": link, "compute": compute, "host": host}
+
+    def _reached(self, planes: Planes, is_masked: bool) -> Attention:
+        if "k_scale" not in planes:
+            return ATTENTION["numbers"]
+        config = self.model.config
+        in_groups = config.num_attention_heads > config.num_key_value_heads and not is_masked
+        return ATTENTION["codes of query groups" if in_groups else "codes"]
 
 
 class Native:

@@ -43,6 +43,22 @@ def test_the_ledger_is_what_a_run_takes(name, options):
     assert [len(result.token_ids) for result in results] == [20, 20, 20] and runner.num_preemptions == 0
 
 
+def test_what_is_evicted_is_planned_as_gone():
+    """Blocks that serve a batch without preemption, far fewer than whole rows take; steps of as many tokens as stay."""
+    model, options, num_rows = tiny_llama(), {"score": "knorm", "keep": 0.25}, 4
+    work = Work(context=260, batch=num_rows, new_tokens=20, chunk=16)
+    ours, paged = (Ours(name, opts, Model(_meta(model))) for name, opts in (("evict", options), ("paged", {})))
+    num_blocks = ours.num_blocks(work)
+    assert num_blocks < 0.6 * paged.num_blocks(work)
+    strategy = build("evict", model, num_blocks=num_blocks, **options)
+    runner = Runner(model, strategy, max_num_seqs=num_rows, max_batch_tokens=work.chunk)
+    prompts = [[(7 * token + row) % VOCAB for token in range(work.prompt)] for row in range(num_rows)]
+    runner.generate([Request(prompt, max_new_tokens=20, stop_token_ids=()) for prompt in prompts])
+    assert runner.num_preemptions == 0
+    card = Card(10**9, 1e9, 1e9, 1e12)
+    assert ours.step(work, card) == paged.step(Work(context=80, batch=num_rows, new_tokens=20), card)
+
+
 def _meta(model):
     return copy.deepcopy(model).to("meta")
 
@@ -96,6 +112,7 @@ def test_what_the_results_say_of_the_planner():
     of = {what: [compared for compared in found if compared.what == what] for what in predictions.WITHIN}
     assert len(of["KV bytes"]) >= 8 and all(compared.predicted == compared.measured for compared in of["KV bytes"])
     assert len(of["peak"]) >= 20 and all(compared.is_within for compared in of["peak"])
+    assert any("evict" in compared.system for compared in of["step"])
     for what in ("step", "TTFT"):
         within = sum(compared.is_within for compared in of[what])
         assert len(of[what]) >= 20 and within >= 0.75 * len(of[what]), predictions.render(of[what], only_missed=True)
@@ -163,6 +180,14 @@ def test_what_does_not_fit_says_how_much_is_missing(capsys):
     assert "(the weights alone take 26.95 GB of 23.40 GB). In bfloat16 fits baseline, contiguous, paged" in error
     assert kv_plan("--context", "64k", "--batch", "9", "--gpu-memory", "24GB", "--strategy", "paged") == 1
     assert "nothing fits: paged lacks least, 299.62 GB; it holds 2032 tokens at batch 9" in capsys.readouterr().err
+
+
+def test_the_end_of_a_prompt_is_no_decode_step(capsys):
+    """2049 tokens are a chunk and one more; what a step of `mass` fetches nobody knows, that of a prompt one does."""
+    mass = ["--strategy", "offload", "--option", "mass=0.9", "--json"]
+    assert kv_plan("--context", "2050", "--new-tokens", "1", "--gpu-memory", "24GB", *mass) == 0
+    (row,) = json.loads(capsys.readouterr().out)["plans"]
+    assert row["step"] is None and row["ttft"] > 0
 
 
 @pytest.mark.parametrize("content", [None, b"no gguf at all", b"GGUF\x03\x00\x00\x00" + bytes(16)])

@@ -27,9 +27,12 @@ SHOWN = {"KV bytes": (1e-6, "MB", 1), "peak": (1e-9, "GB", 2), "step": (1e3, "ms
 
 @dataclass(frozen=True)
 class Compared:
-    """`what` of a system on a workload; values in bytes or seconds, measured ones with the smallest and largest."""
+    """`what` of a system on a workload; values in bytes or seconds, measured ones with the smallest and largest, on
+    the `day` of the run.
+    """
 
     machine: str
+    day: str
     model: str
     workload: str
     system: str
@@ -102,16 +105,20 @@ def render(found: Sequence[Compared], only_missed: bool = False) -> str:
 
 
 def summary(found: Sequence[Compared]) -> str:
+    """Machine by machine: the planner's rates are those of the newest code, and not every machine has run that."""
     parts = []
-    for what, within in WITHIN.items():
-        own = [c for c in found if c.what == what]
-        if own:
-            errors = sorted(abs(c.error) for c in own)
-            limit = f"within {within:.0%}" if within else "to the byte"
-            parts.append(
-                f"{what}: {sum(c.is_within for c in own)} of {len(own)} {limit}, median error "
-                f"{errors[len(errors) // 2]:.1%}, largest {errors[-1]:.1%}"
-            )
+    for machine in unique(c.machine for c in found):
+        days = sorted({c.day for c in found if c.machine == machine})
+        where = f"{machine}, {' to '.join(unique((days[0], days[-1])))}"
+        for what, within in WITHIN.items():
+            own = [c for c in found if (c.machine, c.what) == (machine, what)]
+            if own:
+                errors = sorted(abs(c.error) for c in own)
+                limit = f"within {within:.0%}" if within else "to the byte"
+                parts.append(
+                    f"{where}, {what}: {sum(c.is_within for c in own)} of {len(own)} {limit}, median error "
+                    f"{errors[len(errors) // 2]:.1%}, largest {errors[-1]:.1%}"
+                )
     return "\n".join(parts)
 
 
@@ -132,7 +139,8 @@ def _compared(line: dict, system: str, at: str, what: str, predicted: float, mea
     if not isinstance(measured, dict):
         measured = dict.fromkeys(("median", "min", "max"), measured)
     values = (predicted, measured["median"], measured["min"], measured["max"])
-    return Compared(machine_of(line), line["model"], line["workload"], system, at, what, *values)
+    day = line["time"].split("T")[0]
+    return Compared(machine_of(line), day, line["model"], line["workload"], system, at, what, *values)
 
 
 def _step(
@@ -140,9 +148,13 @@ def _step(
 ) -> Compared:
     """A decode step in the middle of `new` tokens behind `context` others."""
     ours = Ours(name, options, _sizes(line["model"], line["dtype"]))
-    predicted = max(ours.step(Work(context + new // 2, batch), _card(found)).values())
-    system = name + "".join(f" ({option}={value})" for option, value in options.items())
-    return _compared(line, system, f"{batch} x {context}", "step", predicted, measured)
+    predicted = max(ours.step(Work(context + new // 2, batch, new // 2), _card(found)).values())
+    return _compared(line, _label(name, options), f"{batch} x {context}", "step", predicted, measured)
+
+
+def _label(name: str, options: dict) -> str:
+    said = ", ".join(f"{option}={value}" for option, value in options.items())
+    return f"{name} ({said})" if said else name
 
 
 def _pool(line: dict, capacity: Capacity) -> dict[str, int]:
@@ -213,6 +225,24 @@ def _eight_bits(line: dict, found: Found) -> Iterator[Compared]:
             yield _step(line, found, name, params["batch"], params["context"], params["new_tokens"], point["step"])
 
 
+def _evict_step(line: dict, found: Found) -> Iterator[Compared]:
+    params, result = line["params"], line["result"]
+    batch, context, new = (params[name] for name in ("batch", "context", "new_tokens"))
+    yield _step(line, found, "paged", batch, int(context * params["keep"]), new, result["paged"])
+    options = {name: params[name] for name in ("score", "keep")}
+    yield _step(line, found, "evict", batch, context, new, result["evict"], **options)
+
+
+def _evict_first_token(line: dict, found: Found) -> Iterator[Compared]:
+    params, sizes = line["params"], _sizes(line["model"], line["dtype"])
+    for key, result in line["result"].items():
+        name, options = ("paged", {}) if key == "paged" else ("evict", {"score": key, "keep": params["keep"]})
+        first = Ours(name, options, sizes).first_token(Work(params["context"]), _card(found))
+        at = f"1 x {params['context']}"
+        yield _compared(line, _label(name, options), at, "TTFT", max(first.values()), result["first"])
+        yield _step(line, found, name, 1, params["context"], 4, result["later"], **options)
+
+
 _READ = {
     "throughput": _throughput,
     "context": _points,
@@ -220,4 +250,6 @@ _READ = {
     "decode": _decode,
     "offload": _offload,
     "8 bits": _eight_bits,
+    "evict step": _evict_step,
+    "evict first token": _evict_first_token,
 }
