@@ -207,10 +207,7 @@ def _parse_option(text: str) -> tuple[str, object]:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    root = _checkout()
-    return plan_command.run(
-        options, dict(map(_parse_option, options.option)), root / "bench" / "results" if root else None
-    )
+    return plan_command.run(options, dict(map(_parse_option, options.option)))
 
 
 def _completion(options: argparse.Namespace) -> int:

@@ -7,15 +7,17 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from .models.load import model_shape
+from .losses import Loss, in_words, losses_of
+from .models.load import DEFAULT_MODEL, model_shape
 from .models.room import NoRoom
 from .planner import Card, Model, Plan, Work, plan_all, settings
-from .registry import STRATEGIES, parts_of
+from .registry import STRATEGIES
 
 DTYPES = ("bfloat16", "float16", "float32")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -70,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes and seconds")
 
 
-def run(options: argparse.Namespace, parsed: dict[str, object], results: Path | None) -> int:
-    """Args: parsed: `--option` as a dictionary; results: the folder of measured results, where there is one.
+def run(options: argparse.Namespace, parsed: dict[str, object]) -> int:
+    """Args: parsed: `--option` as a dictionary.
 
     Raises:
         ValueError: a model or strategy that there is not, or nothing that fits; it says how much is missing.
@@ -80,21 +82,21 @@ def run(options: argparse.Namespace, parsed: dict[str, object], results: Path | 
         raise ValueError("--option belongs to a strategy: name it with --strategy")
     if options.gpu_memory is None and not torch.cuda.is_available():
         raise ValueError("there is no GPU here to take the size of: say --gpu-memory, such as 24GB")
-    rates = {name: getattr(options, name) or value for name, value in ASSUMED.items()}
     memory = options.gpu_memory or torch.cuda.get_device_properties(0).total_memory
+    rates = {name: getattr(options, name) or value for name, value in ASSUMED.items()}
     card = Card(memory, rates["bandwidth"] * 1e9, rates["pcie"] * 1e9, rates["tflops"] * 1e12, options.reserve)
     work = Work(options.context, options.batch, min(options.new_tokens, options.context - 1))
     chosen = [(name, parsed) for name in options.strategy] if options.strategy else list(settings())
     model = _model(options.model, options.dtype)
     plans = plan_all(chosen, model, work, card)
-    costs = _costs(results) if results else []
+    name = Path(options.model).name if options.model else DEFAULT_MODEL.name
+    losses = [losses_of(plan.strategy, plan.options, name, work.context) for plan in plans]
     if options.json:
-        rows = [_as_json(plan, costs) for plan in plans]
+        rows = list(map(_as_json, plans, losses))
         print(json.dumps({"card": vars(card), "work": vars(work), "weights": model.weights, "plans": rows}))
     else:
-        print(_head(options, model, work, rates, card))
-        print(_table([_row(plan, costs) for plan in plans]))
-        print("".join(f"\n{why}" for why in dict.fromkeys(_reasons(plans, costs))), end="")
+        parts = [_head(options, model, work, rates, card), _table(list(map(_row, plans, losses)))]
+        print("\n\n".join([*parts, *_notes(plans, losses)]))
     if not any(plan.fits for plan in plans):
         raise ValueError(_too_large(plans, options, chosen, model, work, card))
     return 0
@@ -141,7 +143,7 @@ def _head(options: argparse.Namespace, model: Model, work: Work, rates: dict[str
     return (
         f"{options.model or 'the default model'} in {options.dtype}: {_gb(model.weights)} of weights. {work.batch} x "
         f"{work.context} tokens, {work.new_tokens} of them new. Card: {_gb(card.memory)}, {_gb(card.reserve)} of it "
-        f"reserved; {', '.join(said)}.\n"
+        f"reserved; {', '.join(said)}."
     )
 
 
@@ -151,7 +153,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def _row(plan: Plan, costs: Sequence[dict]) -> list[str]:
+def _row(plan: Plan, losses: Sequence[Loss] | None) -> list[str]:
     def seconds(value: float | None) -> str:
         return "-" if value is None else f"{value * 1e3:.1f} ms"
 
@@ -168,17 +170,19 @@ def _row(plan: Plan, costs: Sequence[dict]) -> list[str]:
         plan.ttft_bound or "",
         "no end" if plan.longest_context is None else str(plan.longest_context),
         str(plan.largest_batch),
-        _cost(plan, costs) or "-",
+        in_words(losses),
     ]
 
 
-def _reasons(plans: Sequence[Plan], costs: Sequence[dict]) -> Iterator[str]:
-    """Why there is a dash."""
-    for plan in plans:
-        if plan.unknown:
-            yield f"{plan.strategy}: no time, since {plan.unknown}\n"
-        if _cost(plan, costs) is None:
-            yield "cost in quality: a dash is a setting that was not measured here (`make bench SUITE=cost`)\n"
+def _notes(plans: Sequence[Plan], losses: Sequence[Sequence[Loss] | None]) -> list[str]:
+    """What the table cannot say: why there is a dash, and what the last column is."""
+    notes = [f"{plan.strategy}: no time, since {plan.unknown}" for plan in plans if plan.unknown]
+    if any(found is not None for found in losses):
+        notes.append(
+            "cost in quality: beside the exact cache, on the model and at the length of text that are named. What "
+            "yours loses, make bench SUITE=quality MODEL=... measures"
+        )
+    return list(dict.fromkeys(notes))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -199,37 +203,7 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _as_json(plan: Plan, costs: Sequence[dict]) -> dict:
-    return vars(plan) | {"peak": plan.peak, "fits": plan.fits, "cost": _cost(plan, costs)}
-
-
-# --- what is known of losses
-
-
-def _costs(results: Path) -> list[dict]:
-    """The rows of the suite `cost`, the newest last."""
-    found = []
-    for path in sorted(results.glob("cost-*.jsonl")):
-        for text in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
-            try:
-                line = json.loads(text)
-                rows = line["result"]["rows"] if line["status"] == "ok" and line["workload"] == "cost" else []
-                found += [(line["time"], row | {"model": line["model"]}) for row in rows if "error" not in row]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is no file of results: {error!r}; delete it or measure again") from error
-    return [row for _, row in sorted(found, key=lambda item: item[0])]
-
-
-def _cost(plan: Plan, costs: Sequence[dict]) -> str | None:
-    """Perplexity beside that of the native cache; None where nobody measured it."""
-    presets = [STRATEGIES[part] for part in parts_of(plan.strategy)]
-    if not any(preset.is_lossy(plan.options) for preset in presets):
-        return "none"
-
-    def whole(options: dict) -> dict:
-        return {name: p.default for preset in presets for name, p in preset.options.items()} | options
-
-    for row in reversed(costs):
-        if row["strategy"] == plan.strategy and whole(row["options"]) == whole(plan.options):
-            return f"{row['perplexity'] / row['baseline_perplexity'] - 1:+.2%} perplexity ({row['model']})"
-    return None
+def _as_json(plan: Plan, losses: Sequence[Loss] | None) -> dict:
+    """`losses`: null where there is nothing to lose, empty where nothing was measured."""
+    measured = None if losses is None else list(map(asdict, losses))
+    return vars(plan) | {"peak": plan.peak, "fits": plan.fits, "losses": measured}

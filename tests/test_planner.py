@@ -132,11 +132,17 @@ def test_plan_prints_bytes_and_what_bounds(capsys):
     rows = {(row["strategy"], json.dumps(row["options"])): row for row in found["plans"]}
     window = rows["window", "{}"]
     assert window["tiers"] == {"gpu": 8 * 258 * 16 * 524288} and window["fits"]  # sinks, window and a chunk of 2048
-    assert rows["offload", "{}"]["step_bound"] == "link" and rows["int8", "{}"]["cost"].endswith("Instruct)")
+    assert rows["offload", "{}"]["step_bound"] == "link"
+    assert rows["paged", "{}"]["losses"] is None and rows["window+int8", "{}"]["losses"] == []
+    (loss, *_) = rows["int8", "{}"]["losses"]
+    assert loss["measure"] == "perplexity" and loss["value"] > loss["exact"] and loss["samples"] > 1000
     assert kv_plan(*arguments) == 0
     out = capsys.readouterr().out
     assert f"{8 * 258 * 16 * 524288:,}" in out and "150 TFLOP/s (assumed)" in out and "900 GB/s read," in out
     assert "baseline: no time, since native steps wait for the host's processor" in out
+    said = [line for line in out.splitlines() if line.startswith(("int8 ", "paged ", "window+int8 "))]
+    ends = ["none", f"perplexity, with {loss['model']} in float32 at {loss['length']} tokens", "not measured"]
+    assert [line.endswith(end) for line, end in zip(said, ends, strict=True)] == [True] * 3, said
 
 
 def test_a_narrow_terminal_gets_a_list(capsys, monkeypatch):

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from bench import lines, machine, records
 from bench.lines import write_whole
-from bench.report import frontier, page, plots, questions, readme, web
+from bench.report import frontier, losses, page, plots, questions, readme, web
+from kv_strategies.losses import PATH as LOSSES
 
 RESULTS = machine.ROOT / "bench" / "results"
 README = machine.ROOT / "README.md"
@@ -20,7 +21,8 @@ README = machine.ROOT / "README.md"
 
 def write(folder: Path = RESULTS) -> Path:
     """Writes the tables and plots of all lines in `folder` there, `report.html` with all of both, and every figure as
-    `results.csv`. Returns the path of the comparison table.
+    `results.csv`. From the committed results it writes what others show of them, too: the README's table, and what
+    `kv-strategies plan` says of losses. Returns the path of the comparison table.
 
     Raises:
         ValueError: a line that is no result; nothing is written then.
@@ -49,6 +51,7 @@ def write(folder: Path = RESULTS) -> Path:
     if folder.resolve() == RESULTS:
         text = readme.with_headline(README.read_text(encoding="utf-8"), found, compared)
         write_whole(README, lambda path: path.write_text(text, encoding="utf-8"))
+        losses.write(found, LOSSES)
     return page_of("default", folder)
 
 
