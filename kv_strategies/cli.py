@@ -69,7 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="print results and statistics as one JSON object")
     generate.set_defaults(run=_generate)
 
-    plan = commands.add_parser("plan", help="what fits a card, how fast it would be, and what bounds it")
+    plan = commands.add_parser(
+        "plan",
+        help="what fits a card, how fast it would be, what bounds it, and what it was measured to lose",
+        description="Plan strategies on a card that need not be here; docs/plan.md reads the table column by column.",
+        epilog="Example: kv-strategies plan --model llama-3.1-8b-random --context 32k --batch 8 --gpu-memory 24GB",
+    )
     plan_command.add_arguments(plan)
     plan.set_defaults(run=_plan)
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +18,14 @@ from .losses import Loss, in_words, losses_of
 from .models.load import DEFAULT_MODEL, model_shape
 from .models.room import NoRoom
 from .planner import Card, Model, Plan, Work, plan_all, settings
-from .registry import STRATEGIES
+from .registry import STRATEGIES, parts_of
 
 DTYPES = ("bfloat16", "float16", "float32")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 #: What stands where the command says nothing: a consumer's card of 24 GB.
 ASSUMED = {"bandwidth": 900.0, "pcie": 25.0, "tflops": 150.0}
+NEW_TOKENS = 256
+MOST_TOKENS = 16 << 20  # a prompt is planned chunk by chunk
 
 
 def num_tokens(text: str) -> int:
@@ -30,7 +33,10 @@ def num_tokens(text: str) -> int:
     found = re.fullmatch(r"(\d+)([km]?)", text.strip().lower())
     if not found or not int(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: give 4096, 32k or 1m")
-    return int(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2]]
+    count = int(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2]]
+    if count > MOST_TOKENS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {MOST_TOKENS >> 20}m tokens, the most that is planned")
+    return count
 
 
 def num_bytes(text: str) -> int:
@@ -38,7 +44,10 @@ def num_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if not found or found[2] == "i" or not float(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: give 24GB, 24GiB or a number of bytes")
-    return int(float(found[1]) * _UNITS[found[2]])
+    size = int(float(found[1]) * _UNITS[found[2]])
+    if size < 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is {size} bytes, less than any card has: say the unit, as in 24GB")
+    return size
 
 
 def positive(kind: Callable) -> Callable:
@@ -55,20 +64,23 @@ def positive(kind: Callable) -> Callable:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", help="a folder, a .gguf file, a hub id, or a known random shape; no weight is loaded"
-    )
+    known = "a folder, a .gguf file, a hub id or a known random shape (default: the embedded model)"
+    parser.add_argument("--model", help=f"{known}; no weight is loaded")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache (%(default)s)")
     parser.add_argument("--context", type=num_tokens, required=True, help="tokens a row grows to, such as 32k")
     parser.add_argument("--batch", type=positive(int), default=1, help="rows at the same time (%(default)s)")
-    parser.add_argument("--new-tokens", type=num_tokens, default=256, help="of the context, generated (%(default)s)")
+    parser.add_argument("--new-tokens", type=num_tokens, help=f"of the context, generated ({NEW_TOKENS})")
     parser.add_argument("--gpu-memory", type=num_bytes, help="such as 24GB or 80GiB (default: of the GPU here)")
     parser.add_argument("--reserve", type=num_bytes, default=num_bytes("0.6GB"), help="CUDA's own share (0.6GB)")
-    parser.add_argument("--bandwidth", type=positive(float), help="read, GB/s, of the card's memory")
-    parser.add_argument("--pcie", type=positive(float), help="GB/s from the host to the card")
-    parser.add_argument("--tflops", type=positive(float), help="that matrix products reach in this dtype")
+    rates = {
+        "bandwidth": "GB/s that the card's memory is read with",
+        "pcie": "GB/s from the host to the card",
+        "tflops": "that matrix products reach in this dtype",
+    }
+    for name, meaning in rates.items():
+        parser.add_argument(f"--{name}", type=positive(float), help=f"{meaning} ({ASSUMED[name]:g})")
     parser.add_argument("--strategy", action="append", help="only this one; may be repeated (default: all useful)")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of --strategy")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of what --strategy names")
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes and seconds")
 
 
@@ -83,10 +95,16 @@ def run(options: argparse.Namespace, parsed: dict[str, object]) -> int:
     if options.gpu_memory is None and not torch.cuda.is_available():
         raise ValueError("there is no GPU here to take the size of: say --gpu-memory, such as 24GB")
     memory = options.gpu_memory or torch.cuda.get_device_properties(0).total_memory
+    if options.reserve >= memory:
+        raise ValueError(f"--reserve {_gb(options.reserve)} leaves nothing of a card of {_gb(memory)}")
+    if options.new_tokens and options.new_tokens >= options.context:
+        raise ValueError(
+            f"--new-tokens {options.new_tokens} leave no prompt in a --context of {options.context}, which counts both"
+        )
     rates = {name: getattr(options, name) or value for name, value in ASSUMED.items()}
     card = Card(memory, rates["bandwidth"] * 1e9, rates["pcie"] * 1e9, rates["tflops"] * 1e12, options.reserve)
-    work = Work(options.context, options.batch, min(options.new_tokens, options.context - 1))
-    chosen = [(name, parsed) for name in options.strategy] if options.strategy else list(settings())
+    work = Work(options.context, options.batch, options.new_tokens or min(NEW_TOKENS, options.context - 1))
+    chosen = _chosen(options.strategy, parsed) if options.strategy else list(settings())
     model = _model(options.model, options.dtype)
     plans = plan_all(chosen, model, work, card)
     name = Path(options.model).name if options.model else DEFAULT_MODEL.name
@@ -95,11 +113,19 @@ def run(options: argparse.Namespace, parsed: dict[str, object]) -> int:
         rows = list(map(_as_json, plans, losses))
         print(json.dumps({"card": vars(card), "work": vars(work), "weights": model.weights, "plans": rows}))
     else:
-        parts = [_head(options, model, work, rates, card), _table(list(map(_row, plans, losses)))]
-        print("\n\n".join([*parts, *_notes(plans, losses)]))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        parts = [_head(options, model, work, rates, card), _table(list(map(_row, plans, losses)), width)]
+        print("\n\n".join([_wrapped(parts[0], width), parts[1], *(_wrapped(n, width) for n in _notes(plans, losses))]))
     if not any(plan.fits for plan in plans):
         raise ValueError(_too_large(plans, options, chosen, model, work, card))
     return 0
+
+
+def _chosen(names: Sequence[str], given: dict[str, object]) -> list[tuple[str, dict[str, object]]]:
+    """Each with the options that it takes. One that nobody takes goes to the first, which says what it takes."""
+    takes = [{option for part in parts_of(name) for option in STRATEGIES[part].options} for name in names]
+    takes[0] |= set(given) - set().union(*takes)
+    return [(n, {o: value for o, value in given.items() if o in own}) for n, own in zip(names, takes, strict=True)]
 
 
 def beside(error: NoRoom) -> str:
@@ -185,18 +211,22 @@ def _notes(plans: Sequence[Plan], losses: Sequence[Sequence[Loss] | None]) -> li
     return list(dict.fromkeys(notes))
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns where the terminal is wide enough for them, else a few lines for each strategy."""
+def _table(rows: Sequence[Sequence[str]], width: int | None) -> str:
+    """Columns where a terminal is wide enough for them, or there is none; else a few lines for each strategy."""
     widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
-    if sys.stdout.isatty() and sum(widths) + 2 * len(widths) > shutil.get_terminal_size().columns:
-        return "\n\n".join(
-            "\n".join(
-                [row[0], *(f"  {name}: {text}" for name, text in zip(_COLUMNS[1:], row[1:], strict=True) if text)]
-            )
-            for row in rows
-        )
+    if width and sum(widths) + 2 * len(widths) > width:
+        return "\n\n".join(_as_list(row, width) for row in rows)
     lines = [_COLUMNS, *rows]
     return "\n".join("  ".join(f"{t:<{w}}" for t, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _as_list(row: Sequence[str], width: int) -> str:
+    told = [f"  {name}: {text}" for name, text in zip(_COLUMNS[1:], row[1:], strict=True) if text]
+    return "\n".join(_wrapped(line, width) for line in (row[0], *told))
+
+
+def _wrapped(text: str, width: int | None) -> str:
+    return textwrap.fill(text, width, subsequent_indent="    ", break_on_hyphens=False) if width else text
 
 
 def _gb(size: int) -> str:

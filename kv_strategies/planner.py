@@ -278,6 +278,8 @@ def plan(name: str, options: dict[str, object], model: Model, work: Work, card: 
     Raises:
         ValueError: as `build`.
     """
+    if name == "baseline" and options:
+        raise ValueError(f"unknown option {', '.join(options)}: 'baseline' takes no options")
     system = Native(model) if name == "baseline" else Ours(name, options, model)
     tiers, workspace = system.memory(work)
 

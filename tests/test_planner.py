@@ -148,8 +148,9 @@ def test_plan_prints_bytes_and_what_bounds(capsys):
 def test_a_narrow_terminal_gets_a_list(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "40")
-    assert kv_plan("--context", "4k", "--gpu-memory", "24GB", "--strategy", "paged") == 0
-    assert "\npaged\n  fits: yes\n" in capsys.readouterr().out
+    assert kv_plan("--context", "4k", "--gpu-memory", "24GB", "--strategy", "paged", "--strategy", "evict") == 0
+    out = capsys.readouterr().out
+    assert "\npaged\n  fits: yes\n" in out and max(map(len, out.splitlines())) <= 40
 
 
 def test_a_gguf_file_is_planned_without_its_weights(capsys):
@@ -172,12 +173,35 @@ def test_a_gguf_file_is_planned_without_its_weights(capsys):
         (["--context", "4k", "--gpu-memory", "24XB"], "'24XB' is no size: give 24GB, 24GiB or a number of bytes"),
         (["--context", "4k", "--batch", "-1"], "'-1' is no whole number above 0"),
         (["--context", "4k", "--bandwidth", "nan"], "'nan' is no number above 0"),
+        (["--context", "17m"], "'17m' is more than 16m tokens"),
+        (["--context", "4k", "--gpu-memory", "24"], "'24' is 24 bytes, less than any card has: say the unit"),
     ],
 )
 def test_sizes_that_are_none(arguments, said, capsys):
     with pytest.raises(SystemExit) as ended:
         kv_plan(*arguments)
     assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--reserve", "24GB"], "--reserve 24.00 GB leaves nothing of a card of 24.00 GB"),
+        (["--new-tokens", "4k"], "--new-tokens 4096 leave no prompt in a --context of 4096"),
+        (["--option", "top_n=8"], "--option belongs to a strategy"),
+        (["--strategy", "baseline", "--option", "top_n=8"], "unknown option top_n: 'baseline' takes no options"),
+        (["--strategy", "paged", "--strategy", "int8", "--option", "top_n=8"], "unknown option top_n: 'paged'"),
+    ],
+)
+def test_what_makes_no_sense_together(arguments, said, capsys):
+    assert kv_plan("--context", "4k", "--gpu-memory", "24GB", *arguments) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_an_option_goes_to_whichever_takes_it(capsys):
+    options = ["--strategy", "paged", "--strategy", "offload", "--option", "top_n=8", "--json"]
+    assert kv_plan("--context", "1k", "--gpu-memory", "24GB", *options) == 0
+    assert [row["options"] for row in json.loads(capsys.readouterr().out)["plans"]] == [{}, {"top_n": 8}]
 
 
 def test_what_does_not_fit_says_how_much_is_missing(capsys):
