@@ -21,7 +21,6 @@ from bisect import insort_left, insort_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate, count, islice
 from typing import NamedTuple
@@ -29,11 +28,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .baseline import Baseline
+from .launched import LaunchedStep, start_copy
 from .models.load import load_tokenizer
 from .paged import BlockTable, OutOfBlocks
+from .sequences import NO_TOKENS, ActiveSequence
 from .speculative import Proposer, Row
 from .step.forward import AttendingCache, forward
 from .step.graphs import StepGraphs
@@ -43,10 +44,9 @@ from .step.ranks import ranks_of
 from .step.requests import Event, Output, Request, Result, hash_of
 from .step.sampling import SamplingParams, sample, to_device, warp
 from .step.scores import Logprobs, Shaping, logprobs, shape
-from .strategy import Reservation, Strategy, Suspended
+from .strategy import Reservation, Strategy
 
 _RUNNERS = count()
-_NOTHING = np.array([], dtype=np.int32)
 _SCORED_TOKENS = 256  # of a prompt at once, where it wants log probabilities: they take rows of the vocabulary's size
 
 
@@ -93,10 +93,10 @@ class Runner:
         self._speculate = speculate
         self.num_proposed = self.num_accepted = 0  # guessed tokens, and those that were right
         self._ranks, self._number = ranks_of(model), next(_RUNNERS)
-        self._waiting: list[_Sequence] = []  # by priority, then as they came
+        self._waiting: list[ActiveSequence] = []  # by priority, then as they came
         self._next_deadline = math.inf  # no request ends by its deadline before it
-        self._running: list[_Sequence] = []  # oldest first; at most the last one is still prefilling
-        self._in_flight: deque[_Step] = deque()  # launched, their tokens not yet read; the oldest first
+        self._running: list[ActiveSequence] = []  # oldest first; at most the last one is still prefilling
+        self._in_flight: deque[LaunchedStep] = deque()  # launched, their tokens not yet read; the oldest first
         self._events: deque[Event] = deque()  # of requests that `submit` queued, for `step`
         self._boxes: dict[str | int, deque[Event]] = {}  # request id -> where a call that asked for it finds its events
         if speculate is not None:
@@ -234,7 +234,7 @@ class Runner:
             request.draw_seed(self._ranks.random)
             if box is not None:
                 self._boxes[request.request_id] = box
-        for seq in [_Sequence(request, 0, now) for request in requests]:
+        for seq in [ActiveSequence(request, 0, now) for request in requests]:
             insort_right(self._waiting, seq, key=_urgency)
             self._next_deadline = min(self._next_deadline, seq.deadline)
         self._promise()
@@ -296,7 +296,7 @@ class Runner:
             reservation.undo()
         self._reserved.clear()
         for seq in self._running:
-            seq.proposal = _NOTHING
+            seq.proposal = NO_TOKENS
         self._collect()
         for seq in [seq for seq in self._running if seq.table.num_tokens == 0 and seq.num_issued]:
             self._requeue(seq)
@@ -323,7 +323,7 @@ class Runner:
         self._next_deadline = min((deadline for deadline in deadlines if deadline > now), default=math.inf)
         return [place for place, deadline in enumerate(deadlines) if deadline <= now]
 
-    def _end(self, sequences: list[_Sequence], reason: str) -> None:
+    def _end(self, sequences: list[ActiveSequence], reason: str) -> None:
         for seq in sequences:
             samples = range(seq.sample_index, seq.sample_index + seq.num_samples)
             if seq in self._running:
@@ -356,7 +356,7 @@ class Runner:
 
     # --- scheduling: integers only
 
-    def _schedule(self) -> tuple[list[_Sequence], list[tuple[_Sequence, int]]]:
+    def _schedule(self) -> tuple[list[ActiveSequence], list[tuple[ActiveSequence, int]]]:
         """Who decodes, and who prefills how many tokens; with room reserved for all of them."""
         self.strategy.follow()
         self.strategy.rebase([seq.table for seq in self._running])
@@ -374,7 +374,7 @@ class Runner:
             except OutOfBlocks:
                 if any(len(seq.proposal) for seq in decoding):
                     for seq in decoding:
-                        seq.proposal = _NOTHING
+                        seq.proposal = NO_TOKENS
                 elif self._in_flight:  # a sequence may have ended, and a preempted one must know its tokens
                     self._collect()
                 else:  # the last one as well: others hold what it lacks, and it waits for them
@@ -419,11 +419,11 @@ class Runner:
                 raise ValueError(f"{type(self._speculate).__name__} guesses tokens outside the vocabulary: {proposal}")
             seq.proposal = proposal
 
-    def _in_prompt(self) -> _Sequence | None:
+    def _in_prompt(self) -> ActiveSequence | None:
         """The sequence that is in the middle of its prompt."""
         return self._running[-1] if self._running and not self._running[-1].is_decoding else None
 
-    def _admit(self) -> _Sequence | None:
+    def _admit(self) -> ActiveSequence | None:
         """Start the next waiting sequence, if there is room for it."""
         if not self._waiting or len(self._free_seats) < self._waiting[0].num_samples:
             return None
@@ -446,7 +446,7 @@ class Runner:
         self._running.append(seq)
         return seq
 
-    def _preempt(self, seq: _Sequence) -> None:
+    def _preempt(self, seq: ActiveSequence) -> None:
         """Take the blocks of a sequence away. It waits at the head of the queue, and is computed again where no lower
         tier has taken them.
         """
@@ -455,19 +455,19 @@ class Runner:
         self._requeue(seq)
         self.num_preemptions += 1
 
-    def _requeue(self, seq: _Sequence) -> None:
+    def _requeue(self, seq: ActiveSequence) -> None:
         self._leave(seq)
         insort_left(self._waiting, seq, key=_urgency)
 
-    def _leave(self, seq: _Sequence) -> None:
+    def _leave(self, seq: ActiveSequence) -> None:
         self._running.remove(seq)
         seq.table.release()
-        seq.table, seq.proposal = None, _NOTHING
+        seq.table, seq.proposal = None, NO_TOKENS
         self._free_seats += seq.seats
 
     # --- launching: everything the forward needs in one upload
 
-    def _launch(self, decoding: list[_Sequence], prefilling: list[tuple[_Sequence, int]]) -> bool:
+    def _launch(self, decoding: list[ActiveSequence], prefilling: list[tuple[ActiveSequence, int]]) -> bool:
         """Whether there was something to launch."""
         if not decoding and not prefilling:
             return False
@@ -480,7 +480,7 @@ class Runner:
         logits, drawn = replayed or (self._forward(rows, counts, decoding, prefilling), None)
         scored = self._score_prompts(logits, counts[len(decoding) :], prefilling)
         drawn, found = self._draw(sequences, _last_rows(logits, launched, counts), drawn)
-        copied = _start_copy([drawn, found, *(part for _, part in scored)], self.device)
+        copied = start_copy([drawn, found, *(part for _, part in scored)], self.device)
         siblings = self._fork(sequences)
         # The step is done, but for books that are kept on the host.
         self._reserved.clear()
@@ -489,14 +489,14 @@ class Runner:
             at = self._running.index(seq) + 1
             self._running[at:at] = others
             sequences += others
-            proposals += [_NOTHING] * len(others)
+            proposals += [NO_TOKENS] * len(others)
         for seq in sequences:
             seq.num_issued += 1
         for seq, part in scored:
             seq.num_scored += len(part.ids)
         is_awaited = (bool(sequences) and not decoding) or self._speculate is not None
         is_awaited |= any(seq.processors for seq in sequences)
-        self._in_flight.append(_Step(sequences, proposals, is_awaited, [seq for seq, _ in scored], *copied))
+        self._in_flight.append(LaunchedStep(sequences, proposals, is_awaited, [seq for seq, _ in scored], *copied))
         for seq, _ in prefilling:
             if not len(seq.proposal):
                 self.strategy.sharing.publish(seq.tokens, seq.table, seq.request.salt)
@@ -505,7 +505,7 @@ class Runner:
         return True
 
     def _draw(
-        self, sequences: list[_Sequence], logits: Tensor, drawn: Tensor | None
+        self, sequences: list[ActiveSequence], logits: Tensor, drawn: Tensor | None
     ) -> tuple[Tensor | None, Logprobs | None]:
         """The next token of each sequence, and of the other samples of a request whose prompt has just been computed;
         with log probabilities of those who ask for them, in the same order.
@@ -543,7 +543,7 @@ class Runner:
         scores = warp(logits[rows], [params[row] for row in asked])
         return drawn, logprobs(scores, drawn[rows], max(draws[row].seq.request.logprobs for row in asked))
 
-    def _score_prompts(self, logits: Tensor, counts, prefilling) -> list[tuple[_Sequence, Logprobs]]:
+    def _score_prompts(self, logits: Tensor, counts, prefilling) -> list[tuple[ActiveSequence, Logprobs]]:
         """Log probabilities of the prompt's tokens that follow those of this step, for who asks for them."""
         found, end = [], len(logits) - sum(counts)
         for (seq, num_tokens), num_rows in zip(prefilling, counts, strict=True):
@@ -568,12 +568,12 @@ class Runner:
         if len(rows) > 1 or (counts != [1] and not len(seq.proposal)):
             return None
         graphs = self._verifying if len(seq.proposal) else self._graphs
-        return graphs.prefill(seq.table.row(num_tokens), seq.seat, _new_tokens(seq, num_tokens))
+        return graphs.prefill(seq.table.row(num_tokens), seq.seat, seq.new_tokens(num_tokens))
 
     def _forward(self, rows, counts, decoding, prefilling) -> Tensor:
         """Logits [R, V] of the last tokens of each row, so many as `counts` says."""
         num_decoding = len(decoding)
-        input_ids = np.concatenate([np.zeros(num_decoding, np.int32), *(_new_tokens(seq, n) for seq, n in prefilling)])
+        input_ids = np.concatenate([np.zeros(num_decoding, np.int32), *(seq.new_tokens(n) for seq, n in prefilling)])
         ends = accumulate(num_new for _, num_new in rows)
         last = [token for end, count in zip(ends, counts, strict=True) for token in range(end - count, end)]
         max_blocks = max(len(table.blocks) for table, _ in rows)
@@ -591,14 +591,14 @@ class Runner:
         logits = forward(self._cache, plan, device_ids, buffer.tensors["last"])
         return logits.to(self.device)[: len(last)]
 
-    def _fork(self, sequences: list[_Sequence]) -> list[tuple[_Sequence, list[_Sequence]]]:
+    def _fork(self, sequences: list[ActiveSequence]) -> list[tuple[ActiveSequence, list[ActiveSequence]]]:
         """The other samples of requests whose prompt has just been computed: same blocks, own seeds."""
-        siblings: list[tuple[_Sequence, list[_Sequence]]] = []
+        siblings: list[tuple[ActiveSequence, list[ActiveSequence]]] = []
         try:
             for seq in [seq for seq in sequences if seq.other_samples]:
                 siblings.append((seq, []))
                 for index in seq.other_samples:
-                    sibling = _Sequence(seq.request, index, seq.submitted, seq.other_processors[index - 1])
+                    sibling = ActiveSequence(seq.request, index, seq.submitted, seq.other_processors[index - 1])
                     sibling.admit(seq.table.fork(), [seq.seats[-index]])
                     sibling.output.num_cached_tokens = seq.output.num_cached_tokens
                     sibling.output.prompt_logprobs = seq.output.prompt_logprobs
@@ -619,7 +619,7 @@ class Runner:
                 tokens = self._in_flight[0].tokens()
             self._receive(self._in_flight.popleft(), tokens)
 
-    def _receive(self, step: _Step, tokens: list[int]) -> None:
+    def _receive(self, step: LaunchedStep, tokens: list[int]) -> None:
         now = time.perf_counter()
         ended = []
         for seq, entries in step.scored():
@@ -653,14 +653,14 @@ class Runner:
             if ended:
                 self._promise()
 
-    def _keep(self, seq: _Sequence, num_guessed: int, num_right: int) -> None:
+    def _keep(self, seq: ActiveSequence, num_guessed: int, num_right: int) -> None:
         """Of a row that was fed guesses, keep what was computed of the tokens that it has now, but for the newest."""
         self.num_proposed += num_guessed
         self.num_accepted += num_right
         num_new = len(seq.output.token_ids) - seq.num_issued + 1
         seq.table.truncate(seq.table.num_tokens - num_guessed - 1 + num_new)  # nothing before them was let go
         self._last_token[seq.seat] = seq.output.token_ids[-1]
-        seq.num_issued, seq.proposal = len(seq.output.token_ids), _NOTHING
+        seq.num_issued, seq.proposal = len(seq.output.token_ids), NO_TOKENS
 
     def _checked(self, requests: Sequence[Request | Sequence[int]]) -> list[Request]:
         eos = self.model.generation_config.eos_token_id
@@ -673,7 +673,7 @@ class Runner:
                 self._tokenizer = load_tokenizer(self.model.name_or_path)
         return self._tokenizer
 
-    def _unfinished(self) -> Iterator[_Sequence]:
+    def _unfinished(self) -> Iterator[ActiveSequence]:
         yield from self._running
         yield from self._waiting
 
@@ -745,101 +745,9 @@ class Runner:
         )
 
 
-class _Sequence:
-    """One sample of one request on its way."""
-
-    def __init__(
-        self, request: Request, sample_index: int, submitted: float, processors: LogitsProcessorList | None = None
-    ):
-        self.request = request
-        self.sample_index = sample_index
-        self.submitted = submitted
-        self.deadline = math.inf if request.deadline is None else submitted + request.deadline
-        self.sampling = request.sampling(sample_index)
-        self.processors, *self.other_processors = request.processors() if processors is None else [processors]
-        self._is_plain = not (request.temperature or self.processors or request.logprobs is not None)
-        self.prompt = request.token_ids.astype(np.int32)
-        self.output = Output(request, sample_index, submitted)  # tokens read back
-        self.num_issued = 0  # tokens drawn, those still on the device included
-        self.num_scored = (
-            1  # tokens of the prompt whose log probabilities are known or on their way; the first has none
-        )
-        self.proposal: np.ndarray = _NOTHING  # tokens that the next step is fed behind the newest one
-        self.table: BlockTable | None = None
-        self.suspended: Suspended | None = None  # what it had computed when it was preempted
-        self.seats: list[int] = []  # its own, and until the prompt is computed those of its other samples
-        self.num_to_prefill = 0
-        self.finished = False
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """[n] int32: prompt and output, as far as the host knows them."""
-        return np.concatenate((self.prompt, np.array(self.output.token_ids, dtype=np.int32)))
-
-    @property
-    def seat(self) -> int:
-        return self.seats[0]
-
-    @property
-    def num_samples(self) -> int:
-        """Samples that this sequence stands for when it is admitted."""
-        return self.request.n if self.sample_index == 0 and not self.num_issued else 1
-
-    def admit(self, table: BlockTable, seats: list[int]) -> None:
-        """Start, or start again, with all tokens known so far to compute but those that `table` holds."""
-        if not self.num_to_prefill:  # later on it finds its own work as well
-            self.output.num_cached_tokens = table.num_tokens
-        self.table, self.seats, self.suspended = table, seats, None
-        self.num_to_prefill = len(self.tokens)
-
-    @property
-    def other_samples(self) -> range:
-        """The samples beside this one that start when its prompt is computed."""
-        return range(1, len(self.seats))
-
-    @property
-    def num_uncomputed(self) -> int:
-        """Tokens to prefill before the next one can be drawn."""
-        return self.num_to_prefill - self.table.num_seen
-
-    @property
-    def is_decoding(self) -> bool:
-        """Whether the next token to compute is one that was drawn since admission, on the device."""
-        return self.num_uncomputed <= 0
-
-    @property
-    def is_scoring(self) -> bool:
-        """Whether log probabilities of its prompt are yet to come."""
-        return self.request.prompt_logprobs is not None and self.num_scored < len(self.prompt)
-
-    def num_logits(self, num_tokens: int) -> int:
-        """Of how many of its newest tokens a step that prefills so many wants the logits."""
-        return num_tokens if self.is_scoring or len(self.proposal) else int(self.is_decoding)
-
-    @property
-    def takes_likeliest(self) -> bool:
-        """Whether its next token is the likeliest one, and nothing else is asked."""
-        return self._is_plain and self.num_issued >= self.request.min_new_tokens and not self.other_samples
-
-    @property
-    def num_wanted(self) -> int:
-        """Tokens yet to be drawn, at most."""
-        return self.request.max_new_tokens - self.num_issued
-
-    @property
-    def wants_more(self) -> bool:
-        return self.num_wanted > 0
-
-
-def _abandon(strategy: Strategy, running: list[_Sequence]) -> None:
+def _abandon(strategy: Strategy, running: list[ActiveSequence]) -> None:
     """A runner is gone, and what it had not finished with it."""
     strategy.lock.release_tables([seq.table for seq in running])
-
-
-def _new_tokens(seq: _Sequence, count: int) -> np.ndarray:
-    """The newest `count` tokens that the table of a sequence has room for, guesses included."""
-    stop = seq.table.num_seen
-    return np.concatenate((seq.tokens, seq.proposal))[stop - count : stop]
 
 
 def _known(asked: Request | str | int) -> str:
@@ -847,7 +755,7 @@ def _known(asked: Request | str | int) -> str:
     return repr(asked) if not isinstance(asked, Request) else asked.digest()
 
 
-def _digest(decoding: list[_Sequence], prefilling: list[tuple[_Sequence, int]]) -> str:
+def _digest(decoding: list[ActiveSequence], prefilling: list[tuple[ActiveSequence, int]]) -> str:
     """What ranks compare of a step: whose turn it is, for how many tokens, behind which."""
     rows = [
         (seq.request.request_id, seq.sample_index, num_new, seq.table.num_seen, seq.output.token_ids[-1:], seq.proposal)
@@ -856,12 +764,12 @@ def _digest(decoding: list[_Sequence], prefilling: list[tuple[_Sequence, int]]) 
     return f"{len(rows)} rows, {sum(row[2] for row in rows)} tokens, {hash_of(rows)}"
 
 
-def _urgency(seq: _Sequence) -> int:
+def _urgency(seq: ActiveSequence) -> int:
     """The lower, the sooner it starts; the higher, the sooner it is preempted."""
     return -seq.request.priority
 
 
-def _last_rows(logits: Tensor, launched: Sequence[_Sequence], counts: Sequence[int]) -> Tensor:
+def _last_rows(logits: Tensor, launched: Sequence[ActiveSequence], counts: Sequence[int]) -> Tensor:
     """The logits to draw from: of each sequence that has computed all its tokens, the last row and those of guesses."""
     rows = []
     for seq, end in zip(launched, accumulate(counts), strict=True):
@@ -875,7 +783,7 @@ def _last_rows(logits: Tensor, launched: Sequence[_Sequence], counts: Sequence[i
 class _Draw(NamedTuple):
     """A token to draw: for which sample, from which row of the logits, as which of its tokens, into which seat."""
 
-    seq: _Sequence
+    seq: ActiveSequence
     sample_index: int
     row: int
     step: int
@@ -889,51 +797,3 @@ class _Draw(NamedTuple):
         seq, others = self.seq, self.sample_index - self.seq.sample_index
         processors = seq.other_processors[others - 1] if others else seq.processors
         return seq.request.shaping(self.step, processors, lambda: seq.tokens, vocab_size)
-
-
-@dataclass
-class _Step:
-    """A launched forward: which sequences drew a token, and where the tokens will be."""
-
-    sequences: list[_Sequence]
-    proposals: list[np.ndarray]  # what each of them was fed behind its newest token; it drew a token for each of these
-    is_awaited: bool  # tokens are the first of their requests, or the next step needs them on the host: read at once
-    scoring: list[_Sequence]  # whose prompts were scored
-    on_host: list[Tensor | Logprobs | None]  # tokens, log probabilities of those who asked, of each that was scored
-    ready: torch.cuda.Event | None
-
-    def tokens(self) -> list[int]:
-        if self.ready is not None:
-            self.ready.synchronize()
-        return [] if self.on_host[0] is None else self.on_host[0].tolist()
-
-    def logprobs(self) -> Iterator[dict[int, float] | None]:
-        """Of each token, None where they are not asked for."""
-        rows = count()
-        for seq, proposal in zip(self.sequences, self.proposals, strict=True):
-            k = seq.request.logprobs
-            for _ in range(1 + len(proposal)):
-                yield None if k is None else self.on_host[1].row(next(rows), k)
-
-    def scored(self) -> Iterator[tuple[_Sequence, list[dict[int, float]]]]:
-        for seq, part in zip(self.scoring, self.on_host[2:], strict=True):
-            yield seq, [part.row(row, seq.request.prompt_logprobs) for row in range(len(part.ids))]
-
-
-def _start_copy(
-    parts: list[Tensor | Logprobs | None], device: torch.device
-) -> tuple[list[Tensor | Logprobs | None], torch.cuda.Event | None]:
-    """Bring them to the host, without waiting; and what to wait for."""
-    if device.type != "cuda":
-        return parts, None
-    on_host = [Logprobs(*map(_to_host, part)) if isinstance(part, Logprobs) else _to_host(part) for part in parts]
-    ready = torch.cuda.Event()
-    ready.record()
-    return on_host, ready
-
-
-def _to_host(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None:
-        return None
-    on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return on_host.copy_(tensor, non_blocking=True)

@@ -105,7 +105,7 @@ def replaying_runner(model, strategy, monkeypatch, **options) -> Runner:
     monkeypatch.setattr(graphs, "_warm_up", lambda work, stream: work())
     monkeypatch.setattr(graphs, "_record", record)
     monkeypatch.setattr(Plan, "once", lambda plan, name, make: make())  # a graph computes it again
-    monkeypatch.setattr(runner_module, "_start_copy", copy)
+    monkeypatch.setattr(runner_module, "start_copy", copy)
     runner = Runner(model, strategy, **options)
     runner._graphs, runner._verifying = runner._capture(), runner._capture(all_logits=True)
     runner._lookahead = True
