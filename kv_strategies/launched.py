@@ -21,9 +21,15 @@ class LaunchedStep:
     sequences: list[ActiveSequence]
     proposals: list[np.ndarray]  # what each of them was fed behind its newest token; it drew a token for each of these
     is_awaited: bool  # tokens are the first of their requests, or the next step needs them on the host: read at once
+    has_first: bool  # a first token of a request is among them, perhaps beside others
     scoring: list[ActiveSequence]  # whose prompts were scored
     on_host: list[Tensor | Logprobs | None]  # tokens, log probabilities of those who asked, of each that was scored
     ready: torch.cuda.Event | None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nobody has to wait for its tokens any more."""
+        return self.ready is None or self.ready.query()
 
     def tokens(self) -> list[int]:
         if self.ready is not None:

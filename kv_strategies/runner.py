@@ -7,8 +7,8 @@
 Every step packs one token of each decoding sequence and as much of the prompts as fits, the last perhaps in part, into
 a single forward [1, T], without padding. On a GPU the next step is scheduled and launched before the tokens of this one
 are read back: its inputs are taken from the device, and only stop tokens are noticed a step late. Only a first token is
-read at once, unless others decode beside it. A step that only decodes, or only computes the few tokens behind a prefix
-hit, replays a CUDA graph.
+read at once; where others decode beside it, nobody waits for it, but it is told before the next launch if it is there.
+A step that only decodes, or only computes the few tokens behind a prefix hit, replays a CUDA graph.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ class Runner:
             return
         unfinished = list(self._unfinished()) if late else []
         self._end([unfinished[place] for place in late], "deadline")
-        if any(step.is_awaited for step in self._in_flight):
+        if any(map(self._is_due, self._in_flight)):
             self._collect()
             return
         try:
@@ -287,6 +287,12 @@ class Runner:
                 f"give some back{self.strategy.holders(self)}; it stays queued. {self.strategy.stats()}"
             )
         self._collect(leave=1 if is_launched and self._lookahead else 0)
+
+    def _is_due(self, step: LaunchedStep) -> bool:
+        """Whether its tokens are told before another step is launched. Of several ranks each would find another moment
+        at which a step is done.
+        """
+        return step.is_awaited or (step.has_first and self._ranks.size == 1 and step.is_done)
 
     def _recover(self) -> None:
         """After a step that failed: the newest tokens are once more those that the host knows, and rows whose keys
@@ -490,13 +496,15 @@ class Runner:
             self._running[at:at] = others
             sequences += others
             proposals += [NO_TOKENS] * len(others)
+        has_first = any(not seq.num_issued for seq in sequences)
         for seq in sequences:
             seq.num_issued += 1
         for seq, part in scored:
             seq.num_scored += len(part.ids)
         is_awaited = (bool(sequences) and not decoding) or self._speculate is not None
         is_awaited |= any(seq.processors for seq in sequences)
-        self._in_flight.append(LaunchedStep(sequences, proposals, is_awaited, [seq for seq, _ in scored], *copied))
+        scoring = [seq for seq, _ in scored]
+        self._in_flight.append(LaunchedStep(sequences, proposals, is_awaited, has_first, scoring, *copied))
         for seq, _ in prefilling:
             if not len(seq.proposal):
                 self.strategy.sharing.publish(seq.tokens, seq.table, seq.request.salt)
