@@ -571,7 +571,9 @@ class Runner:
         if self._graphs is None or self.strategy.seen.is_hooked:
             return None
         if not prefilling:
-            return self._graphs.decode([table.row(1) for table, _ in rows], [seq.seat for seq in decoding])
+            is_urgent = any(not seq.output.token_ids for seq in self._unfinished())
+            seats = [seq.seat for seq in decoding]
+            return self._graphs.decode([table.row(1) for table, _ in rows], seats, is_urgent=is_urgent)
         seq, num_tokens = prefilling[0]
         if len(rows) > 1 or (counts != [1] and not len(seq.proposal)):
             return None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from common import baseline_tokens, tiny_llama
+from test_runner import replaying_runner
 
 from kv_strategies import Request, Runner, build
 from kv_strategies import runner as runner_module
+from kv_strategies.step import graphs
 
 MODEL = tiny_llama(num_layers=1)
 
@@ -80,3 +81,30 @@ def test_a_first_token_is_told_when_it_is_there(is_host_slow, monkeypatch):
     while runner.num_running:
         step()
     assert [tokens[i] for i in range(2)] == baseline_tokens(MODEL, requests)
+
+
+@pytest.mark.parametrize("patience", [2, 1000])
+def test_nobody_waits_for_a_capture_to_be_told_a_first_token(patience, monkeypatch, device):
+    """Steps that decode meanwhile run without a graph; where they become many, because a request waits for the seat of
+    another, they are captured after all.
+    """
+    model = tiny_llama(num_layers=1).to(device)
+    monkeypatch.setattr(graphs, "_MOST_POSTPONED", patience)
+    requests = [Request([7, i], max_new_tokens=new, request_id=i) for i, new in enumerate((12, 6, 9))]
+    strategy = build("paged", model, num_blocks=40)
+    runner = replaying_runner(model, strategy, monkeypatch, max_num_seqs=2)
+    eager = []
+    monkeypatch.setattr(
+        runner, "_forward", lambda *step, forward=runner._forward: eager.append(len(step[2])) or forward(*step)
+    )
+    tokens, is_captured = {i: [] for i in range(3)}, []
+    runner.submit(requests)
+    while runner.num_running or runner.num_waiting:
+        is_awaited, before = not all(tokens.values()), len(runner._graphs._graphs)
+        for event in runner.step():
+            tokens[event.request_id].append(event.token_id)
+        if len(runner._graphs._graphs) > before:
+            is_captured.append(is_awaited)
+    assert list(tokens.values()) == baseline_tokens(model, requests)
+    assert is_captured == [patience == 2, False], "steps of two rows, then of one"
+    assert eager.count(2) == 2 if patience == 2 else eager.count(2) > 2

@@ -17,6 +17,7 @@ is around it to itself.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +37,9 @@ from .upstream import takes_cache
 #: New tokens of the prefills that are for graphs, at most each. More of them take a GPU longer than launching them.
 PREFILL_SIZES = (16, 32, 64, 128, 256)
 _SMALLEST_BUCKET = 1024  # tokens
+#: Steps of a kind that run without a graph, at most, lest somebody's first token waits for its capture: by then they
+#: have cost as much (an estimate: 20 ms each against 0.3 s).
+_MOST_POSTPONED = 16
 
 
 @dataclass
@@ -73,12 +77,18 @@ class StepGraphs:
         self._met: set[tuple[int, int, int]] = set()
         self._buffers: dict[tuple[int, int, int], PlanBuffer] = {}  # the graphs read their memory
         self._graphs: dict[tuple[int, int, int, int], _Graph | None] = {}  # None where there is no memory for one
+        self._postponed: Counter[tuple[int, int, int, int]] = Counter()  # steps of kinds that are not captured yet
         self._memory = torch.cuda.graph_pool_handle()
         self._stream = _stream(last_token.device)
         self._addresses = strategy.addresses
 
-    def decode(self, rows: Sequence[Row], seats: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    def decode(
+        self, rows: Sequence[Row], seats: Sequence[int], *, is_urgent: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
         """One step over rows of one query each. The likeliest tokens are the newest of their seats when it has run.
+
+        Args:
+            is_urgent: somebody waits for a first token, and would wait for a capture: a later step is captured.
 
         Returns:
             logits [B, V] and the likeliest tokens [B], both valid until the next step. None where there is no graph.
@@ -86,7 +96,7 @@ class StepGraphs:
         num_rows = next(size for size in self._sizes if size >= len(rows))
         shape = num_rows, num_rows, _bucket(max(row.num_tokens for row in rows))
         padding = [len(self._last_token) - 1] * (num_rows - len(rows))
-        found = self._run(shape, rows, {"seats": [*seats, *padding]})
+        found = self._run(shape, rows, {"seats": [*seats, *padding]}, is_urgent)
         return found and (found[0][: len(rows)], found[1][: len(rows)])
 
     def prefill(self, row: Row, seat: int, token_ids: np.ndarray) -> tuple[Tensor, Tensor] | None:
@@ -108,7 +118,9 @@ class StepGraphs:
         found = self._run(shape, [row], {"seats": [seat], "input_ids": token_ids, "last": last})
         return found and (found[0][: len(last)], found[1][: len(last)])
 
-    def _run(self, shape: tuple[int, int, int], rows, inputs: dict[str, Sequence[int]]) -> tuple[Tensor, Tensor] | None:
+    def _run(
+        self, shape: tuple[int, int, int], rows, inputs: dict[str, Sequence[int]], is_urgent: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
         """A step of at most so many rows, tokens, and tokens of a row's context."""
         num_rows, num_tokens, bucket = shape
         if self._addresses != self._strategy.addresses:  # what a graph reads lies elsewhere, or other code runs
@@ -124,6 +136,9 @@ class StepGraphs:
         bounds = _bounds(buffer.fill(rows, inputs), bucket)
         kind = num_rows, num_tokens, *bounds
         if kind not in self._graphs:
+            if is_urgent and self._postponed[kind] < _MOST_POSTPONED:
+                self._postponed[kind] += 1
+                return None
             padding = {name: [0] for name in inputs} | {"seats": [len(self._last_token) - 1]}
             plan = _bounded(buffer.fill([], padding), *bounds)
             self._graphs[kind] = _captured(lambda: self._capture(buffer, plan), num_rows, self._strategy.ranks)
