@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .sequences import ActiveSequence
+from .step.budget import Work
 from .step.scores import Logprobs
 
 
@@ -21,6 +22,7 @@ class LaunchedStep:
     sequences: list[ActiveSequence]
     proposals: list[np.ndarray]  # what each of them was fed behind its newest token; it drew a token for each of these
     is_awaited: bool  # tokens are the first of their requests, or the next step needs them on the host: read at once
+    work: Work  # what it was to do, for who learns what that takes
     has_first: bool  # a first token of a request is among them, perhaps beside others
     scoring: list[ActiveSequence]  # whose prompts were scored
     on_host: list[Tensor | Logprobs | None]  # tokens, log probabilities of those who asked, of each that was scored

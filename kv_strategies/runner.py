@@ -36,6 +36,7 @@ from .models.load import load_tokenizer
 from .paged import BlockTable, OutOfBlocks
 from .sequences import NO_TOKENS, ActiveSequence
 from .speculative import Proposer, Row
+from .step.budget import TokenBudget, Work
 from .step.forward import AttendingCache, forward
 from .step.graphs import StepGraphs
 from .step.interrupts import uninterrupted
@@ -56,6 +57,9 @@ class Runner:
     Args:
         max_num_seqs: sequences in a step, samples counted.
         max_batch_tokens: tokens in a forward; longer prompts are prefilled in chunks.
+        target_itl: seconds from one token of a row to its next. While rows decode, prompts get as many tokens of a
+            forward as recent ones say it has time for (`step/budget.py`), and at least a sixteenth of
+            `max_batch_tokens`. None for all that there is room for.
         cuda_graphs: replay decode steps and short prefills as CUDA graphs; None for yes where the strategy allows it.
         tokenizer: for requests with stop strings; unless given the one in the model's folder.
         speculate: who guesses the next tokens of a row, for several a step (`speculative.py`); rows with logits
@@ -72,6 +76,7 @@ class Runner:
         *,
         max_num_seqs: int = 64,
         max_batch_tokens: int = 2048,
+        target_itl: float | None = None,
         cuda_graphs: bool | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         speculate: Proposer | None = None,
@@ -89,6 +94,7 @@ class Runner:
         self.max_batch_tokens = max_batch_tokens
         self.device = model.device
         self.num_preemptions = 0
+        self._budget = TokenBudget(target_itl, least=-(-max_batch_tokens // 16))
         self._tokenizer = tokenizer
         self._speculate = speculate
         self.num_proposed = self.num_accepted = 0  # guessed tokens, and those that were right
@@ -104,7 +110,11 @@ class Runner:
         if isinstance(strategy, Baseline):
             if speculate is not None:
                 raise ValueError("the baseline decodes one token after the other: speculate with a strategy")
+            if target_itl is not None:
+                raise ValueError("the baseline runs one request after the other: target_itl is for a strategy")
             return
+        if target_itl is not None and self._ranks.size > 1:
+            raise ValueError("target_itl goes by the clock of this process, and ranks have to decide alike")
         on_gpu = self.device.type == "cuda"
         self._lookahead = on_gpu  # launch a step before reading the last one; on a CPU a launch is the work itself
         weakref.finalize(self, _abandon, strategy, self._running)
@@ -389,6 +399,8 @@ class Runner:
         prefilling = [(seq, 1 + len(seq.proposal)) for seq in decoding if len(seq.proposal)]
         decoding = [seq for seq in decoding if not len(seq.proposal)]
         budget = self.max_batch_tokens - len(decoding) - sum(num_tokens for _, num_tokens in prefilling)
+        if decoding or prefilling:
+            budget = self._budget.within(budget)
         while budget > 0:
             seq = self._in_prompt() or self._admit()
             if seq is None:
@@ -477,6 +489,9 @@ class Runner:
         """Whether there was something to launch."""
         if not decoding and not prefilling:
             return False
+        guessing = [n for seq, n in prefilling if len(seq.proposal)]
+        num_tokens = sum(n for _, n in prefilling) - sum(guessing)
+        work = Work(len(decoding) + len(guessing), num_tokens, time.perf_counter())
         rows = [(seq.table, 1) for seq in decoding] + [(seq.table, n) for seq, n in prefilling]
         launched = [*decoding, *(seq for seq, _ in prefilling)]
         sequences = [seq for seq in launched if seq.is_decoding]  # those that have computed all their tokens
@@ -504,7 +519,7 @@ class Runner:
         is_awaited = (bool(sequences) and not decoding) or self._speculate is not None
         is_awaited |= any(seq.processors for seq in sequences)
         scoring = [seq for seq, _ in scored]
-        self._in_flight.append(LaunchedStep(sequences, proposals, is_awaited, has_first, scoring, *copied))
+        self._in_flight.append(LaunchedStep(sequences, proposals, is_awaited, work, has_first, scoring, *copied))
         for seq, _ in prefilling:
             if not len(seq.proposal):
                 self.strategy.sharing.publish(seq.tokens, seq.table, seq.request.salt)
@@ -631,6 +646,7 @@ class Runner:
 
     def _receive(self, step: LaunchedStep, tokens: list[int]) -> None:
         now = time.perf_counter()
+        self._budget.learn(step.work, now)
         ended = []
         for seq, entries in step.scored():
             seq.output.prompt_logprobs += entries

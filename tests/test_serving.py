@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from types import SimpleNamespace
+
 import pytest
-from common import baseline_tokens, tiny_llama
+from common import VOCAB, baseline_tokens, tiny_llama
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_runner import replaying_runner
 
 from kv_strategies import Request, Runner, build
@@ -18,7 +23,7 @@ class Device:
     that goes on only where the host waits.
     """
 
-    def __init__(self, runner: Runner, monkeypatch: pytest.MonkeyPatch, seconds):
+    def __init__(self, runner: Runner, monkeypatch: pytest.MonkeyPatch, seconds, *, is_ahead: bool = True):
         self.now = self.end = 0.0
         self.steps: list[tuple[int, int, float]] = []  # rows that decode, tokens of prompts, seconds
         launch = runner._launch
@@ -30,8 +35,7 @@ class Device:
                 self.end = max(self.end, self.now) + self.steps[-1][-1]
             return launch(decoding, prefilling)
 
-        monkeypatch.setattr(runner, "_lookahead", True)
-        monkeypatch.setattr(runner, "_launch", launch_later)
+        runner._lookahead, runner._launch = is_ahead, launch_later
         monkeypatch.setattr(runner_module, "time", self)
         monkeypatch.setattr(runner_module, "start_copy", lambda parts, device: (parts, Ready(self, self.end)))
 
@@ -108,3 +112,65 @@ def test_nobody_waits_for_a_capture_to_be_told_a_first_token(patience, monkeypat
     assert list(tokens.values()) == baseline_tokens(model, requests)
     assert is_captured == [patience == 2, False], "steps of two rows, then of one"
     assert eager.count(2) == 2 if patience == 2 else eager.count(2) > 2
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 10_000),
+    decode=st.floats(1e-3, 0.1),
+    per_token=st.floats(1e-5, 1e-2),
+    tokens_in_target=st.floats(-5, 120),
+    is_ahead=st.booleans(),
+)
+def test_prompts_leave_decoding_rows_their_target(seed, decode, per_token, tokens_in_target, is_ahead):
+    """Once it is known what steps cost. Steps in which nobody decodes are whole, and what is least comes through."""
+    rng = random.Random(seed)
+    target = max(1e-4, decode + tokens_in_target * per_token)
+    lengths = [(3, 40), *((rng.randint(1, 250), rng.randint(1, 12)) for _ in range(4))]
+    requests = [
+        Request([rng.randrange(VOCAB) for _ in range(prompt)], max_new_tokens=new, request_id=i)
+        for i, (prompt, new) in enumerate(lengths)
+    ]
+    runner = Runner(
+        MODEL, build("paged", MODEL, num_blocks=100), max_num_seqs=4, max_batch_tokens=96, target_itl=target
+    )
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        device = Device(
+            runner, monkeypatch, lambda rows, tokens: decode * bool(rows) + tokens * per_token, is_ahead=is_ahead
+        )
+        pending, tokens = requests[1:], {}
+        runner.submit(requests[:1])
+        while pending or runner.num_running or runner.num_waiting:
+            if pending and len(device.steps) > 5 and rng.random() < 0.3:  # what decoding takes is known
+                runner.submit([pending.pop()])
+            for event in runner.step():
+                tokens.setdefault(event.request_id, []).append(event.token_id)
+    assert [tokens[i] for i in range(len(requests))] == baseline_tokens(MODEL, requests)
+    beside = [(num_tokens, seconds) for rows, num_tokens, seconds in device.steps if rows and num_tokens]
+    assert all(num_tokens <= 6 or seconds <= target * (1 + 1e-6) for num_tokens, seconds in beside)
+
+
+def test_the_budget_is_used(monkeypatch):
+    """A prompt beside a row that decodes: after a few steps each chunk is what the target leaves room for."""
+    runner = Runner(MODEL, build("paged", MODEL, num_blocks=100), max_batch_tokens=256, target_itl=0.030)
+    device = Device(runner, monkeypatch, lambda rows, tokens: 0.010 * rows + 0.0004 * tokens)
+    runner.submit([Request([1], max_new_tokens=40)])
+    while len(device.steps) < 4:
+        runner.step()
+    runner.submit([Request([2] * 400, max_new_tokens=1, request_id="long")])
+    while runner.num_running or runner.num_waiting:
+        runner.step()
+    chunks = [num_tokens for rows, num_tokens, _ in device.steps if rows and num_tokens]
+    assert set(chunks[:-1]) == {16, 32, 50} and chunks[:-1] == sorted(chunks[:-1]) and chunks.count(50) > 5
+
+
+def test_targets_that_cannot_be_followed_are_refused(monkeypatch):
+    strategy = build("paged", MODEL, num_blocks=8)
+    for target in (0, -1.0, float("inf"), float("nan"), "fast", True):
+        with pytest.raises(ValueError, match="target_itl"):
+            Runner(MODEL, strategy, target_itl=target)
+    with pytest.raises(ValueError, match="target_itl is for a strategy"):
+        Runner(MODEL, build("baseline", MODEL), target_itl=0.1)
+    monkeypatch.setattr(runner_module, "ranks_of", lambda model: SimpleNamespace(size=2))
+    with pytest.raises(ValueError, match="ranks have to decide alike"):
+        Runner(MODEL, strategy, target_itl=0.1)
