@@ -71,6 +71,11 @@ class Compaction:
         for table, num_tokens in asked:
             table.ring.extend(table.num_seen, num_tokens)
 
+    def expect(self, num_rows: int) -> None:
+        """Set rings aside for so many rows: where they come to lie elsewhere later, captured steps are lost."""
+        if self._selection.num_queries:
+            self.rings.take(num_rows)  # and give them back
+
     def _is_asked(self, table: BlockTable) -> bool:
         """Whether the next queries of this row are asked for."""
         return table.cap is None or (self._selection.every is not None and table.cap != _NEVER)

@@ -37,6 +37,7 @@ from .paged import BlockTable, OutOfBlocks
 from .sequences import NO_TOKENS, ActiveSequence
 from .speculative import Proposer, Row
 from .step.budget import TokenBudget, Work
+from .step.checked import checked
 from .step.forward import AttendingCache, forward
 from .step.graphs import StepGraphs
 from .step.interrupts import uninterrupted
@@ -45,9 +46,11 @@ from .step.ranks import ranks_of
 from .step.requests import Event, Output, Request, Result, hash_of
 from .step.sampling import SamplingParams, sample, to_device, warp
 from .step.scores import Logprobs, Shaping, logprobs, shape
+from .step.warm_up import captures, forwards
 from .strategy import Reservation, Strategy
 
 _RUNNERS = count()
+_WARM_CONTEXT = 8192  # tokens
 _SCORED_TOKENS = 256  # of a prompt at once, where it wants log probabilities: they take rows of the vocabulary's size
 
 
@@ -64,6 +67,7 @@ class Runner:
         tokenizer: for requests with stop strings; unless given the one in the model's folder.
         speculate: who guesses the next tokens of a row, for several a step (`speculative.py`); rows with logits
             processors, which must see one token after the other, do without.
+        warm_up: see the method of that name.
 
     As `generate()` does, a request stops at the end-of-sequence tokens of `model.generation_config` unless its
     `stop_token_ids` say otherwise; `stop_token_ids=()` never stops.
@@ -80,6 +84,7 @@ class Runner:
         cuda_graphs: bool | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         speculate: Proposer | None = None,
+        warm_up: bool = False,
     ):
         if strategy.model is not model:
             raise ValueError("the strategy was built for another model")
@@ -123,7 +128,7 @@ class Runner:
         self._free_seats = list(range(max_num_seqs))
         # The newest token of each sequence, by seat; one more seat for the padding rows of a graph.
         self._last_token = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
-        self._graphs = None
+        self._graphs = self._verifying = None
         can_capture = on_gpu and strategy.capturable and len(set(strategy.shape.layer_devices)) == 1
         if cuda_graphs and not can_capture:
             raise ValueError(
@@ -133,12 +138,49 @@ class Runner:
         if can_capture if cuda_graphs is None else cuda_graphs:
             self._graphs = self._capture()
             self._verifying = None if speculate is None else self._capture(all_logits=True)
+        if checked("warm_up", warm_up, bool):
+            self.warm_up()
 
     def _capture(self, **options: bool) -> StepGraphs:
         prefills = self.strategy.placement.prefill_capturable
         return StepGraphs(
             self.strategy, self.strategy.block_size, self._last_token, self.max_num_seqs, prefills=prefills, **options
         )
+
+    def warm_up(
+        self, max_context: int | None = None, progress: Callable[[int, int, str], object] = lambda *_: None
+    ) -> None:
+        """Run the steps that will occur, so that no request waits for a kernel to be compiled or a CUDA graph to be
+        captured (`step/warm_up.py`). Nothing that is cached changes, and a second call finds the graphs there.
+
+        Left out are steps whose rows share blocks, and forwards without a graph where `offload` streams or times them.
+
+        Args:
+            max_context: tokens of the longest rows, as far as model and pool have room for them; 8192 unless told.
+            progress: called after each step with how many are done, how many there are, and which it was.
+
+        Raises:
+            ValueError: max_context is not a number of tokens.
+            torch.OutOfMemoryError: there is no memory for a forward. (For a graph, a warning: see `StepGraphs`.)
+        """
+        max_context = checked("max_context", _WARM_CONTEXT if max_context is None else max_context, int)
+        if max_context < 1:
+            raise ValueError(f"max_context must be at least 1 token, got {max_context}")
+        if isinstance(self.strategy, Baseline):
+            return
+        strategy, max_context = self.strategy, max(1, min(max_context, self.max_context))
+        steps = list(captures(filter(None, (self._graphs, self._verifying)), max_context))
+        if strategy.placement.prefill_capturable:
+            sizes = {"max_num_seqs": self.max_num_seqs, "max_batch_tokens": self.max_batch_tokens}
+            steps += forwards(strategy, strategy.pool.num_blocks, strategy.block_size, **sizes, max_context=max_context)
+        self._in_turn("expect", [], lambda: strategy.compaction.expect(self.max_num_seqs))
+        for number, (what, run) in enumerate(steps, start=1):
+            self._in_turn("warm up", [what], partial(self._together, run))
+            progress(number, len(steps), what)
+
+    def _together(self, run: Callable[[], object]) -> None:
+        with self._ranks.together():
+            run()
 
     # --- whole runs
 

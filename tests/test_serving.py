@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from types import SimpleNamespace
 
 import pytest
-from common import VOCAB, baseline_tokens, tiny_llama
+import torch
+from common import VOCAB, baseline_tokens, random_requests, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_runner import replaying_runner
 
-from kv_strategies import Request, Runner, build
+from kv_strategies import STRATEGIES, Request, Runner, build
 from kv_strategies import runner as runner_module
 from kv_strategies.step import graphs
 
@@ -164,13 +165,89 @@ def test_the_budget_is_used(monkeypatch):
     assert set(chunks[:-1]) == {16, 32, 50} and chunks[:-1] == sorted(chunks[:-1]) and chunks.count(50) > 5
 
 
-def test_targets_that_cannot_be_followed_are_refused(monkeypatch):
+def test_targets_that_cannot_be_followed_are_refused():
     strategy = build("paged", MODEL, num_blocks=8)
     for target in (0, -1.0, float("inf"), float("nan"), "fast", True):
         with pytest.raises(ValueError, match="target_itl"):
             Runner(MODEL, strategy, target_itl=target)
     with pytest.raises(ValueError, match="target_itl is for a strategy"):
         Runner(MODEL, build("baseline", MODEL), target_itl=0.1)
-    monkeypatch.setattr(runner_module, "ranks_of", lambda model: SimpleNamespace(size=2))
-    with pytest.raises(ValueError, match="ranks have to decide alike"):
-        Runner(MODEL, strategy, target_itl=0.1)
+
+
+def state(runner: Runner) -> dict[str, object]:
+    """What a warm-up must leave as it was; memory that is set aside for scores it may add to."""
+    strategy = runner.strategy
+    strategy.check_integrity()
+    planes = [plane for planes in strategy.placement.planes() for plane in planes.values()]
+    return {
+        "stored": [plane.contiguous().view(torch.uint8).tolist() for plane in planes],
+        "stats": {name: value for name, value in strategy.stats().items() if name != "scoring_bytes"},
+        "free blocks, in their order": list(strategy.pool._free),
+        "seats": list(runner._free_seats),
+        "last tokens": runner._last_token[:-1].tolist(),
+        "sequences": (runner.num_running, runner.num_waiting),
+    }
+
+
+@pytest.mark.parametrize("name", [*STRATEGIES, "prefix+window+int8"])
+def test_a_warm_up_changes_nothing(name):
+    """Before requests and in the middle of them, without graphs."""
+    if name == "baseline":
+        return Runner(MODEL, build(name, MODEL), warm_up=True).warm_up(7)
+    options = {"window": 24, "sinks": 2} if "window" in name else {}
+    tokens = []
+    for is_warm in (False, True):
+        strategy = build(name, MODEL, num_blocks=8, **options)
+        runner = Runner(MODEL, strategy, max_num_seqs=3, max_batch_tokens=30, warm_up=is_warm)
+        runner.submit(random_requests(random.Random(3), 6))
+        found, told = {}, []
+        for number in itertools.count():
+            if not (runner.num_running or runner.num_waiting):
+                break
+            for event in runner.step():
+                found.setdefault((event.request_id, event.sample_index), []).append(event.token_id)
+            if is_warm and number in (1, 2, 5):
+                before = state(runner)
+                told.clear()
+                runner.warm_up(100, lambda *said, told=told: told.append(said))
+                assert state(runner) == before
+                assert [said[:2] for said in told] == [(i + 1, len(told)) for i in range(len(told))]
+                assert bool(told) == strategy.placement.prefill_capturable
+        tokens.append(found)
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("name", ["prefix", "evict"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # it reads blocks in which nothing was stored
+def test_nothing_is_captured_after_a_warm_up(name, monkeypatch, device):
+    monkeypatch.setattr(graphs, "PREFILL_SIZES", (8,))
+    monkeypatch.setattr(graphs, "_SMALLEST_BUCKET", 32)
+    if device.type == "cpu":
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    model = tiny_llama(num_layers=1).to(device)
+    requests = [Request([i, *[2] * size], max_new_tokens=5) for i, size in enumerate((3, 7, 40, 3, 44))]
+    options = {"max_num_seqs": 3, "max_batch_tokens": 40}
+
+    def tokens(runner: Runner) -> list[list[int]]:
+        results = [result for request in requests for result in runner.generate([request])]
+        return [result.token_ids for result in [*results, *runner.generate(requests)]]
+
+    expected = tokens(Runner(model, build(name, model, num_blocks=40), cuda_graphs=False, **options))
+    runner = replaying_runner(model, build(name, model, num_blocks=40), monkeypatch, **options)
+    before = state(runner)
+    runner.warm_up(60)
+    assert state(runner) == before
+    captured = dict(runner._graphs._graphs)
+    assert {kind[1:] for kind in captured} == {(n, bucket, 0) for n in (1, 2, 3, 8) for bucket in (32, 64)}
+    runner.warm_up(60)
+    assert tokens(runner) == expected
+    assert runner._graphs._graphs == captured and None not in captured.values()
+
+
+def test_a_warm_up_is_of_some_tokens():
+    runner = Runner(MODEL, build("paged", MODEL, num_blocks=8))
+    for max_context in (0, -1, 2.5, "all"):
+        with pytest.raises(ValueError, match="max_context"):
+            runner.warm_up(max_context)
+    with pytest.raises(ValueError, match="warm_up takes true or false"):
+        Runner(MODEL, build("paged", MODEL, num_blocks=8), warm_up=4096)

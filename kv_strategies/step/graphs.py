@@ -118,6 +118,28 @@ class StepGraphs:
         found = self._run(shape, [row], {"seats": [seat], "input_ids": token_ids, "last": last})
         return found and (found[0][: len(last)], found[1][: len(last)])
 
+    def shapes(self, max_context: int) -> list[tuple[int, int, int]]:
+        """The steps that may occur where rows have so many tokens at most: rows, tokens, and tokens of a row's context.
+        Largest first: the graphs of all others find room in the memory that they share.
+        """
+        sizes = [] if self._all_logits else [(size, size) for size in self._sizes]
+        sizes += [(1, size) for size in PREFILL_SIZES if self._prefills]
+        longest = _bucket(max_context)
+        buckets = [longest >> i for i in range((longest // _SMALLEST_BUCKET).bit_length())]
+        return sorted(((*size, bucket) for size in sizes for bucket in buckets), key=lambda s: s[1:], reverse=True)
+
+    def warm_up(self, shape: tuple[int, int, int]) -> None:
+        """Capture a step of one of these shapes, whose rows share no blocks, unless that is done, and replay it over
+        padding. Not where hooks want to be called.
+        """
+        self._strategy.follow()
+        if self._strategy.seen.is_hooked:
+            return
+        num_rows, num_tokens, _ = shape
+        self._met.add(shape)
+        padding = {"seats": [len(self._last_token) - 1]}
+        self._run(shape, [], padding if num_tokens == num_rows else padding | {"input_ids": [0], "last": [0]})
+
     def _run(
         self, shape: tuple[int, int, int], rows, inputs: dict[str, Sequence[int]], is_urgent: bool = False
     ) -> tuple[Tensor, Tensor] | None:
