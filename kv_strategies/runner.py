@@ -627,15 +627,16 @@ class Runner:
         """Logits [R, V] as `_forward` gives them, and the likeliest tokens [R]; None where no graph is for the step."""
         if self._graphs is None or self.strategy.seen.is_hooked:
             return None
+        is_urgent = any(step.has_first for step in self._in_flight)
         if not prefilling:
-            is_urgent = any(not seq.output.token_ids for seq in self._unfinished())
             seats = [seq.seat for seq in decoding]
             return self._graphs.decode([table.row(1) for table, _ in rows], seats, is_urgent=is_urgent)
         seq, num_tokens = prefilling[0]
         if len(rows) > 1 or (counts != [1] and not len(seq.proposal)):
             return None
         graphs = self._verifying if len(seq.proposal) else self._graphs
-        return graphs.prefill(seq.table.row(num_tokens), seq.seat, seq.new_tokens(num_tokens))
+        new = seq.new_tokens(num_tokens)
+        return graphs.prefill(seq.table.row(num_tokens), seq.seat, new, is_urgent=is_urgent)
 
     def _forward(self, rows, counts, decoding, prefilling) -> Tensor:
         """Logits [R, V] of the last tokens of each row, so many as `counts` says."""

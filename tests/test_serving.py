@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,31 +89,36 @@ def test_a_first_token_is_told_when_it_is_there(is_host_slow, monkeypatch):
     assert [tokens[i] for i in range(2)] == baseline_tokens(MODEL, requests)
 
 
-@pytest.mark.parametrize("patience", [2, 1000])
-def test_nobody_waits_for_a_capture_to_be_told_a_first_token(patience, monkeypatch, device):
-    """Steps that decode meanwhile run without a graph; where they become many, because a request waits for the seat of
-    another, they are captured after all.
-    """
+def test_no_capture_stands_before_a_first_token(monkeypatch, device):
+    """The step that is launched behind it runs without a graph; those of its kind that come later are captured."""
     model = tiny_llama(num_layers=1).to(device)
-    monkeypatch.setattr(graphs, "_MOST_POSTPONED", patience)
-    requests = [Request([7, i], max_new_tokens=new, request_id=i) for i, new in enumerate((12, 6, 9))]
-    strategy = build("paged", model, num_blocks=40)
-    runner = replaying_runner(model, strategy, monkeypatch, max_num_seqs=2)
-    eager = []
-    monkeypatch.setattr(
-        runner, "_forward", lambda *step, forward=runner._forward: eager.append(len(step[2])) or forward(*step)
-    )
-    tokens, is_captured = {i: [] for i in range(3)}, []
-    runner.submit(requests)
-    while runner.num_running or runner.num_waiting:
-        is_awaited, before = not all(tokens.values()), len(runner._graphs._graphs)
-        for event in runner.step():
-            tokens[event.request_id].append(event.token_id)
-        if len(runner._graphs._graphs) > before:
-            is_captured.append(is_awaited)
-    assert list(tokens.values()) == baseline_tokens(model, requests)
-    assert is_captured == [patience == 2, False], "steps of two rows, then of one"
-    assert eager.count(2) == 2 if patience == 2 else eager.count(2) > 2
+    requests = [Request([7, i], max_new_tokens=30, request_id=i) for i in range(4)]
+    runner = replaying_runner(model, build("paged", model, num_blocks=40), monkeypatch, max_num_seqs=4)
+    late = SimpleNamespace(query=lambda: False, synchronize=lambda: None)
+    copy = runner_module.start_copy  # of tokens that the next replay writes over
+    monkeypatch.setattr(runner_module, "start_copy", lambda *parts: (copy(*parts)[0], late))
+    captured, eager = [], []
+
+    def capture(*arguments, captured_=graphs._captured):
+        captured.append(any(step.has_first for step in runner._in_flight))
+        return captured_(*arguments)
+
+    def forward(rows, counts, decoding, prefilling, forward_=runner._forward):
+        eager.append(not prefilling)
+        return forward_(rows, counts, decoding, prefilling)
+
+    monkeypatch.setattr(graphs, "_captured", capture)
+    monkeypatch.setattr(runner, "_forward", forward)
+    events = []
+    for count, request in enumerate(requests, start=1):  # one joins after the other: steps of 1, 2 and 4 rows
+        runner.submit([request])
+        while len(events) < 6 * count:
+            events += runner.step()
+    while runner.num_running:
+        events += runner.step()
+    tokens = [[event.token_id for event in events if event.request_id == i] for i in range(4)]
+    assert tokens == baseline_tokens(model, requests)
+    assert len(captured) == 3 and not any(captured) and sum(eager) >= 2
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

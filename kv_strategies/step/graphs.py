@@ -17,7 +17,6 @@ is around it to itself.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,9 +36,6 @@ from .upstream import takes_cache
 #: New tokens of the prefills that are for graphs, at most each. More of them take a GPU longer than launching them.
 PREFILL_SIZES = (16, 32, 64, 128, 256)
 _SMALLEST_BUCKET = 1024  # tokens
-#: Steps of a kind that run without a graph, at most, lest somebody's first token waits for its capture: by then they
-#: have cost as much (an estimate: 20 ms each against 0.3 s).
-_MOST_POSTPONED = 16
 
 
 @dataclass
@@ -77,7 +73,6 @@ class StepGraphs:
         self._met: set[tuple[int, int, int]] = set()
         self._buffers: dict[tuple[int, int, int], PlanBuffer] = {}  # the graphs read their memory
         self._graphs: dict[tuple[int, int, int, int], _Graph | None] = {}  # None where there is no memory for one
-        self._postponed: Counter[tuple[int, int, int, int]] = Counter()  # steps of kinds that are not captured yet
         self._memory = torch.cuda.graph_pool_handle()
         self._stream = _stream(last_token.device)
         self._addresses = strategy.addresses
@@ -88,7 +83,7 @@ class StepGraphs:
         """One step over rows of one query each. The likeliest tokens are the newest of their seats when it has run.
 
         Args:
-            is_urgent: somebody waits for a first token, and would wait for a capture: a later step is captured.
+            is_urgent: a first token is on its way, whose telling would wait for a capture: a later step is captured.
 
         Returns:
             logits [B, V] and the likeliest tokens [B], both valid until the next step. None where there is no graph.
@@ -99,7 +94,9 @@ class StepGraphs:
         found = self._run(shape, rows, {"seats": [*seats, *padding]}, is_urgent)
         return found and (found[0][: len(rows)], found[1][: len(rows)])
 
-    def prefill(self, row: Row, seat: int, token_ids: np.ndarray) -> tuple[Tensor, Tensor] | None:
+    def prefill(
+        self, row: Row, seat: int, token_ids: np.ndarray, *, is_urgent: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
         """One step over the last tokens of a prompt, the new ones of its row. Returns as `decode` does.
 
         None where no graph is for it: tokens are many, or it is the first step of its kind. That may also be the last,
@@ -115,7 +112,8 @@ class StepGraphs:
         last = [len(token_ids) - 1]
         if self._all_logits:
             seat, last = len(self._last_token) - 1, range(len(token_ids))
-        found = self._run(shape, [row], {"seats": [seat], "input_ids": token_ids, "last": last})
+        inputs = {"seats": [seat], "input_ids": token_ids, "last": last}
+        found = self._run(shape, [row], inputs, is_urgent)
         return found and (found[0][: len(last)], found[1][: len(last)])
 
     def shapes(self, max_context: int) -> list[tuple[int, int, int]]:
@@ -158,8 +156,7 @@ class StepGraphs:
         bounds = _bounds(buffer.fill(rows, inputs), bucket)
         kind = num_rows, num_tokens, *bounds
         if kind not in self._graphs:
-            if is_urgent and self._postponed[kind] < _MOST_POSTPONED:
-                self._postponed[kind] += 1
+            if is_urgent:
                 return None
             padding = {name: [0] for name in inputs} | {"seats": [len(self._last_token) - 1]}
             plan = _bounded(buffer.fill([], padding), *bounds)
