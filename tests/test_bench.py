@@ -201,14 +201,15 @@ def tiny(tmp_path_factory):
     return str(folder)
 
 
+EMPTY = f"{readmes.TABLE}\nold\n{readmes.END}\nuse it\n{readmes.FIGURES}\nold\n{readmes.END}\n"
+
+
 def test_the_readme_shows_the_largest_model_on_a_gpu():
     small = throughput("paged", 10.0, 1e9)
     large = throughput("paged", 4321.0, 2e9, about=GPU, model="llama-2-7b-random", dtype="bfloat16")
     large["result"]["parameter_bytes"] = 13_000_000_000
-    once = readmes.with_headline(
-        f"before\n{readmes.MARKS[0]}\nold\n{readmes.MARKS[1]}\nafter\n", [small, large], [small, large]
-    )
-    assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once
+    once = readmes.with_headline(f"before\n{EMPTY}after\n", [small, large], [small, large])
+    assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once and "\nuse it\n" in once
     assert "4321.0" in once and readmes.PICTURE in once and "10.0" not in once
     assert readmes.with_headline(once, [small, large], [small, large]) == once
     assert readmes.with_headline(once, [], []) == once
@@ -479,7 +480,7 @@ def test_the_readme_shows_the_gpu_that_ran_a_suite_last(card):
     large = throughput("paged", 4321.0, 2e9, about=GPU, model=MHA, dtype="bfloat16")
     older = [dict(one, time="2020-01-01T00:00:00+00:00", machine={**GPU, "gpu": "an older card"}) for one in card]
     for found in ([*card, large, *older], [*older, large, *card]):
-        readme = readmes.with_headline(f"{readmes.MARKS[0]}{readmes.MARKS[1]}", found, found)
+        readme = readmes.with_headline(EMPTY, found, found)
         assert "rows x tokens of context, on A card (" in readme and "an older card" not in readme
         assert "| decode step, 1 x 4096: share | at least 0.89 | 0.90 | reached | 10.00 ms |" in readme
         assert "| the same / `generate_batch` | at least 11.0x | 11.5x | reached |" in readme

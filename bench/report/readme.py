@@ -8,19 +8,21 @@ from bench.report.comparison import comparison
 from bench.suites.limit.table import headline
 
 PICTURE = "bench/results/report-desktop.png"  # `make picture` takes it
-MARKS = ("<!-- made by make report -->", "<!-- end -->")
+#: What stands between such a mark and the next `END`: the picture and the table of all strategies; the figures.
+TABLE, FIGURES = "<!-- table, made by make report -->", "<!-- figures, made by make report -->"
+END = "<!-- end -->"
 
 
 def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
-    """The README with its picture and table, between the two marks, made anew: from the largest model on a GPU among
-    the lines `compared`, else from what there is."""
+    """The README with what stands between its marks made anew: from the largest model on a GPU among the lines
+    `compared`, else from what there is."""
     throughput = [line for line in compared if line["workload"] == "throughput" and line["status"] == "ok"]
     if not throughput:
         return readme
     best = max(throughput, key=lambda line: ("gpu" in line["machine"], line["result"]["parameter_bytes"]))
     found = Found([line for line in compared if machine_of(line) == machine_of(best)])
     model, dtype = best["model"], best["dtype"]
-    text = [
+    table = [
         f"![The page of all results: comparison, step and first token of every strategy]({PICTURE})",
         f"{model} ({dtype}) on {machine_of(best)}. All tables, conditions and losses: "
         "[bench/results/comparison_table.md](bench/results/comparison_table.md); every figure: "
@@ -28,8 +30,9 @@ def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
         "`bench/results/report.html`, which needs no network.",
         comparison(found, model, dtype).split("\n\n", 1)[1],
     ]
+    figures = []
     if limit := _newest_on_a_gpu(lines, "limit", model):
-        text += [
+        figures += [
             f"Against the limits of the card: {model}, bfloat16, rows x tokens of context, on {machine_of(limit[-1])} "
             "(`make bench SUITE=limit`; the whole table, attention alone and query groups in it: "
             "[bench/results/limit_table.md](bench/results/limit_table.md); what is missed and why: "
@@ -37,15 +40,19 @@ def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
             headline(Found(limit), model),
         ]
     if measured := _newest_on_a_gpu(lines, "strategies", model):
-        text += [
+        figures += [
             f"What each strategy is for, on {machine_of(measured[-1])}, against the figure it was built to reach, both "
             "sides of a ratio in one process (`make bench SUITE=strategies`, "
             "[bench/results/strategies_table.md](bench/results/strategies_table.md)):",
             claims(Found(measured), model),
         ]
-    begin, rest = readme.split(MARKS[0])
-    _, end = rest.split(MARKS[1])
-    return "\n\n".join([begin + MARKS[0], *text, MARKS[1] + end])
+    return _between(_between(readme, TABLE, table), FIGURES, figures)
+
+
+def _between(readme: str, mark: str, text: list[str]) -> str:
+    begin, rest = readme.split(mark)
+    _, end = rest.split(END, 1)
+    return "\n\n".join([begin + mark, *text, END + end])
 
 
 def _newest_on_a_gpu(lines: list[dict], suite: str, model: str) -> list[dict]:
