@@ -1,16 +1,18 @@
 """Linear layers on a CPU: the library's products, asked for in the form in which they are fast.
 
-All products of a decode step of SmolLM2-135M in milliseconds (64 rows: without the head), on two cores with AVX2 and
-torch 2.13, whose float32 products are MKL's:
+The products of all layers of SmolLM2-135M in float32, in milliseconds, on two cores (Zen, AVX-512) whose memory gives
+50 GB/s, by torch 2.13 with MKL. Reading the weights takes 8.5 ms:
 
-    rows                     1     2     4     8    64
-    F.linear, float32       44    78    82    73   286    few rows are far from the bandwidth, 12 GB/s or more,
-    W x^T,    float32       39    36    41    54   198    to which the same product, transposed, comes near
-    F.linear, bfloat16      18    31    62   125  1050    a plain loop, where the CPU has no instructions for it
-    widened,  bfloat16      81    70    60    95   192
+    rows                    1     2     4     8    16    64   512
+    F.linear, MKL          25    43    38    39    48   108   550    far from the bandwidth, and from the cores' rate
+    W x^T, MKL             25    11    13    27    37    87   572    the same product, transposed
+    pieces of W, MKL      8.5                                        one batched product of a vector and 32 pieces
+    W x^T, oneDNN          17    17    18    18    19    39   272    in tiles of 16 rows, so 16 cost what 1 does
+    x W^T, oneDNN                16    17    19    22    45   249    the same without turning the result
 
-So few rows are computed as the transpose of W x^T, a single one among two. And where oneDNN has nothing for 16 bits,
-W is widened to float32 a tile at a time, which stays in the cache until it is multiplied.
+torch asks oneDNN for 16 bits alone, so float32 has to ask for itself. Where oneDNN has nothing for 16 bits either (two
+cores with AVX2: 64 rows in bfloat16 take 1050 ms, in float32 198 by MKL), W is widened to float32 a tile at a time,
+which stays in the cache until it is multiplied.
 """
 
 from __future__ import annotations
@@ -23,8 +25,12 @@ from torch import Tensor
 
 from .plain import Norm, Rotary, rms_norm, rotate
 
-#: Rows up to which W x^T is the faster form.
-FEW_ROWS = 64
+#: Pieces of W that one row is multiplied with: enough for any number of threads to have equally many.
+PIECES = 32
+#: Rows for which the library's own W x^T is faster than oneDNN's, whose tiles are for 16 of them.
+FEW_ROWS = range(2, 5)
+#: Rows up to which W x^T, with what it takes to turn it, is faster than x W^T.
+MAX_TURNED_ROWS = 64
 #: Fewer rows of 16 bits are faster in the library's loop than widened.
 MIN_WIDENED_ROWS = 6
 #: Numbers of a weight widened at a time: 4 MiB.
@@ -59,25 +65,27 @@ def linear(
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, K], weight [N, K] -> [T, N], float32 where it was computed in that."""
     if weight.dtype == torch.float32:
-        return multiply(x, weight, x.new_empty(len(x), len(weight)))
+        return multiply(x, weight)
     if len(x) < MIN_WIDENED_ROWS or is_native(weight.dtype):
         return F.linear(x, weight)
     x = x.float()
-    y = x.new_empty(len(x), len(weight))
-    step = max(1, TILE // weight.shape[1])
-    for tile, out in zip(weight.split(step), y.split(step, dim=1), strict=True):
-        multiply(x, tile.float(), out)
-    return y
+    tiles = weight.split(max(1, TILE // weight.shape[1]))
+    return torch.cat([multiply(x, tile.float()) for tile in tiles], dim=1)
 
 
-def multiply(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """The same in float32, into `out` [T, N], any stride between its rows."""
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """The same in float32."""
     num_rows = len(x)
-    if num_rows > FEW_ROWS:
-        return torch.mm(x, weight.mT, out=out)
-    if num_rows == 1:  # else it would be the library's product with a vector
-        x = x.expand(2, -1).contiguous()
-    return out.copy_(torch.mm(weight, x.mT).mT[:num_rows])
+    if num_rows == 1 and len(weight) % PIECES == 0:
+        pieces = weight.unflatten(0, (PIECES, -1))
+        return torch.bmm(pieces, x.mT.expand(PIECES, -1, -1)).view(1, -1)
+    inner = F.linear if num_rows in FEW_ROWS or not torch.backends.mkldnn.is_available() else onednn_linear
+    return inner(x, weight) if num_rows > MAX_TURNED_ROWS else inner(weight, x).mT.contiguous()
+
+
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear` by oneDNN, whatever this build of torch would take."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 @cache

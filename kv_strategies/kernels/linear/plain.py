@@ -48,9 +48,7 @@ def reference(
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     """[T, K] -> [T, K]"""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
-    return (wide * norm.weight).to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
 
 
 def rotate(y: Tensor, rotary: Rotary) -> None:
