@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...step.plan import LayerStore, Plan
+from ...step.plan import NULL_SLOT, LayerStore, Plan
 from .. import reference
 from ..linear import Rotary, rotate_heads
 from .turned import turned
@@ -93,7 +93,8 @@ def store_kv(
     if rotary is not None:
         rotate_heads(query, rotary)
         rotate_heads(key, rotary)
-    is_one = len(slot_mapping) == 1 and slot_mapping[0] >= 0
+    slot = slot_mapping.item() if len(slot_mapping) == 1 else NULL_SLOT
+    is_one = slot != NULL_SLOT
     if not is_one and (not len(slot_mapping) or slot_mapping.min() < 0 or not all(map(is_flat, (layer.k, layer.v)))):
         return reference.store_kv(key, value, layer, slot_mapping)
     written = [(layer.k, key), (layer.v, value)]
@@ -102,7 +103,7 @@ def store_kv(
         written = list(zip(layer, (*codes, *scales), strict=True))
     for store, states in written:
         if is_one:  # a third of the time of what is below
-            block, offset = divmod(int(slot_mapping), layer.block_size)
+            block, offset = divmod(slot, layer.block_size)
             store[block, :, offset].copy_(states[0])
             continue
         if store.dtype.itemsize == 1:
