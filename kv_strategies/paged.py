@@ -80,8 +80,14 @@ class BlockPool:
         if count > len(free):
             raise OutOfBlocks(f"{count} more blocks are needed, {len(free)} of {self.num_blocks} are free")
         block = after
-        for _ in range(count):
-            block = block + 1 if block != NULL_BLOCK and block + 1 in free else next(iter(free))
+        for num_left in range(count, 0, -1):
+            if block != NULL_BLOCK and block + 1 in free:
+                block += 1
+            else:  # tables give back their last block first: start where the blocks before it are free as well
+                block = next(iter(free))
+                first = block - num_left + 1
+                while block > first and block - 1 in free:
+                    block -= 1
             del free[block]
             ref_counts[block] = 1
             blocks.append(block)

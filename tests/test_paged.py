@@ -112,6 +112,16 @@ def test_neighbours_are_preferred():
     assert b.blocks.tolist() == [2, 3, 4, 5]
 
 
+def test_what_one_table_gave_back_is_one_run_for_the_next():
+    pool = BlockPool(num_blocks=12, block_size=2)
+    for num_tokens in (15, 20, 11, 24):
+        table = BlockTable(pool)
+        table.append(num_tokens)
+        blocks = table.blocks.tolist()
+        assert blocks == list(range(blocks[0], blocks[0] + len(blocks)))
+        table.release()
+
+
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 16), (4, 0), (-1, 16)])
 def test_an_empty_pool_is_refused(num_blocks, block_size):
     with pytest.raises(ValueError, match="at least one block"):
