@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
+import os
 import pickle
 import random
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -485,6 +489,29 @@ def test_default_dtype_and_device_of_the_user(name):
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
+
+
+def test_defaults_of_the_user_from_before_the_package_was_imported():
+    """What modules make when they are imported is not of the user's default dtype or device either."""
+    script = """
+import torch
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("meta")
+from common import tiny_llama
+from kv_strategies import Request, Runner, build
+torch.set_default_device(None)
+torch.set_default_dtype(torch.float32)
+model = tiny_llama()
+for name in ("paged", "int8", "prefix+offload"):
+    runner = Runner(model, build(name, model, num_blocks=40))
+    print(runner.generate([Request(range(30), max_new_tokens=4)])[0].token_ids)
+"""
+    folder = os.path.dirname(__file__)
+    told = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
+    model = tiny_llama()
+    for line, name in zip(told.stdout.splitlines(), ("paged", "int8", "prefix+offload"), strict=True):
+        runner = Runner(model, build(name, model, num_blocks=40))
+        assert json.loads(line) == runner.generate([Request(range(30), max_new_tokens=4)])[0].token_ids
 
 
 def test_a_second_turn_may_hide_what_came_behind_an_early_end():

@@ -47,7 +47,7 @@ QUERY_TILE = 128
 #: memory for all scores.
 MAX_MULTIPLIED = 8
 #: What a product is added to where there is nothing to add.
-NOTHING = torch.zeros(1)
+NOTHING = torch.zeros(1, dtype=torch.float32, device="cpu")  # whatever the user's defaults are at import
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
