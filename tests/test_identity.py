@@ -261,6 +261,15 @@ def patched_class():
 
 
 @contextlib.contextmanager
+def patched_call():
+    LlamaMLP.__call__ = lambda self, x: 1.5 * nn.Module.__call__(self, x)
+    try:
+        yield
+    finally:
+        del LlamaMLP.__call__
+
+
+@contextlib.contextmanager
 def patched_linear():
     plain = nn.Linear.forward
     nn.Linear.forward = lambda self, x: 1.5 * plain(self, x)
@@ -280,7 +289,10 @@ def patched_function():
         modeling_llama.apply_rotary_pos_emb = plain
 
 
-@pytest.mark.parametrize("changed", [global_hook, global_pre_hook, patched_class, patched_linear, patched_function])
+EVERYWHERE = [global_hook, global_pre_hook, patched_class, patched_call, patched_linear, patched_function]
+
+
+@pytest.mark.parametrize("changed", EVERYWHERE)
 def test_what_is_done_to_all_modules_is_seen(changed):
     model = tiny_llama()
     strategy, oracle = build("prefix", model, num_blocks=64, block_size=4), build("baseline", model)
@@ -435,7 +447,7 @@ def test_no_file_takes_one_model_for_another(change, tmp_path):
         assert not strategy.sharing.held_blocks()
 
 
-@pytest.mark.parametrize("changed", [global_hook, global_pre_hook, patched_class, patched_linear, patched_function])
+@pytest.mark.parametrize("changed", EVERYWHERE)
 def test_no_file_is_of_what_is_done_to_all_modules(changed, tmp_path):
     strategy = build("prefix", tiny_llama(), num_blocks=64, block_size=4)
     served(Runner(strategy.model, strategy))

@@ -188,15 +188,20 @@ def is_upstream(cls: type) -> bool:
 
 
 def is_patched(cls: type) -> bool:
-    """Whether somebody has put another forward into a class than it was written with."""
-    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
-    forward = vars(owner)["forward"]
-    if owner is nn.Module:  # a container, which has none
-        return forward.__name__ != "_forward_unimplemented"
-    code, package = getattr(forward, "__code__", None), owner.__module__.partition(".")[0]
-    is_elsewhere = package in _HOMES and (code is None or not code.co_filename.startswith(tuple(_HOMES.values())))
-    written_as = getattr(forward, "__module__", None), getattr(forward, "__qualname__", None)
-    return is_elsewhere or written_as != (owner.__module__, f"{owner.__qualname__}.forward")
+    """Whether somebody has put another forward into a class than it was written with, or another way to call it."""
+    is_container = cls.forward is nn.Module.forward and cls.forward.__name__ == "_forward_unimplemented"
+    is_own = is_container or _is_as_written(cls, "forward")
+    return not (is_own and (cls.__call__ in _CALLS or _is_as_written(cls, "__call__")))
+
+
+def _is_as_written(cls: type, name: str) -> bool:
+    """Whether a method is called what it is called where it was written, and for torch and Transformers lies there."""
+    owner = next(base for base in cls.__mro__ if name in vars(base))
+    method = vars(owner)[name]
+    code, package = getattr(method, "__code__", None), owner.__module__.partition(".")[0]
+    is_at_home = package not in _HOMES or (code and code.co_filename.startswith(tuple(_HOMES.values())))
+    written_as = getattr(method, "__module__", None), getattr(method, "__qualname__", None)
+    return bool(is_at_home) and written_as == (owner.__module__, f"{owner.__qualname__}.{name}")
 
 
 def has_upstream_functions() -> bool:
