@@ -53,6 +53,8 @@ class TokenBudget:
 
     def learn(self, work: Work, read: float) -> None:
         """The tokens of a step were read; steps in the order of their launches."""
+        if self.target_itl is None:
+            return
         seconds = read - max(work.launched, self._last_read)
         self._last_read = read
         if work.num_tokens:
