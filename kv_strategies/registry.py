@@ -12,7 +12,6 @@ or, in a package of its own, an entry point of the group `kv_strategies` that na
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 import typing
 import warnings
@@ -31,6 +30,7 @@ from .baseline import Baseline
 from .evict import Evict
 from .generate import Generation
 from .kernels import FAST, INVARIANT, Kernels, reference_kernels
+from .models.room import free_bytes
 from .offload import Offload
 from .prefix import PrefixCache
 from .quantized import Fp8, Int4, Int8, Key8Value4
@@ -485,29 +485,26 @@ def _blocks_that_fit(model: LlamaForCausalLM, policies: Policies, site: Site, me
     share = memory_fraction or (0.8 if on_gpu else 0.25)
     ranks = ranks_of(model)
 
-    def free_bytes(device: torch.device) -> int:
-        return _free_bytes(device) // (ranks.num_beside if device.type == "cpu" else 1)
+    def usable_bytes(device: torch.device) -> int:
+        free = free_bytes(device)
+        if free is None:
+            raise ValueError(f"nothing here says how much {device} memory is free: give num_blocks")
+        beside = on_gpu and device.type == "cpu"
+        return int(free // (ranks.num_beside if device.type == "cpu" else 1) * (0.5 if beside else share))
 
     # Host memory beside a GPU: half of what is free, whatever share of the GPU is asked for.
-    fits = {
-        device: int(free_bytes(device) * (0.5 if on_gpu and device.type == "cpu" else share)) // size
-        for device, size in needed.items()
-    }
-    scarce = min(fits, key=fits.__getitem__)
-    num_blocks, size, free = fits[scarce], needed[scarce], free_bytes(scarce)
+    usable = {device: usable_bytes(device) for device in needed}
+    scarce = min(needed, key=lambda device: usable[device] // needed[device])
+    num_blocks = usable[scarce] // needed[scarce]
     if not on_gpu and memory_fraction is None:
         num_blocks = min(num_blocks, -(-16 * model.config.max_position_embeddings // block_size))
     num_blocks = min(ranks.all(num_blocks))
     if num_blocks < 1:
-        raise ValueError(f"one block of {block_size} tokens takes {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
+        raise ValueError(
+            f"one block of {block_size} tokens takes {needed[scarce]:,} bytes of {scarce} memory, and the pool may "
+            f"take {usable[scarce]:,}, its share of what is free: give a larger memory_fraction, or num_blocks"
+        )
     return num_blocks
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _register_installed() -> None:

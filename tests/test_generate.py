@@ -9,7 +9,7 @@ import torch
 from common import VOCAB, tiny_llama
 from transformers import DynamicCache
 
-from kv_strategies import build
+from kv_strategies import build, registry
 from kv_strategies.kernels.blocks import cpu
 from kv_strategies.paged import OutOfBlocks
 from kv_strategies.step.upstream import with_cache
@@ -285,9 +285,26 @@ def test_build_refuses_bad_input():
     refused("max_length instead of block_size", "contiguous", block_size=16)
 
 
-def test_the_pool_can_be_sized_by_memory():
-    strategy = build("paged", MODEL, memory_fraction=1e-6)
-    assert strategy.stats()["num_blocks"] >= 1
+@pytest.mark.parametrize("free", (100_000, 12_345_678, 1 << 33))
+def test_the_pool_can_be_sized_by_memory(free, monkeypatch):
+    """By what is said to be free, whatever this machine has."""
+    monkeypatch.setattr(registry, "free_bytes", lambda device: free)
+    block = 16 * 2 * 2 * 2 * 16 * 4  # tokens, K and V, layers, heads, head_dim, float32
+    longest = 16 * MODEL.config.max_position_embeddings // 16
+    assert build("paged", MODEL).pool.num_blocks == min(free // 4 // block, longest)
+    assert build("paged", MODEL, memory_fraction=1e5 / free).pool.num_blocks == 100_000 // block
+    with pytest.raises(ValueError, match=r"one block of 16 tokens takes 8,192 bytes of cpu memory.* take 8,000, its s"):
+        build("paged", MODEL, memory_fraction=8000.5 / free)
+
+
+def test_a_pool_where_nobody_says_what_is_free(monkeypatch):
+    monkeypatch.setattr(registry, "free_bytes", lambda device: None)
+    with pytest.raises(ValueError, match="nothing here says how much cpu memory is free: give num_blocks"):
+        build("paged", MODEL)
+    assert build("paged", MODEL, num_blocks=3).pool.num_blocks == 3
+
+
+def test_what_a_pool_takes():
     stats = build("paged", MODEL, num_blocks=10, block_size=3).stats()
     assert stats["kv_bytes"] == 10 * 3 * 2 * 2 * 2 * 16 * 4  # blocks, tokens, K and V, layers, heads, head_dim, float32
     assert stats["bytes_to_device"] == stats["bytes_to_host"] == 0, "nothing of a plain pool moves"

@@ -75,3 +75,19 @@ def test_the_command_says_what_would_fit_beside(free, capsys):
 def test_what_is_free_is_what_the_machine_says():
     told = room.free_bytes(torch.device("cpu"))
     assert 1 << 20 < told < 1 << 50
+
+
+@pytest.mark.parametrize("version", (1, 2))
+def test_a_container_grants_less_than_the_host_has(version, tmp_path, monkeypatch):
+    host = room.free_bytes(torch.device("cpu"))
+    folder = tmp_path if version == 2 else tmp_path / "memory"
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    folder.mkdir(exist_ok=True)
+    (folder / "memory.stat").write_text("anon 1\ninactive_file 300\nactive_file 7\n")
+    for limit, used, free in (("1000", "800", 500), ("1000", "2000", 0), ("max", "800", None), ("", "", None)):
+        for name, text in zip(names, (limit, used), strict=True):
+            (folder / name).write_text(text and f"{text}\n")
+        assert room._free_of_the_container(tmp_path) == free
+    assert room._free_of_the_container(tmp_path / "none") is None
+    monkeypatch.setattr(room, "_free_of_the_container", lambda: 4096)
+    assert room.free_bytes(torch.device("cpu")) == 4096 < host

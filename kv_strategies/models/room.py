@@ -48,11 +48,34 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    told = [free for free in (_free_of_the_host(), _free_of_the_container()) if free is not None]
+    return min(told, default=None)
+
+
+def _free_of_the_host() -> int | None:
     try:
-        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(told["MemAvailable"].removesuffix("kB")) << 10
+        return int(_lines("/proc/meminfo")["MemAvailable:"]) << 10
     except (OSError, KeyError, ValueError):
         return None
+
+
+def _free_of_the_container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a control group still grants (both versions): beyond it processes are killed, whatever the host has."""
+    for folder, limit, used in (
+        (root, "memory.max", "memory.current"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            granted = int((folder / limit).read_text())  # "max" where there is no limit
+            reclaimable = int(_lines(folder / "memory.stat")["inactive_file"])
+            return max(0, granted - int((folder / used).read_text()) + reclaimable)
+        except (OSError, KeyError, ValueError):
+            continue
+    return None
+
+
+def _lines(path: str | Path) -> dict[str, str]:
+    return dict(line.split()[:2] for line in Path(path).read_text().splitlines())
 
 
 def _gb(size: int) -> str:
