@@ -116,6 +116,8 @@ def _in_process(case: Case, scratch: Path, say) -> dict:
     result_path.unlink(missing_ok=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(machine.ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    # A peer that compiles on first use looks for ninja, which is installed beside this interpreter.
+    environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
     if case.device == "cpu":  # threads that stay on their cores: steadier times
         environment = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} | environment
     with log_path.open("w") as log:

@@ -7,7 +7,7 @@ One interface: `generate(prompts, new_tokens)` runs all prompts greedily, as one
 | baseline                | `model.generate()` with the native DynamicCache, the batch left-padded        |
 | static                  | the same with the native StaticCache; compiled by `generate()` on a GPU       |
 | offloaded               | the same with the native cache that keeps all layers but one on the host      |
-| quantized               | the same with the native 4-bit cache                                          |
+| quantized               | the same with the native 4-bit cache, by optimum-quanto                       |
 | generate_batch          | the native continuous batching, its pool as large as ours                     |
 | <strategy>              | this project's `Runner`                                                       |
 | <strategy>, generate()  | `model.generate(cache=strategy.cache())`                                      |
@@ -17,6 +17,8 @@ One interface: `generate(prompts, new_tokens)` runs all prompts greedily, as one
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -73,13 +75,16 @@ def expand(names: Iterable[str]) -> list[str]:
 
 def missing(name: str, device: str) -> str | None:
     """Why a system cannot run on this machine, or None."""
-    if "fp8" in name.removesuffix(DOOR).split("+") and not device.startswith("cuda"):
-        return "needs a GPU that has fp8"
-    if name == "offloaded" and not device.startswith("cuda"):
+    on_gpu = device.startswith("cuda")
+    if "fp8" in name.removesuffix(DOOR).split("+") and on_gpu and torch.cuda.get_device_capability(device) < (8, 9):
+        return "needs a GPU that has fp8 (compute capability 8.9 or higher), or a CPU"
+    if name == "offloaded" and not on_gpu:
         return "needs a GPU to offload from"
-    if name == "quantized" and not importlib.util.find_spec("optimum") and not importlib.util.find_spec("hqq"):
-        return "neither optimum-quanto nor hqq is installed"
-    if name in TENSORFLOW and device.startswith("cuda"):
+    if name == "quantized" and not importlib.util.find_spec("optimum"):
+        return "optimum-quanto is not installed"
+    if name == "quantized" and not shutil.which(compiler := "nvcc" if on_gpu else os.environ.get("CXX", "c++")):
+        return f"optimum-quanto compiles its kernels on first use, and there is no {compiler}"
+    if name in TENSORFLOW and on_gpu:
         return "is measured on a CPU (--device cpu)"
     if name in TENSORFLOW and not importlib.util.find_spec("tensorflow"):
         return "tensorflow is not installed: pip install --constraint constraints.txt --editable '.[tensorflow]'"
@@ -149,8 +154,7 @@ class Native:
         if self.strategy is not None:
             options |= with_cache(self.strategy.cache())
         elif self.cache == "quantized":
-            backend = "quanto" if importlib.util.find_spec("optimum") else "hqq"
-            options |= {"cache_implementation": self.cache, "cache_config": {"backend": backend, "nbits": 4}}
+            options |= {"cache_implementation": self.cache, "cache_config": {"backend": "quanto", "nbits": 4}}
         elif self.cache is not None:
             options["cache_implementation"] = self.cache
         watch = Stopwatch()

@@ -14,7 +14,7 @@ GENERATE_BATCH_NOTE = (
     "(1373 to 6729 tokens/s in transformers #42839)."
 )
 
-
+OWN_PER_CALL = dict.fromkeys(NATIVE_CACHES, "no: a cache a call") | {"generate_batch": "no: a pool a call"}
 HEAD = (
     "system", "peak memory (GB)", "throughput (tokens/s)", "equal to baseline", "handles > 4k tokens",
     "shared across requests",
@@ -42,9 +42,8 @@ def rows(found: Found, model: str, dtype: str) -> list[list[str]]:
                 _cell(line, lambda result: spread(result["tokens_per_second"], 1, 1)),
                 _cell(accuracy.get(system), lambda result, system=system: _equality(result, system)),
                 _beyond_4k(context, system),
-                "no: a cache a call"
-                if system in NATIVE_CACHES
-                else _cell(hits.get(system), lambda result: f"{result['hit_rate']:.0%} of repeated prompts"),
+                OWN_PER_CALL.get(system)
+                or _cell(hits.get(system), lambda result: f"{result['hit_rate']:.0%} of repeated prompts"),
             ]
         )
     return rows

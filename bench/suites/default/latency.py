@@ -11,7 +11,7 @@ from bench.case import Bench, Case, is_random
 from bench.lines import Found
 from bench.markdown import NONE, cell, table, unique
 from bench.suites.default import speed_models
-from bench.systems import CHUNK, EVERY, EVERYTHING, PAGED_GENERATE, Capacity, bytes_per_token
+from bench.systems import CHUNK, EVERY, EVERYTHING, Capacity, bytes_per_token
 from bench.workload import Target, Workload, register
 
 
@@ -63,13 +63,12 @@ def _latency_point(bench: Bench, system, batch: int, context: int, new_tokens: i
 def context_cases(to: Target) -> Iterable[Case]:
     if not to.on_gpu:
         params = {"points": [[1, 256], [1, 4200]], "new_tokens": 12}
-        yield from to.each(["baseline", EVERY, PAGED_GENERATE], "float32", params)
+        yield from to.each(EVERYTHING, "float32", params)
         return
-    alone = [name for name in EVERYTHING if name != "generate_batch"]  # single requests: nothing to batch
     for model in speed_models(to):
         contexts = [512, 4096, 16384] if is_random(model) else [512, 2048, 4608]
         params = {"points": [[1, n] for n in contexts], "new_tokens": 48, "repeats": 2, "warm_points": True}
-        yield from to.each(alone, "bfloat16", params, timeout=500, model=model)
+        yield from to.each(EVERYTHING, "bfloat16", params, timeout=500, model=model)
 
 
 def batch_cases(to: Target) -> Iterable[Case]:

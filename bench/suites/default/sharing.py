@@ -1,4 +1,4 @@
-"""Blocks that samples of one prompt share; of a native cache, whether prompts sent twice are computed twice."""
+"""Blocks that samples of one prompt share; under `generate()`, whether prompts sent twice are computed twice."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterable
 from bench.case import RAGGED_SEED, Bench, Case, is_random
 from bench.lines import Found
 from bench.markdown import by_system
-from bench.systems import EVERY, NATIVE_CACHES, Capacity
+from bench.systems import DOOR, EVERY, NATIVE_CACHES, PAGED_GENERATE, Capacity
 from bench.workload import Target, Workload, register
 
 
 def run_sharing(bench: Bench) -> dict:
-    """Blocks in use by samples of one prompt. For a native cache, the share of prompt tokens that a second call with
-    the same prompts does not compute: its model's forward is watched, since the cache does not say."""
+    """Blocks in use by samples of one prompt. Under `generate()`, the share of prompt tokens that a second call with
+    the same prompts does not compute: the model's forward is watched, since nothing says so."""
     lengths = bench.params["lengths"]
     prompts = bench.prompts(lengths, seed=RAGGED_SEED)
-    if bench.case.system in NATIVE_CACHES:
+    if bench.case.system in NATIVE_CACHES or bench.case.system.endswith(DOOR):
         system = bench.open(Capacity([[n + 1 for n in lengths]]))
         computed = []
         hook = bench.model.model.register_forward_pre_hook(
@@ -48,7 +48,7 @@ def cases(to: Target) -> Iterable[Case]:
     if to.on_gpu and is_random(to.model):
         return
     params = {"lengths": [64, 200], "new_tokens": 8, "samples": 4}
-    yield from to.each(["baseline", EVERY if to.on_gpu else "paged"], "float32", params)
+    yield from to.each(["baseline", EVERY if to.on_gpu else "paged", PAGED_GENERATE], "float32", params)
 
 
 def tables(found: Found, model: str) -> str:
@@ -73,7 +73,7 @@ register(
     Workload(
         "sharing",
         run_sharing,
-        "four samples of one prompt: how many blocks? (native: are prompts sent twice computed twice?)",
+        "four samples of one prompt: how many blocks? (under `generate()`: are prompts sent twice computed twice?)",
         cases={"default": cases},
         tables=tables,
         words=_words,
