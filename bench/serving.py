@@ -47,12 +47,13 @@ def arrivals_of(bench: Bench, rate: float, seed: int) -> list[Arrival]:
 
 
 def open_for(bench: Bench, name: str, arrivals: Sequence[Arrival]) -> Ours | NativeBatch:
-    """A system with room for the longest `slots` of these requests, prompts in chunks of `chunk` where that is ours to
-    say.
+    """A system with room for the longest `slots` of these requests. Ours takes prompts in chunks of `chunk`, and what
+    else the case gives `Runner` under this name: "paged, warmed up" is `paged` with options.
     """
     lengths = sorted((len(arrival.prompt) + arrival.new_tokens for arrival in arrivals), reverse=True)
-    options = {} if name == "generate_batch" else {"max_batch_tokens": bench.params["chunk"]}
-    return open_system(name, bench.model, Capacity([lengths[: bench.params["slots"]]]), **options)
+    own = {"max_batch_tokens": bench.params["chunk"]} | bench.params["systems"][name]
+    capacity = Capacity([lengths[: bench.params["slots"]]])
+    return open_system(name.split(",")[0], bench.model, capacity, **({} if name == "generate_batch" else own))
 
 
 def serve(system: Ours | NativeBatch, arrivals: Sequence[Arrival]) -> list[list[float]]:

@@ -323,7 +323,7 @@ def test_what_is_reached_and_what_is_missed():
 
 # --- the suite limit
 
-SMALLER = {"rows": 2, "context": 20, "shared": 32, "new": 4, "prefill": 5}
+SMALLER = {"rows": 2, "context": 20, "shared": 32, "new": 4, "prefill": 5, "beside": 60}
 PROFILED = [entry | {name: value for name, value in SMALLER.items() if name in entry} for entry in profile.PROFILED]
 BATCH = {"systems": ["paged", "generate_batch", "baseline"], "lengths": [5, 30, 9], "new_tokens": 4}
 FEW_SLOTS = {"systems": ["paged"], "lengths": [5, 30, 9], "new_tokens": [4, 7, 20], "slots": 2, "places": 96}

@@ -63,7 +63,7 @@ def test_every_request_gets_all_its_tokens_and_none_before_it_was_due(name, mode
 
 
 SMALL = {"requests": 3, "slots": 2, "chunk": 64, "prompts": (3.0, 0.5, 8, 40), "answers": (1.0, 0.3, 2, 5)}
-SMALL |= {"systems": ["paged", "no such system"]}
+SMALL |= {"systems": {"paged": {}, "paged, in steps of 9 ms": {"target_itl": 0.009}, "no such system": {}}}
 POINTS = {"points": [["paged", 2, 24], ["no such system", 2, 24]], "new_tokens": 4, "repeats": 1, "chunk": 64}
 
 
@@ -98,7 +98,7 @@ def test_what_must_be_reached_stands_beside_a_gpus_figures():
         on_gpu("open loop", {"rows": [row]}, "llama-3.1-8b-random"),
         on_gpu("from outside", {"points": [point]}, "llama-3.1-8b-random"),
         on_gpu("first minute", {"batches": [{"requests": 64, "first": 3000.0, "again": 4100.0}]}, "llama-2-7b-random"),
-        on_gpu("first minute", {"paged": start}, "llama-3.1-8b-random", requests=200, systems=["paged"]),
+        on_gpu("first minute", {"paged": start}, "llama-3.1-8b-random", requests=200, systems={"paged": {}}),
     ]
     page = pages.render(found, "title")
     assert "| paged, 12 requests/s: TTFT p90 | at most 95.0 ms | 90.0 ms | reached | 108 ms |" in page

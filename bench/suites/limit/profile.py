@@ -23,7 +23,8 @@ def run_profile(bench: Bench) -> dict:
     return {"entries": rows}
 
 
-#: name -> strategy, its options, rows, tokens each; "shared" of them begin alike, "new" are left of a prompt.
+#: Strategy, its options, rows, tokens each; "shared" of them begin alike, "new" are left of a prompt; a prompt of
+#: "beside" tokens is computed while the rows decode.
 PROFILED = [
     {"name": "paged", "strategy": "paged", "rows": 1},
     {"name": "contiguous", "strategy": "contiguous", "rows": 1},
@@ -35,19 +36,21 @@ PROFILED = [
     {"name": "fp8", "strategy": "fp8", "rows": 1},
     {"name": "prefix, 32 rows behind one history", "strategy": "prefix", "rows": 32, "shared": 4096, "new": 16},
     {"name": "paged, 32 x 1024", "strategy": "paged", "rows": 32, "context": 1024},
+    {"name": "a chunk of a prompt beside 16 x 2048", "strategy": "paged", "rows": 16, "context": 2048, "beside": 12288},
     {"name": "prefill of 64 tokens behind 4096 found", "strategy": "prefix", "rows": 1, "shared": 4096, "prefill": 64},
 ]
 
 
 def _profiled(bench: Bench, entry: dict) -> dict:
-    """Some decode steps in a row, or one prefill, as the profiler saw them."""
+    """Some decode steps in a row, some that compute a prompt as well, or one prefill, as the profiler saw them."""
     from kv_strategies import Request
 
     rows, shared, num_steps = entry["rows"], entry.get("shared", 0), bench.params["steps"]
     own = entry.get("prefill") or (entry["new"] if shared else entry.get("context", bench.params["context"]))
     new_tokens = 1 if "prefill" in entry else num_steps + 8
-    new_tokens += 2 * (rows * own // CHUNK)  # rows wait for the prefill of others
-    capacity = Capacity([[shared + own + new_tokens] * rows])
+    beside = bench.prompts([entry["beside"]], seed=3)[0] if "beside" in entry else []
+    new_tokens += 2 * ((rows * own + len(beside)) // CHUNK)  # rows wait for the prefill of others
+    capacity = Capacity([[shared + own + new_tokens] * rows + [len(beside) + 1] * bool(beside)])
     system = (
         ours(bench.model, entry["strategy"], capacity, **entry.get("options", {}))
         if (entry["strategy"] != "contiguous")
@@ -73,9 +76,14 @@ def _profiled(bench: Bench, entry: dict) -> dict:
     while min(seen.values()) < 4:  # all decode, and their graph is there
         for event in runner.step():
             seen[event.request_id] += 1
+    if beside:
+        runner.submit([Request(beside, max_new_tokens=1, request_id="beside")])
+        for _ in range(2):  # what a step of this kind compiles
+            runner.step()
+        num_steps = max(1, min(num_steps, len(beside) // CHUNK - 3))  # each with a whole chunk
     found = _profile(bench, lambda: [runner.step() for _ in range(num_steps)], steps=num_steps)
-    for row in range(rows):
-        runner.cancel(row)
+    for request_id in (*range(rows), *["beside"] * bool(beside)):
+        runner.cancel(request_id)
     return found
 
 

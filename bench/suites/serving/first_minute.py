@@ -60,11 +60,11 @@ def _batch(bench: Bench, lengths: list[int], new_tokens: int | list[int], places
 def cases(to: Target) -> Iterable[Case]:
     if not to.on_gpu:
         params = {"requests": 6, "slots": 4, "chunk": 256, "prompts": (4.0, 0.7, 16, 200), "answers": (2.0, 0.4, 4, 16)}
-        yield to.case("paged", "float32", params | {"systems": ["paged", "generate_batch"]}, timeout=300)
+        yield to.case("paged", "float32", params | {"systems": {"paged": {}, "generate_batch": {}}}, timeout=300)
         return
     params = {"requests": 200, "slots": 128, "chunk": 2048, "prompts": PROMPTS, "answers": ANSWERS}
-    params |= {"systems": ["paged"]}
-    yield to.case("paged", "bfloat16", params, timeout=300, model=to.model or GQA)
+    for name, options in (("paged", {}), ("paged, warmed up", {"warm_up": True}), ("generate_batch", {})):
+        yield to.case(name, "bfloat16", params | {"systems": {name: options}}, timeout=300, model=to.model or GQA)
     many = ragged(256, 100, 1024)
     for lengths, new_tokens, places in ((ragged(64, 100, 1024), 256, 64 * 1280), (many, many[::-1], 120 * 1024)):
         params = {"batches": [[lengths, new_tokens, places]]}
@@ -84,7 +84,7 @@ def tables(found: Found, model: str) -> str:
                 work = f"`Runner`, {batch['requests']} requests, {name if name == 'again' else 'first time'}: tokens/s"
                 rows.append(Row(work, least, batch[name], "{:.0f}", vllm=str(vllm)))
         is_compared = found.on_gpu and model == GQA
-        for system in line["params"].get("systems", []):
+        for system in line["params"].get("systems", ()):
             own = result[system]
             if "error" in own:
                 rows.append(Row(system, None, own["error"]))

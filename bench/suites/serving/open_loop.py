@@ -22,6 +22,8 @@ REACH = {
 }
 #: Lengths (mu, sigma, least, most) of prompts and answers: a chat's, short ones many and long ones few.
 PROMPTS, ANSWERS = (6.6, 0.9, 32, 6000), (5.0, 0.6, 16, 600)
+#: name -> options of `Runner`.
+SYSTEMS: dict[str, dict] = {"paged": {}, "paged, target ITL 14 ms": {"target_itl": 0.014}, "generate_batch": {}}
 
 
 def run_open_loop(bench: Bench) -> dict:
@@ -53,11 +55,11 @@ def _rates(bench: Bench, name: str) -> list[dict]:
 def cases(to: Target) -> Iterable[Case]:
     if to.on_gpu:
         params = {"rates": [9, 12], "requests": 200, "slots": 128, "chunk": 2048, "prompts": PROMPTS}
-        params |= {"answers": ANSWERS, "systems": ["paged", "generate_batch"]}
+        params |= {"answers": ANSWERS, "systems": SYSTEMS}
         yield to.case("paged", "bfloat16", params, timeout=400, model=to.model or GQA)
         return
     params = {"rates": [2], "requests": 8, "slots": 8, "chunk": 256, "prompts": (4.0, 0.7, 16, 200)}
-    params |= {"answers": (2.0, 0.4, 4, 16), "systems": ["paged", "generate_batch"]}
+    params |= {"answers": (2.0, 0.4, 4, 16), "systems": SYSTEMS}
     yield to.case("paged", "float32", params, timeout=300)
 
 

@@ -12,8 +12,8 @@ from bench.suites.limit.table import GQA, MHA, Row, rows_table
 from bench.systems import Capacity, open_system
 from bench.workload import Target, Workload, register
 
-#: (model, system, rows, context) -> seconds to the last first token at most, ms a token at most (None: nothing is
-#: asked), and vLLM's: (of which codec, ms to the first, ms a token).
+#: (model, system, rows, context) -> ms to the last first token at most, ms a token at most (None: nothing is asked),
+#: and vLLM's: (of which codec, ms to the first, ms a token).
 REACH = {
     (MHA, "paged", 1, 16384): (435, None, ("", 447, 8.78)),
     (MHA, "paged", 32, 1024): (670, None, ("", 697, 12.33)),
@@ -24,6 +24,7 @@ REACH = {
     (GQA, "fp8", 1, 32768): (1120, None, ("fp8 ", 1097, 7.52)),
     (GQA, "int8", 32, 8192): (6500, 12.0, ("fp8 ", 6588, 13.99)),
     (GQA, "fp8", 32, 8192): (6500, 12.0, ("fp8 ", 6588, 13.99)),
+    (GQA, "int4", 32, 8192): (None, 10.5, ("int4 ", 28056, 44.16)),
 }
 
 
