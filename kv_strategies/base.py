@@ -47,6 +47,7 @@ from .kernels import Kernels, compact
 from .paged import BlockPool, BlockTable, Ranges
 from .step.defaults import current
 from .step.plan import LayerStore, Plan
+from .step.sampling import to_device
 from .step.store import BlockStore, KVShape, Planes, block_bytes, layers_of
 from .tiers.lower import LowerTiers
 from .tiers.saved import Loaded
@@ -314,18 +315,25 @@ class Selection(Policy):
         """The pool holds so many tokens. Raises ValueError where that cannot serve."""
 
     def choose(
-        self, layer_idx: int, keys: Tensor, values: Tensor | None, queries: Tensor | None, num_kept: int, position: int
+        self,
+        layer_ids: Sequence[int],
+        keys: Tensor,
+        values: Tensor | None,
+        queries: Tensor | None,
+        num_kept: int,
+        position: int,
     ) -> tuple[Tensor, Tensor]:
-        """The tokens of a row that each head of a layer keeps. Called for all layers before any of them changes.
+        """The tokens of a row that each head of some layers keeps. Called for all layers before any of them changes.
 
         Args:
-            keys, values: [Hkv, n, D] as they are stored, decoded; queries: [Hq, m, D] the last of the row. See
+            layer_ids: of l layers.
+            keys, values: [l, Hkv, n, D] as they are stored, decoded; queries: [l, Hq, m, D] the last of the row. See
                 `scores.Score.score`.
             num_kept: fewer than n.
             position: of the newest token.
 
         Returns:
-            indices [Hkv, num_kept] int64, ascending, and whether they can be trusted, bool [].
+            indices [l, Hkv, num_kept] int64, ascending, and whether those of a layer can be trusted, bool [l].
 
         Raises:
             Unsound: they cannot, and why.
@@ -408,8 +416,8 @@ class Placement(Policy):
         return self._layers
 
     def planes(self) -> list[dict[str, Tensor]]:
-        """For each device of layers, in their order, the planes in all layers of that device where they lie: name ->
-        [num_blocks, L, Hkv, block_size, ..].
+        """For each device of layers, in their order, the planes in all layers of that device where they lie, to be read
+        and changed between two steps: name -> [num_blocks, L, Hkv, block_size, ..].
         """
         return [store.planes for store in self.stores.values()]
 
@@ -422,9 +430,10 @@ class Placement(Policy):
             kept: for each device of layers, in their order, [L, Hkv, m] int64, ascending.
         """
         for planes, index in zip(self.planes(), kept, strict=True):
+            source, target = to_device([*sources, *targets], index.device).split([len(sources), len(targets)])
             for plane in planes.values():
                 with current(plane.device):
-                    compact(plane, sources, targets, index)
+                    compact(plane, source, target, index)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy (source, destination) blocks of all layers."""

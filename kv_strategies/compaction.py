@@ -1,7 +1,7 @@
 """Compaction: a row is left with what is worth keeping of it (`evict.py`).
 
     watch      before a forward: rows that are to be compacted get a ring for their last queries
-    choose     a layer at a time, over K of one row; nothing changes
+    choose     some layers at a time, over K of one row; nothing changes
     move       survivors go to the first blocks of the row or, where others hold these as well, to blocks of its own
     settle     the table says so, and what it held beyond goes back to the pool
 
@@ -14,6 +14,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +24,12 @@ from .base import Codec, KeepAllTokens, Policies, Unsound
 from .paged import BlockPool, BlockTable
 from .step.plan import Plan
 from .step.rings import QueryRings
-from .step.store import KVShape
+from .step.sampling import to_device
+from .step.store import KVShape, layers_of
 
+#: Numbers of K that are looked at at once, of as many layers as that allows, one at least, and as many of V: enough to
+#: keep a GPU busy, and 64 MB of 16 bits.
+NUMBERS_AT_ONCE = 1 << 25
 _NEVER = sys.maxsize  # more tokens than a row ever has
 
 
@@ -31,7 +37,8 @@ class Compaction:
     """Rows of a strategy, and what its policy of selection says of them."""
 
     def __init__(self, pool: BlockPool, policies: Policies, shape: KVShape):
-        self._pool, self._layer_devices = pool, shape.layer_devices
+        self._pool, self._layer_devices, self._layers_of = pool, shape.layer_devices, layers_of(shape.layer_devices)
+        self._layer_ids = list(chain(*self._layers_of))
         self._selection, self._placement, self._codec = policies.selection, policies.placement, policies.codec
         self.keeps_all = isinstance(policies.selection, KeepAllTokens)
         self.rings = QueryRings(shape)
@@ -111,47 +118,64 @@ class Compaction:
         for table, num_prompt in rows:
             if table.num_tokens and not self.num_until_due(table, num_prompt):
                 alike.setdefault((table.blocks.tobytes(), table.num_tokens, table.cap), []).append(table)
-        for tables in alike.values():
-            self._compact(tables, make_room)
+        chosen = [choice for tables in alike.values() if (choice := self._choose(tables))]
+        if not chosen:
+            return
+        sound = torch.stack([choice.are_sound for choice in chosen]).tolist()  # the one time that the host waits
+        for (tables, cap, kept, _), are_sound in zip(chosen, sound, strict=True):
+            if not all(are_sound):
+                layer_idx = self._layer_ids[are_sound.index(False)]
+                self._leave_whole(tables, f"{self._selection.name} gives NaN in layer {layer_idx}")
+                continue
+            self._move(tables, cap, kept, make_room)
+            self.num_compacted += len(tables)
+            self._settle(tables, cap)
 
-    def _compact(self, tables: list[BlockTable], make_room: Callable[[int], None]) -> None:
-        table = tables[0]
-        cap = self._selection.cap(table.num_seen) if table.cap is None else table.cap
-        if table.num_tokens > cap:
-            try:
-                kept = self._choose(table, cap)
-            except Unsound as error:
-                warnings.warn(f"{error}: the row of {table.num_seen} tokens is finished exactly", stacklevel=2)
-                cap = _NEVER
-                self.num_unsound += len(tables)
-            else:
-                self._move(tables, cap, kept, make_room)
-                self.num_compacted += len(tables)
+    def _choose(self, tables: list[BlockTable]) -> _Choice | None:
+        """What tables that are alike keep; None where that is all, and they are settled. Nothing waits for a device."""
+        selection, table = self._selection, tables[0]
+        cap = selection.cap(table.num_seen) if table.cap is None else table.cap
+        if table.num_tokens <= cap:
+            self._settle(tables, cap)
+            return None
+        kept, are_sound = [], []
+        try:
+            for planes, layer_ids in zip(self._placement.planes(), self._layers_of, strict=True):
+                read, indices = _Reader(planes, table, self._codec, self._layer_devices[layer_ids[0]]), []
+                at_once = max(1, NUMBERS_AT_ONCE // (planes["k"][0, 0, :, 0].numel() * table.num_tokens))
+                for first in range(0, len(layer_ids), at_once):
+                    some, here = layer_ids[first : first + at_once], slice(first, first + at_once)
+                    index, is_sound = selection.choose(
+                        some,
+                        read("k", here),
+                        read("v", here) if selection.reads_values else None,
+                        self._queries(table, some),
+                        cap,
+                        table.num_seen - 1,
+                    )
+                    indices.append(index)
+                    are_sound.append(is_sound.to(self._layer_devices[0]))
+                kept.append(torch.cat(indices))
+        except Unsound as error:
+            self._leave_whole(tables, str(error))
+            return None
+        return _Choice(tables, cap, kept, torch.cat(are_sound))
+
+    def _queries(self, table: BlockTable, layer_ids: list[int]) -> Tensor | None:
+        count = min(self._selection.num_queries, table.num_tokens)
+        return self.rings.read(table.ring, layer_ids, table.num_seen, count) if count else None
+
+    def _leave_whole(self, tables: list[BlockTable], why: str) -> None:
+        self.num_unsound += len(tables)
+        self._settle(tables, _NEVER)
+        warnings.warn(f"{why}: the row of {tables[0].num_seen} tokens is finished exactly", stacklevel=2)
+
+    def _settle(self, tables: list[BlockTable], cap: int) -> None:
+        """They are as they are to be until they have grown beyond so many tokens."""
         for table in tables:
             table.cap = cap
             if not self._is_asked(table):
                 table.ring = None
-
-    def _choose(self, table: BlockTable, num_kept: int) -> list[Tensor]:
-        """For each device of layers, in their order: the tokens that each layer and head keeps, [L, Hkv, num_kept]."""
-        selection, devices = self._selection, self._layer_devices
-        kept: dict[torch.device, list[Tensor]] = {device: [] for device in devices}
-        are_sound = []
-        read = _Reader(table, self._codec)
-        for layer_idx, (layer, device) in enumerate(zip(self._placement.layers(), devices, strict=True)):
-            keys = read(layer.k, layer.k_scale, device)
-            values = read(layer.v, layer.v_scale, device) if selection.reads_values else None
-            queries = None
-            if selection.num_queries:
-                count = min(selection.num_queries, table.num_tokens)
-                queries = self.rings.read(table.ring, layer_idx, table.num_seen, count)
-            index, is_sound = selection.choose(layer_idx, keys, values, queries, num_kept, table.num_seen - 1)
-            kept[device].append(index)
-            are_sound.append(is_sound.to(devices[0]))
-        are_sound = torch.stack(are_sound).tolist()  # the one time that the host waits
-        if not all(are_sound):
-            raise Unsound(f"{selection.name} gives NaN in layer {are_sound.index(False)}")
-        return [torch.stack(layers) for layers in kept.values()]
 
     def _move(
         self, tables: list[BlockTable], num_kept: int, kept: list[Tensor], make_room: Callable[[int], None]
@@ -200,22 +224,30 @@ class Compaction:
         self.num_compacted = self.num_evicted = self.num_unsound = 0
 
 
+class _Choice(NamedTuple):
+    """What tables that are alike keep. Of many rows that is little: an index for K and V of a token."""
+
+    tables: list[BlockTable]
+    cap: int
+    kept: list[Tensor]  # for each device of layers, in their order, [L, Hkv, cap] indices
+    are_sound: Tensor  # [layers] bool, whether they can be trusted, device after device
+
+
 class _Reader:
-    """K or V of a row in one piece."""
+    """K or V of a row in one piece, of some of the layers of a device."""
 
-    def __init__(self, table: BlockTable, codec: Codec):
-        self._num_tokens, self._codec = table.num_tokens, codec
-        self._blocks = torch.from_numpy(table.blocks.astype("int64"))
-        self._on: dict[torch.device, Tensor] = {}
+    def __init__(self, planes: dict[str, Tensor], table: BlockTable, codec: Codec, device: torch.device):
+        self._planes, self._num_tokens, self._codec, self._device = planes, table.num_tokens, codec, device
+        self._blocks = to_device(table.blocks.tolist(), device)
 
-    def __call__(self, plane: Tensor, scale: Tensor | None, device: torch.device) -> Tensor:
-        """[Hkv, n, D] of a layer: numbers as they are stored, or of codes what they mean."""
-        codes = self._gather(plane, device)
-        if scale is None and self._codec.in_kernels:
+    def __call__(self, name: str, layers: slice) -> Tensor:
+        """[l, Hkv, n, D] numbers as they are stored, or of codes what they mean."""
+        codes, scale = self._gather(name, layers), f"{name}_scale"
+        if scale not in self._planes and self._codec.in_kernels:
             return codes
-        return self._codec.decode(codes, None if scale is None else self._gather(scale, device))
+        return self._codec.decode(codes, self._gather(scale, layers) if scale in self._planes else None)
 
-    def _gather(self, plane: Tensor, device: torch.device) -> Tensor:
-        if plane.device not in self._on:  # V may lie in host memory
-            self._on[plane.device] = self._blocks.to(plane.device)
-        return plane.transpose(0, 1)[:, self._on[plane.device]].flatten(1, 2)[:, : self._num_tokens].to(device)
+    def _gather(self, name: str, layers: slice) -> Tensor:
+        plane = self._planes[name][:, layers].movedim(0, 2)  # [l, Hkv, N, block_size, ..]
+        blocks = self._blocks.to(plane.device)  # V may lie in host memory
+        return plane[:, :, blocks].flatten(2, 3)[:, :, : self._num_tokens].to(self._device)

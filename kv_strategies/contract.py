@@ -148,19 +148,19 @@ def check_selection(name: str, selection: Selection, placement: Placement, site:
     for num_tokens, num_kept in ((2, 1), (100, 37)):
 
         def states(num_heads: int, count: int) -> torch.Tensor:
-            return torch.randn(num_heads, count, shape.head_dim, generator=generator).to(shape.dtype)
+            return torch.randn(1, num_heads, count, shape.head_dim, generator=generator).to(shape.dtype)
 
         keys, values = states(shape.num_kv_heads, num_tokens), states(shape.num_kv_heads, num_tokens)
         queries = states(shape.num_heads, min(num_tokens, selection.num_queries)) if selection.num_queries else None
         given = keys, values if selection.reads_values else None, queries
         try:
-            index, is_sound = selection.choose(0, *given, num_kept, num_tokens - 1)
+            index, is_sound = selection.choose([0], *given, num_kept, num_tokens - 1)
         except Unsound as error:
             raise ValueError(f"{name!r}: {error}") from error
-        if not is_sound:
+        if not is_sound.all():
             raise ValueError(f"{name!r}: {selection.name} gives NaN for random keys")
-        wanted = (shape.num_kv_heads, num_kept)
+        wanted = (1, shape.num_kv_heads, num_kept)
         if tuple(index.shape) != wanted or index.dtype != torch.int64:
             raise ValueError(f"{who}.choose must give int64 {list(wanted)}, got {index.dtype} {list(index.shape)}")
-        if not ((index[:, 1:] > index[:, :-1]).all() and index.min() >= 0 and index.max() < num_tokens):
+        if not ((index[..., 1:] > index[..., :-1]).all() and index.min() >= 0 and index.max() < num_tokens):
             raise ValueError(f"{who}.choose must give ascending indices of {num_tokens} tokens, got {index.tolist()}")

@@ -25,6 +25,7 @@ survives. While its prompt is computed a row takes as much as ever.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -79,18 +80,34 @@ class Evict(Selection):
         return self._keep if isinstance(self._keep, int) else math.ceil(round(self._keep * num_prompt, 6))
 
     def choose(
-        self, layer_idx: int, keys: Tensor, values: Tensor | None, queries: Tensor | None, num_kept: int, position: int
+        self,
+        layer_ids: Sequence[int],
+        keys: Tensor,
+        values: Tensor | None,
+        queries: Tensor | None,
+        num_kept: int,
+        position: int,
     ) -> tuple[Tensor, Tensor]:
-        score = self._score.score(keys, values, queries, At(layer_idx, position))
-        num_heads, num_tokens = keys.shape[:2]
-        if not torch.is_tensor(score) or score.shape != (num_heads, num_tokens) or not score.is_floating_point():
-            got = f"{score.dtype} {list(score.shape)}" if torch.is_tensor(score) else type(score).__name__
-            raise Unsound(f"{self.name} must give [Hkv, n], floats {[num_heads, num_tokens]}, got {got}")
+        num_layers, _, num_tokens = keys.shape[:3]
+        at_once, scores = num_layers if self._score.takes_layers else 1, []
+        for first in range(0, num_layers, at_once):
+            these = slice(first, first + at_once)
+            k, v, q = (None if part is None else part[these].flatten(0, 1) for part in (keys, values, queries))
+            scores.append(self._checked(self._score.score(k, v, q, At(layer_ids[first], position, at_once)), k))
+        score = torch.cat(scores)  # [l * Hkv, n]
         num_recent = min(self._score.num_recent(num_kept), num_kept)
         first_recent = num_tokens - num_recent
         best = highest(score[:, :first_recent], num_kept - num_recent)
-        recent = torch.arange(first_recent, num_tokens, device=keys.device).expand(num_heads, -1)
-        return torch.cat((best, recent), 1), ~score.isnan().any()
+        recent = torch.arange(first_recent, num_tokens, device=keys.device).expand(len(score), -1)
+        index = torch.cat((best, recent), 1).unflatten(0, (num_layers, -1))
+        return index, ~score.isnan().unflatten(0, (num_layers, -1)).flatten(1).any(1)
+
+    def _checked(self, score: Tensor, keys: Tensor) -> Tensor:
+        wanted = list(keys.shape[:2])
+        if not torch.is_tensor(score) or list(score.shape) != wanted or not score.is_floating_point():
+            got = f"{score.dtype} {list(score.shape)}" if torch.is_tensor(score) else type(score).__name__
+            raise Unsound(f"{self.name} must give [Hkv, n], floats {wanted}, got {got}")
+        return score
 
     def num_blocks(self, num_prompt: int, num_tokens: int, block_size: int, is_shared: bool) -> int:
         cap = self.cap(num_prompt)
@@ -146,8 +163,8 @@ def main() -> None:
 
     def compact() -> None:
         stored = torch.stack([keys[number, head] for number, head in enumerate(heads)])
-        index, _ = evict.choose(0, stored, None, None, cap, table.num_seen - 1)
-        heads[:] = [[head[i] for i in kept] for head, kept in zip(heads, index.tolist(), strict=True)]
+        index, _ = evict.choose([0], stored[None], None, None, cap, table.num_seen - 1)
+        heads[:] = [[head[i] for i in kept] for head, kept in zip(heads, index[0].tolist(), strict=True)]
         table.compact(table.blocks[: -(-cap // size)].tolist(), cap)
         show("compacted")
 

@@ -242,11 +242,11 @@ class Offload(Placement):
         return [home.layers[layer] for home, layer in self._layers]
 
     def planes(self) -> list[dict[str, Tensor]]:
+        for home in self._devices:
+            home.synchronize()
         return [{name: home.planes[name] for name in self._names} for home in self._devices]
 
     def compact(self, sources: Sequence[int], targets: Sequence[int], kept: Sequence[Tensor]) -> None:
-        for home in self._devices:
-            home.synchronize()
         try:
             super().compact(sources, targets, kept)
         finally:
@@ -257,14 +257,7 @@ class Offload(Placement):
         for home in self._devices:
             home.copy_blocks(list(copies))
 
-    def read_blocks(self, blocks: list[int]) -> Tensor:
-        for home in self._devices:
-            home.synchronize()
-        return super().read_blocks(blocks)
-
     def write_blocks(self, blocks: list[int], data: Tensor) -> None:
-        for home in self._devices:
-            home.synchronize()
         try:
             super().write_blocks(blocks, data)
         finally:

@@ -13,10 +13,11 @@ import torch
 from common import tiny_llama
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from kv_strategies import Request, Runner, build
+from kv_strategies import Request, Runner, build, compaction
 from kv_strategies.base import Placement, Site
 from kv_strategies.evict import Evict
 from kv_strategies.kernels import reference
@@ -130,11 +131,46 @@ def test_a_score_keeps_what_its_paper_says(name, num_tokens, num_kept, at_once, 
     shape = KVShape.of(MODEL)
     evict = Evict(score=name)
     evict.bind(Site(shape, 16, MODEL.model.rotary_emb))
-    k, v = torch.randn(2, shape.num_kv_heads, num_tokens, shape.head_dim, generator=generator)
-    q = torch.randn(shape.num_heads, min(num_tokens, evict.num_queries), shape.head_dim, generator=generator)
+    k, v = torch.randn(2, 2, shape.num_kv_heads, num_tokens, shape.head_dim, generator=generator)  # of two layers
+    q = torch.randn(2, shape.num_heads, min(num_tokens, evict.num_queries), shape.head_dim, generator=generator)
     position = num_tokens + 11
-    found, is_sound = evict.choose(0, k, v, q, num_kept, position)
-    assert is_sound and torch.equal(found, kept_by(name, k, v, q, num_kept, position))
+    found, is_sound = evict.choose(range(2), k, v, q, num_kept, position)
+    assert is_sound.tolist() == [True, True]
+    for layer, index in enumerate(found):
+        assert torch.equal(index, kept_by(name, k[layer], v[layer], q[layer], num_kept, position))
+
+
+class Operators(TorchDispatchMode):
+    """The names of those that a GPU would launch, or wait for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*PAPERS, "random"])
+def test_layers_are_chosen_for_together(name, monkeypatch):
+    """As if each were alone; and layers cost no operators, but for a score that takes them one by one."""
+    counts = {}
+    for num_layers, layers_at_once in ((5, 1), (5, 2), (5, 5), (40, 40)):
+        model = tiny_llama(vocab_size=VOCAB, num_layers=num_layers)
+        strategy = build("evict", model, num_blocks=24, block_size=4, score=name, keep=0.3)
+        monkeypatch.setattr(compaction, "NUMBERS_AT_ONCE", layers_at_once * 83 * model.config.num_key_value_heads * 16)
+        cache = strategy.cache()
+        with torch.inference_mode():
+            model(torch.tensor([text(83, 1)]), **with_cache(cache))
+        monkeypatch.setattr(strategy.placement, "compact", lambda *args: kept.append(args[2]))
+        kept, operators = [], Operators()
+        operators.names = []
+        with operators:
+            cache.compact()
+        counts[num_layers, layers_at_once] = len(operators.names)
+        assert not {"nonzero", "masked_select", "_local_scalar_dense"} & {n.split(".")[0] for n in operators.names}
+        if num_layers == 5:
+            first = kept if layers_at_once == 1 else first
+            assert torch.equal(first[0][0], kept[0][0])
+    assert counts[40, 40] - counts[5, 5] == (35 if name == "random" else 0)
 
 
 # --- a dense model that keeps as many tokens

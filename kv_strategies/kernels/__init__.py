@@ -13,11 +13,10 @@ functions here. See `reference.py` for what the arguments mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..step.plan import LayerStore, Plan
@@ -74,14 +73,13 @@ def attention(
     return attend(query, layer, plan, key=key, value=value, **options)
 
 
-def compact(plane: Tensor, sources: Sequence[int], targets: Sequence[int], kept: Tensor) -> None:
+def compact(plane: Tensor, sources: Tensor, targets: Tensor, kept: Tensor) -> None:
     """Move survivors of a row into its first blocks, in a plane [N, L, Hkv, block_size, ..]. See `reference`."""
     if plane.is_cuda:
         from .blocks.triton_compact import compact as move
     else:
         move = reference.compact
-    sources, targets = (torch.tensor(blocks, dtype=torch.int64, device=plane.device) for blocks in (sources, targets))
-    move(plane, sources, targets, kept.to(plane.device))
+    move(plane, *(indices.to(plane.device) for indices in (sources, targets, kept)))
 
 
 class Kernels(NamedTuple):

@@ -10,25 +10,30 @@ from torch import Tensor
 
 from ..base import Site
 
-#: Attention weights that exist at once, of as many heads as that allows, one at least: 256 MB of them.
-WEIGHTS_AT_ONCE = 1 << 26
+#: What a score makes of keys and queries exists for so many pairs of them at once, of as many heads as that allows, one
+#: at least: 128 MB, and once more while a softmax is taken of it.
+WEIGHTS_AT_ONCE = 1 << 25
 
 
 class At(NamedTuple):
     """Where in the model, and in its row, a score is asked."""
 
-    layer_idx: int
+    layer_idx: int  # the first of them
     position: int  # of the newest token, whose query is the last
+    num_layers: int = 1
 
 
 class Score:
-    """A number a token and head; the highest are kept. Tokens are never seen whole: a layer at a time."""
+    """A number a token and head; the highest are kept. Tokens are never seen whole: a layer at a time, or a few."""
 
     #: How many queries it is given: the last of the row, as far as there are any, kept as attention passes. At most
     #: `step.plan.RING_SIZE`.
     num_queries = 0
     #: Whether it is given values.
     reads_values = False
+    #: Whether it may be given `at.num_layers` layers at once, one behind the other, as if one layer had so many heads:
+    #: fewer operators, where a head is scored alone. Else a layer at a time.
+    takes_layers = False
 
     def bind(self, site: Site) -> None:
         """Called once. Raises ValueError where the score cannot serve such a model."""
@@ -56,15 +61,22 @@ def attention_paid(keys: Tensor, queries: Tensor, reduce: Callable[[Tensor], Ten
     number a token by `reduce` [h, m, n] -> [h, n], which is called for some of the heads at a time. -> [Hq, n]
     """
     group, num_queries, head_dim = len(queries) // len(keys), *queries.shape[1:]
-    index = torch.arange(keys.shape[1], device=keys.device)
-    unseen = index > index[len(index) - num_queries :, None]  # [m, n]
-    num_heads = max(1, WEIGHTS_AT_ONCE // max(1, group * unseen.numel()))
+    num_tokens = keys.shape[1]
+    unseen = torch.ones(num_queries, num_queries, dtype=torch.bool, device=keys.device).triu_(1)  # of the last m
+    num_heads = heads_at_once(group * num_queries * num_tokens)
     paid = []
     for k, q in zip(keys.split(num_heads), queries.split(num_heads * group), strict=True):
-        scores = q.float().unflatten(0, (len(k), group)).flatten(1, 2) @ k.float().mT  # [h, G * m, n]
-        scores = scores.view(len(q), num_queries, -1) * head_dim**-0.5
-        paid.append(reduce(scores.masked_fill_(unseen, float("-inf")).softmax(-1)))
+        q = q.float() * head_dim**-0.5
+        scores = q.unflatten(0, (len(k), group)).flatten(1, 2) @ k.float().mT  # [h, G * m, n]
+        scores = scores.view(len(q), num_queries, num_tokens)
+        scores[..., num_tokens - num_queries :].masked_fill_(unseen, float("-inf"))
+        paid.append(reduce(scores.softmax(-1)))
     return torch.cat(paid)
+
+
+def heads_at_once(num_pairs: int) -> int:
+    """Of how many heads to look at keys and queries at once, which have so many pairs of them each."""
+    return max(1, WEIGHTS_AT_ONCE // max(1, num_pairs))
 
 
 def over_groups(per_head: Tensor, num_kv_heads: int) -> Tensor:

@@ -20,6 +20,8 @@ class Random(Score):
 
 
 class Recent(Score):
+    takes_layers = True
+
     def __init__(self, sinks: int = 4):
         self.sinks = sinks
 

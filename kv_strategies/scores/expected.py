@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..base import Site
 from ..step.plan import RING_SIZE
-from .base import At, Score
+from .base import At, Score, heads_at_once
 
 
 class ExpectedAttention(Score):
-    num_queries, reads_values = RING_SIZE, True
+    num_queries, reads_values, takes_layers = RING_SIZE, True, True
 
     def __init__(self, future: int = 512, sinks: int = 4, epsilon: float = 0.02):
         self.future, self.sinks, self.epsilon = future, sinks, epsilon
@@ -39,8 +39,10 @@ class ExpectedAttention(Score):
         later = turn(plain, *(part.mean(0) for part in ahead))  # R q, since the mean of rotations is linear
         mean = later.mean(1)  # [Hq, D]
         spread = later - mean[:, None]  # [Hq, m, D]
-        groups = (part.unflatten(0, (len(keys), -1)) for part in (mean, spread))
-        weight = torch.stack([expected_weight(*head) for head in zip(keys, *groups, strict=True)])  # [Hkv, n]
+        num_heads = heads_at_once(queries[..., 0].numel() // len(keys) * keys.shape[1])
+        parts = keys, *(part.unflatten(0, (len(keys), -1)) for part in (mean, spread))
+        heads = zip(*(part.split(num_heads) for part in parts), strict=True)
+        weight = torch.cat([expected_weight(*some) for some in heads])  # [Hkv, n]
         score = (weight + self.epsilon) * torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
         score[:, : self.sinks] = float("inf")
         return score
@@ -52,14 +54,14 @@ class ExpectedAttention(Score):
 
 
 def expected_weight(keys: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
-    """z / sum of z [n] of one head [n, D], the mean over its group of G query heads, with means [G, D] and differences
-    of m queries from them [G, m, D].
+    """z / sum of z [h, n] of some heads [h, n, D], the mean over their groups of G query heads, with means [h, G, D]
+    and differences of m queries from them [h, G, m, D].
     """
-    keys, head_dim = keys.float(), keys.shape[1]
-    z = keys @ mean.mT * head_dim**-0.5  # [n, G]
-    products = (keys @ spread.flatten(0, 1).mT).unflatten(1, spread.shape[:2])  # [n, G, m]
-    z += products.square().mean(2) / (2 * head_dim)  # k S k' is the mean of (k s)^2
-    return z.softmax(0).mean(1)
+    keys, head_dim = keys.float(), keys.shape[2]
+    z = keys @ mean.mT * head_dim**-0.5  # [h, n, G]
+    products = (keys @ spread.flatten(1, 2).mT).unflatten(2, spread.shape[1:3])  # [h, n, G, m]
+    z += products.square_().mean(3) / (2 * head_dim)  # k S k' is the mean of (k s)^2
+    return z.softmax(1).mean(2)
 
 
 def turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
 and of all tokens kept, half are the newest. The paper sums over all queries of the row. Attention kernels never hand
 their weights out, so here the sum is over the last queries that are kept as attention passes (`step/rings.py`): the
 whole prompt where it is no longer than that, its end otherwise. Costs one read of K, and as many rows of attention
-weights for each head, a layer at a time.
+weights for each head, some heads at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .base import At, Score, attention_paid, over_groups
 
 
 class H2O(Score):
-    num_queries = RING_SIZE
+    num_queries, takes_layers = RING_SIZE, True
 
     def num_recent(self, num_kept: int) -> int:
         return num_kept // 2

@@ -15,6 +15,8 @@ from .base import At, Score
 
 
 class KeyDiff(Score):
+    takes_layers = True
+
     def score(self, keys: Tensor, values: None, queries: None, at: At) -> Tensor:
         keys = keys.float()
         anchor = normalize(keys, dim=-1).mean(1, keepdim=True)  # [Hkv, 1, D]

@@ -15,5 +15,7 @@ from .base import At, Score
 
 
 class KNorm(Score):
+    takes_layers = True
+
     def score(self, keys: Tensor, values: None, queries: None, at: At) -> Tensor:
         return -torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)

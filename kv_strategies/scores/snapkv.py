@@ -4,8 +4,8 @@
     score = the most votes among `kernel` neighbours                            what stands together stays together
 
 The window itself is always kept; window, kernel and the maximum are those of the paper's LongBench runs. The query
-heads of a group vote together. Costs one read of K, and `window` rows of attention weights for each head, some heads of
-a layer at a time.
+heads of a group vote together. Costs one read of K, and `window` rows of attention weights for each head, some heads at
+a time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from .base import At, Score, attention_paid, over_groups
 
 
 class SnapKV(Score):
+    takes_layers = True
+
     def __init__(self, window: int = 32, kernel: int = 7):
         self.num_queries, self.kernel = window, kernel
 

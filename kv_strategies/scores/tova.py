@@ -14,11 +14,12 @@ from .base import At, Score, attention_paid
 
 
 class Tova(Score):
-    num_queries = 1
+    num_queries, takes_layers = 1, True
 
     def num_recent(self, num_kept: int) -> int:
         return 1
 
     def score(self, keys: Tensor, values: None, queries: Tensor, at: At) -> Tensor:
         paid = attention_paid(keys, queries, lambda weights: weights.mean(1))  # of one query
-        return paid.mean(0).expand(len(keys), -1)
+        of_layer = paid.unflatten(0, (at.num_layers, -1)).mean(1)  # [l, n]
+        return of_layer.repeat_interleave(len(keys) // at.num_layers, 0)

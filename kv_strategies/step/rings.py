@@ -11,7 +11,7 @@ compacted as they grow, for each row. Memory is added as rows ask for it, and st
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -76,11 +76,13 @@ class QueryRings:
         memory = self._layers[layer_idx]
         return LayerStore(memory, memory)
 
-    def read(self, ring: Ring, layer_idx: int, num_seen: int, count: int) -> Tensor:
-        """The last queries [Hq, count or fewer, D] of a row that has seen so many tokens, the newest last."""
-        memory, newest = self._layers[layer_idx], ring.newest(num_seen, count)
-        places = torch.arange(newest.start, newest.stop, device=memory.device) % RING_SIZE
-        return memory[ring.number][:, places]
+    def read(self, ring: Ring, layer_ids: Sequence[int], num_seen: int, count: int) -> Tensor:
+        """The last queries [l, Hq, count or fewer, D] of a row that has seen so many tokens, the newest last, of layers
+        on one device.
+        """
+        layers, newest = torch.stack([self._layers[i][ring.number] for i in layer_ids]), ring.newest(num_seen, count)
+        places = torch.arange(newest.start, newest.stop, device=layers.device) % RING_SIZE
+        return layers[:, :, places]
 
     @property
     def num_bytes(self) -> int:
