@@ -262,6 +262,14 @@ SMALL_EVICT = {
     "evict step": {"batch": 2, "context": 96, "keep": 0.25, "new_tokens": 9, "score": "knorm", "repeats": 1},
     "evict first token": {"context": 96, "keep": 0.25, "repeats": 1, "scores": ["knorm", "snapkv"]},
     "evict crowd": {"lengths": [90, 40, 70], "new_tokens": 9, "keep": 0.25, "score": "snapkv", "places": 160},
+    "evict crowd, long answers": {
+        "lengths": [90, 40, 70],
+        "new_tokens": 36,
+        "keep": 0.25,
+        "score": "snapkv",
+        "places": 160,
+        "every": 16,
+    },
     "evict endless": {"cap": 16, "every": 16, "tokens": 200, "rounds": 2, "score": "tova"},
 }
 
@@ -273,7 +281,7 @@ def test_what_a_prompt_leaves_of_itself(tiny, workload):
     match workload:
         case "evict blocks":
             assert (result["paged"]["blocks"], result["evict"]["blocks"]) == (7, 2 * 2)  # 98 and 26 tokens a row
-        case "evict crowd":
+        case "evict crowd" | "evict crowd, long answers":
             assert result["evict"]["running"] > result["paged"]["running"]
         case "evict endless":
             assert result["early"]["kv_bytes"] == result["late"]["kv_bytes"]
