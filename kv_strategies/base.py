@@ -311,6 +311,10 @@ class Selection(Policy):
         """How many tokens a row keeps of those of its prompt, and whenever it is compacted again."""
         return num_prompt
 
+    def num_recent(self, num_kept: int) -> int:
+        """How many of the newest tokens are among those kept in any case."""
+        return 0
+
     def open(self, num_tokens: int) -> None:
         """The pool holds so many tokens. Raises ValueError where that cannot serve."""
 
@@ -327,8 +331,8 @@ class Selection(Policy):
 
         Args:
             layer_ids: of l layers.
-            keys, values: [l, Hkv, n, D] as they are stored, decoded; queries: [l, Hq, m, D] the last of the row. See
-                `scores.Score.score`.
+            keys, values: [l, Hkv, n, D] as they are stored, decoded; queries: [l, Hq, m, D] of the last m tokens, which
+                have come one behind the other. See `scores.Score.score`.
             num_kept: fewer than n.
             position: of the newest token.
 

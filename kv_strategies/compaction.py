@@ -149,7 +149,7 @@ class Compaction:
                         some,
                         read("k", here),
                         read("v", here) if selection.reads_values else None,
-                        self._queries(table, some),
+                        self._queries(table, some, cap),
                         cap,
                         table.num_seen - 1,
                     )
@@ -161,8 +161,10 @@ class Compaction:
             return None
         return _Choice(tables, cap, kept, torch.cat(are_sound))
 
-    def _queries(self, table: BlockTable, layer_ids: list[int]) -> Tensor | None:
-        count = min(self._selection.num_queries, table.num_tokens)
+    def _queries(self, table: BlockTable, layer_ids: list[int], cap: int) -> Tensor | None:
+        """The last queries, of tokens that are here one behind the other: what an older one saw, indices do not say."""
+        num_newest = table.num_seen - table.num_settled + self._selection.num_recent(cap)
+        count = min(self._selection.num_queries, table.num_tokens, num_newest)
         return self.rings.read(table.ring, layer_ids, table.num_seen, count) if count else None
 
     def _leave_whole(self, tables: list[BlockTable], why: str) -> None:

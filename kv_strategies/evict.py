@@ -79,6 +79,9 @@ class Evict(Selection):
     def cap(self, num_prompt: int) -> int:
         return self._keep if isinstance(self._keep, int) else math.ceil(round(self._keep * num_prompt, 6))
 
+    def num_recent(self, num_kept: int) -> int:
+        return min(self._score.num_recent(num_kept), num_kept)
+
     def choose(
         self,
         layer_ids: Sequence[int],
@@ -95,7 +98,7 @@ class Evict(Selection):
             k, v, q = (None if part is None else part[these].flatten(0, 1) for part in (keys, values, queries))
             scores.append(self._checked(self._score.score(k, v, q, At(layer_ids[first], position, at_once)), k))
         score = torch.cat(scores)  # [l * Hkv, n]
-        num_recent = min(self._score.num_recent(num_kept), num_kept)
+        num_recent = self.num_recent(num_kept)
         first_recent = num_tokens - num_recent
         best = highest(score[:, :first_recent], num_kept - num_recent)
         recent = torch.arange(first_recent, num_tokens, device=keys.device).expand(len(score), -1)

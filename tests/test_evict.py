@@ -180,6 +180,7 @@ class DenseRow:
         self.model, self.score, self.cap, self.every = model, score, cap, every
         self.cache, self.seen = DynamicCache(config=model.config), 0
         self.queries = [[] for _ in model.model.layers]
+        self.num_newest = 0  # tokens at the end that stand one behind the other
 
     def feed(self, ids):
         """Logits [V] behind the last of these tokens."""
@@ -194,6 +195,7 @@ class DenseRow:
         for hook in hooks:
             hook.remove()
         self.seen += positions.shape[1]
+        self.num_newest += positions.shape[1]
         return logits
 
     def compact(self, num_kept):
@@ -202,11 +204,12 @@ class DenseRow:
         for layer, queries in zip(self.cache.layers, self.queries, strict=True):
             q = torch.cat(queries, 1).view(1, self.seen, -1, dim).transpose(1, 2)
             q, _ = apply_rotary_pos_emb(q, q, *rotary(q, torch.arange(self.seen)[None]))
-            count = {"snapkv": 32, "h2o": 64, "expected": 64}.get(self.score, 1)
+            count = min({"snapkv": 32, "h2o": 64, "expected": 64}.get(self.score, 1), self.num_newest)
             k, v = layer.keys[0], layer.values[0]
-            kept.append(kept_by(self.score, k, v, q[0, :, -count:][:, -k.shape[1] :], num_kept, self.seen - 1))
+            kept.append(kept_by(self.score, k, v, q[0, :, -count:], num_kept, self.seen - 1))
             index = kept[-1][None, :, :, None].expand(-1, -1, -1, dim)
             layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+        self.num_newest = min(num_kept, {"snapkv": 32, "tova": 1, "h2o": num_kept // 2}.get(self.score, 0))
         return kept
 
     def generate(self, prompt, max_new):

@@ -27,7 +27,7 @@ class Score:
     """A number a token and head; the highest are kept. Tokens are never seen whole: a layer at a time, or a few."""
 
     #: How many queries it is given: the last of the row, as far as there are any, kept as attention passes. At most
-    #: `step.plan.RING_SIZE`.
+    #: `step.plan.RING_SIZE`, and of a row that was compacted those since, and of its newest tokens then (`num_recent`).
     num_queries = 0
     #: Whether it is given values.
     reads_values = False
