@@ -170,7 +170,8 @@ class Compaction:
     def _leave_whole(self, tables: list[BlockTable], why: str) -> None:
         self.num_unsound += len(tables)
         self._settle(tables, _NEVER)
-        warnings.warn(f"{why}: the row of {tables[0].num_seen} tokens is finished exactly", stacklevel=2)
+        outcome = "not compacted again" if tables[0].num_settled else "finished exactly"
+        warnings.warn(f"{why}: the row of {tables[0].num_seen} tokens is {outcome}", stacklevel=2)
 
     def _settle(self, tables: list[BlockTable], cap: int) -> None:
         """They are as they are to be until they have grown beyond so many tokens."""

@@ -77,7 +77,7 @@ class Evict(Selection):
             )
 
     def cap(self, num_prompt: int) -> int:
-        return self._keep if isinstance(self._keep, int) else math.ceil(round(self._keep * num_prompt, 6))
+        return self._keep if isinstance(self._keep, int) else max(1, math.ceil(round(self._keep * num_prompt, 6)))
 
     def num_recent(self, num_kept: int) -> int:
         return min(self._score.num_recent(num_kept), num_kept)

@@ -269,7 +269,8 @@ def run(strategy, prompts, max_new, chunk=2048, **options):
 def test_both_doors_give_what_a_dense_model_gives(score, keep, every, lengths, block_size, chunk, seed):
     prompts = [text(length, seed + i) for i, length in enumerate(lengths)]
     every = None if score == "knorm" else every  # what is generated may come twice
-    assume(score != "keydiff" or min(lengths) > 10)  # two keys are as far from their mean as each other
+    # Two keys are as far from their mean as each other, and so are three of which one is zero, that of padding.
+    assume(score != "keydiff" or min(lengths) > 30)
     wanted = [DenseRow(DENSE, score, keep, every).generate(prompt, 12) for prompt in prompts]
     sure = [i for i, (_, margin) in enumerate(wanted) if margin > 1e-3]
     options = {"num_blocks": 600 // block_size, "block_size": block_size}
@@ -530,6 +531,21 @@ def test_a_score_that_fails_leaves_its_row_whole(fault, said, monkeypatch):
     assert strategy.stats()["rows_left_whole"] == 2 and strategy.stats()["rows_compacted"] > 2
 
 
+def test_a_score_that_fails_later(monkeypatch):
+    """What was dropped is gone, so that the row is no longer called exact; what is left of it stays."""
+
+    class Later(Score):
+        def score(self, keys, values, queries, at):
+            return torch.full(keys.shape[:2], float("nan") if at.position == 65 else 0.0)
+
+    monkeypatch.setitem(SCORES, "later", Later)
+    strategy = build("evict", MODEL, num_blocks=60, block_size=4, score="later", keep=30, every=6)
+    cache = strategy.cache()
+    with pytest.warns(UserWarning, match="score 'later' gives NaN in layer 0: the row of 66 tokens is not compacted"):
+        call(strategy, [text(60, 1)], 20, cache)
+    assert cache.tables[0].num_tokens == 30 + 19 and strategy.stats()["rows_left_whole"] == 1
+
+
 def test_a_compaction_that_fails_half_way(monkeypatch):
     """The runner computes the row again; a cache is empty, and can be used again."""
     prompt, compact = text(40, 1), Placement.compact
@@ -566,6 +582,14 @@ def test_a_short_prompt_stays_whole():
         warnings.simplefilter("error")
         assert run(strategy, prompts, 9)[0] == paged and call(strategy, prompts, 9) == paged
     assert strategy.stats()["tokens_evicted"] == 0
+
+
+def test_a_share_of_next_to_nothing_is_a_token():
+    """A row of none would count as one that was lost."""
+    prompt = text(40, 1)
+    strategies = [build("evict", MODEL, num_blocks=60, score="tova", keep=keep) for keep in (1e-9, 1)]
+    found = [(run(strategy, [prompt], 9)[0], strategy.stats()["tokens_evicted"]) for strategy in strategies]
+    assert found[0] == found[1] and found[0][1] == 39
 
 
 class TooMany(Score):
