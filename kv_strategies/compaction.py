@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ class Compaction:
 
     def __init__(self, pool: BlockPool, policies: Policies, shape: KVShape):
         self._pool, self._layer_devices, self._layers_of = pool, shape.layer_devices, layers_of(shape.layer_devices)
-        self._layer_ids = list(chain(*self._layers_of))
+        self._layer_ids, self._width = list(chain(*self._layers_of)), shape.num_kv_heads * shape.head_dim
         self._selection, self._placement, self._codec = policies.selection, policies.placement, policies.codec
         self.keeps_all = isinstance(policies.selection, KeepAllTokens)
         self.rings = QueryRings(shape)
@@ -133,33 +133,32 @@ class Compaction:
 
     def _choose(self, tables: list[BlockTable]) -> _Choice | None:
         """What tables that are alike keep; None where that is all, and they are settled. Nothing waits for a device."""
-        selection, table = self._selection, tables[0]
-        cap = selection.cap(table.num_seen) if table.cap is None else table.cap
+        table = tables[0]
+        cap = self._selection.cap(table.num_seen) if table.cap is None else table.cap
         if table.num_tokens <= cap:
             self._settle(tables, cap)
             return None
-        kept, are_sound = [], []
         try:
-            for planes, layer_ids in zip(self._placement.planes(), self._layers_of, strict=True):
-                read, indices = _Reader(planes, table, self._codec, self._layer_devices[layer_ids[0]]), []
-                at_once = max(1, NUMBERS_AT_ONCE // (planes["k"][0, 0, :, 0].numel() * table.num_tokens))
-                for first in range(0, len(layer_ids), at_once):
-                    some, here = layer_ids[first : first + at_once], slice(first, first + at_once)
-                    index, is_sound = selection.choose(
-                        some,
-                        read("k", here),
-                        read("v", here) if selection.reads_values else None,
-                        self._queries(table, some, cap),
-                        cap,
-                        table.num_seen - 1,
-                    )
-                    indices.append(index)
-                    are_sound.append(is_sound.to(self._layer_devices[0]))
-                kept.append(torch.cat(indices))
+            homes = zip(self._placement.planes(), self._layers_of, strict=True)
+            chosen = [list(self._choose_there(table, cap, *home)) for home in homes]
         except Unsound as error:
             self._leave_whole(tables, str(error))
             return None
+        kept = [torch.cat([index for index, _ in there]) for there in chosen]
+        are_sound = [is_sound.to(self._layer_devices[0]) for there in chosen for _, is_sound in there]
         return _Choice(tables, cap, kept, torch.cat(are_sound))
+
+    def _choose_there(
+        self, table: BlockTable, cap: int, planes: dict[str, Tensor], layer_ids: list[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `Selection.choose` says of the layers of a device, of as many at a time as memory is meant for."""
+        selection, read = self._selection, _Reader(planes, table, self._codec, self._layer_devices[layer_ids[0]])
+        at_once = max(1, NUMBERS_AT_ONCE // (self._width * table.num_tokens))
+        for first in range(0, len(layer_ids), at_once):
+            these, some = slice(first, first + at_once), layer_ids[first : first + at_once]
+            values = read("v", these) if selection.reads_values else None
+            queries = self._queries(table, some, cap)
+            yield selection.choose(some, read("k", these), values, queries, cap, table.num_seen - 1)
 
     def _queries(self, table: BlockTable, layer_ids: list[int], cap: int) -> Tensor | None:
         """The last queries, of tokens that are here one behind the other: what an older one saw, indices do not say."""
