@@ -512,14 +512,18 @@ class Broken(Score):
         score = torch.arange(keys.shape[1]).float().repeat(len(keys), 1)
         if keys.shape[1] < 50 or keys.shape[1] == 100:
             return score
-        return score[:, 1:] if self.fault == "shape" else score.fill_(float("nan")) if at.layer_idx else score
+        if self.fault == "shape":
+            return score[:, 1:]
+        score.unflatten(0, (at.num_layers, -1))[max(0, 1 - at.layer_idx) :] = float("nan")  # but for layer 0
+        return score
 
 
+@pytest.mark.parametrize("takes_layers", [False, True])
 @pytest.mark.parametrize(
     "fault, said", [("shape", r"must give \[Hkv, n\], .* got .*"), ("nan", "gives NaN in layer 1")]
 )
-def test_a_score_that_fails_leaves_its_row_whole(fault, said, monkeypatch):
-    monkeypatch.setitem(SCORES, "broken", type("Faulty", (Broken,), {"fault": fault}))
+def test_a_score_that_fails_leaves_its_row_whole(fault, said, takes_layers, monkeypatch):
+    monkeypatch.setitem(SCORES, "broken", type("Faulty", (Broken,), {"fault": fault, "takes_layers": takes_layers}))
     prompts = [text(60, 1), text(30, 2)]
     paged = build("paged", MODEL, num_blocks=60, block_size=4)
     strategy = build("evict", MODEL, num_blocks=60, block_size=4, score="broken", keep=0.5, every=4)
