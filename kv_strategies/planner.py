@@ -27,6 +27,7 @@ from transformers import LlamaForCausalLM
 
 from .base import KeepAllTokens, NoSharing, Policies, Site
 from .registry import STRATEGIES, bytes_per_block, outline, parts_of
+from .step.rings import ring_bytes
 from .step.store import Planes
 from .strategy import planes_of
 
@@ -200,9 +201,11 @@ class Ours:
         return {"host" if device.type == "cpu" else "gpu": num_blocks * size for device, size in needed}
 
     def memory(self, work: Work) -> tuple[dict[str, int], int]:
-        """Bytes a tier of K and V, and the workspace."""
+        """Bytes a tier of K and V, and the workspace, with the last queries of each row where a score reads them."""
         tokens = min(work.chunk, work.batch * work.prompt)
-        return self.tiers(self.num_blocks(work), work.context), self.model.workspace(tokens, work.batch)
+        policies, site = self.outline(work.context)
+        queries = ring_bytes(site.shape, work.batch) if policies.selection.num_queries else 0
+        return self.tiers(self.num_blocks(work), work.context), self.model.workspace(tokens, work.batch) + queries
 
     def step(self, work: Work, card: Card) -> dict[str, float | None]:
         """Seconds that each limit gives a decode step in which every row has `context` tokens."""

@@ -41,6 +41,8 @@ def test_the_ledger_is_what_a_run_takes(name, options):
     prompts = [[(7 * token + row) % VOCAB for token in range(work.prompt)] for row in range(work.batch)]
     results = runner.generate([Request(prompt, max_new_tokens=20, stop_token_ids=()) for prompt in prompts])
     assert [len(result.token_ids) for result in results] == [20, 20, 20] and runner.num_preemptions == 0
+    beside = ours.memory(work)[1] - ours.model.workspace(chunk, work.batch)
+    assert beside == strategy.stats().get("scoring_bytes", 0)
 
 
 def test_what_is_evicted_is_planned_as_gone():

@@ -19,6 +19,8 @@ from torch import Tensor
 from .plan import RING_SIZE, LayerStore
 from .store import KVShape
 
+_LEAST = 4  # rings that are set aside at a time
+
 
 class Ring:
     """One ring, free again when no table refers to it."""
@@ -58,7 +60,7 @@ class QueryRings:
         lacking = count - len(self.free)
         if lacking > 0:
             before = len(self._layers[0])
-            more = max(lacking, before, 4)
+            more = max(lacking, before, _LEAST)
             with torch.inference_mode(False):  # what is made in that mode could not be written outside of it
                 self._layers = [torch.cat((old, self._memory(more, old.device))) for old in self._layers]
             self.free += range(before, before + more)
@@ -96,3 +98,9 @@ class QueryRings:
     def _memory(self, count: int, device: torch.device) -> Tensor:
         shape = self._shape
         return torch.zeros(count, shape.num_heads, RING_SIZE, shape.head_dim, dtype=shape.dtype, device=device)
+
+
+def ring_bytes(shape: KVShape, num_rows: int) -> int:
+    """Of all layers, for so many rows at once that are known ahead."""
+    numbers = len(shape.layer_devices) * shape.num_heads * RING_SIZE * shape.head_dim
+    return max(_LEAST, num_rows) * numbers * shape.dtype.itemsize
