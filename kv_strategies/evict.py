@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .base import Selection, Site, Unsound
 from .scores import SCORES, At
+from .step.graphs import is_out_of_memory
 from .step.plan import RING_SIZE
 
 
@@ -96,7 +97,7 @@ class Evict(Selection):
         for first in range(0, num_layers, at_once):
             these = slice(first, first + at_once)
             k, v, q = (None if part is None else part[these].flatten(0, 1) for part in (keys, values, queries))
-            scores.append(self._checked(self._score.score(k, v, q, At(layer_ids[first], position, at_once)), k))
+            scores.append(self._scored(k, v, q, At(layer_ids[first], position, at_once)))
         score = torch.cat(scores)  # [l * Hkv, n]
         num_recent = self.num_recent(num_kept)
         first_recent = num_tokens - num_recent
@@ -105,7 +106,13 @@ class Evict(Selection):
         index = torch.cat((best, recent), 1).unflatten(0, (num_layers, -1))
         return index, ~score.isnan().unflatten(0, (num_layers, -1)).flatten(1).any(1)
 
-    def _checked(self, score: Tensor, keys: Tensor) -> Tensor:
+    def _scored(self, keys: Tensor, values: Tensor | None, queries: Tensor | None, at: At) -> Tensor:
+        try:
+            score = self._score.score(keys, values, queries, at)
+        except Exception as error:
+            if is_out_of_memory(error):  # there may be room for it later
+                raise
+            raise Unsound(f"{self.name} fails in layer {at.layer_idx}: {type(error).__name__}: {error}") from error
         wanted = list(keys.shape[:2])
         if not torch.is_tensor(score) or list(score.shape) != wanted or not score.is_floating_point():
             got = f"{score.dtype} {list(score.shape)}" if torch.is_tensor(score) else type(score).__name__

@@ -514,13 +514,20 @@ class Broken(Score):
             return score
         if self.fault == "shape":
             return score[:, 1:]
+        if self.fault == "error":
+            return {}[at.layer_idx]
         score.unflatten(0, (at.num_layers, -1))[max(0, 1 - at.layer_idx) :] = float("nan")  # but for layer 0
         return score
 
 
 @pytest.mark.parametrize("takes_layers", [False, True])
 @pytest.mark.parametrize(
-    "fault, said", [("shape", r"must give \[Hkv, n\], .* got .*"), ("nan", "gives NaN in layer 1")]
+    "fault, said",
+    [
+        ("shape", r"must give \[Hkv, n\], .* got .*"),
+        ("nan", "gives NaN in layer 1"),
+        ("error", "fails in layer 0: KeyError: 0"),
+    ],
 )
 def test_a_score_that_fails_leaves_its_row_whole(fault, said, takes_layers, monkeypatch):
     monkeypatch.setitem(SCORES, "broken", type("Faulty", (Broken,), {"fault": fault, "takes_layers": takes_layers}))
@@ -533,6 +540,28 @@ def test_a_score_that_fails_leaves_its_row_whole(fault, said, takes_layers, monk
         tokens = tokens if found is call else tokens[0]
         assert tokens[0] == wanted[0] and tokens[1] != wanted[1]
     assert strategy.stats()["rows_left_whole"] == 2 and strategy.stats()["rows_compacted"] > 2
+
+
+def test_a_score_that_lacks_memory_is_asked_again(monkeypatch):
+    """There may be room for it later: the step fails, and the next one tries again."""
+    errors = [torch.OutOfMemoryError("no memory")]
+
+    class Large(Score):
+        def score(self, keys, values, queries, at):
+            if keys.shape[1] == 40 and errors:
+                raise errors.pop()
+            return torch.zeros(keys.shape[:2])
+
+    monkeypatch.setitem(SCORES, "large", Large)
+    strategy = build("evict", MODEL, num_blocks=60, block_size=4, score="large", keep=0.5)
+    runner = Runner(MODEL, strategy)
+    runner.submit([Request(text(40, 1), max_new_tokens=4)])
+    with pytest.raises(torch.OutOfMemoryError):
+        while True:
+            runner.step()
+    while runner.num_running:
+        runner.step()
+    assert strategy.stats()["rows_compacted"] == 1 and not errors
 
 
 def test_a_score_that_fails_later(monkeypatch):
