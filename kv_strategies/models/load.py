@@ -19,7 +19,16 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2ForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from . import fetch, files, gguf, mistral, parallel, qwen
@@ -126,19 +135,16 @@ def _load(
         check_room(spec, num_weights(checked) // num_shares, dtype, *places)
     match config.get("model_type"):
         case "llama":
-            model = load_llama(spec, dtype, **(parallel.shards(checked) if is_parallel else {}))
+            model = load_original(LlamaForCausalLM, spec, dtype, **(parallel.shards(checked) if is_parallel else {}))
             tokenizer = load_tokenizer(spec)
-        case "qwen2" | "qwen":
-            converted, folder = llama_config(spec, config), qwen.local_folder(spec)
-            weights = qwen.llama_weights(config, folder)
-            model = assemble(spec, converted, weights, dtype)
-            qwen.set_generation_config(model, config, folder)
-            tokenizer = qwen.v1_tokenizer(folder) if config["model_type"] == "qwen" else load_tokenizer(spec)
-        case "mistral":
-            converted, folder = llama_config(spec, config), qwen.local_folder(spec)
-            model = assemble(spec, converted, qwen.read_weights(folder), dtype)
-            qwen.set_generation_config(model, config, folder)
-            tokenizer = load_tokenizer(spec)
+        case "qwen2" | "mistral" as kind:
+            original = load_original(Qwen2ForCausalLM if kind == "qwen2" else MistralForCausalLM, spec, dtype)
+            model, tokenizer = as_llama(spec, checked, original), load_tokenizer(spec)
+        case "qwen":
+            folder = qwen.local_folder(spec)
+            model = assemble(spec, checked, qwen.llama_weights(config, folder), dtype)
+            qwen.set_generation_config(model, folder)
+            tokenizer = qwen.v1_tokenizer(folder)
         case other:
             raise ValueError(
                 f"{spec} is a model of type {other!r}. The strategies run on the Llama architecture: give a model "
@@ -213,30 +219,49 @@ def llama_config(spec: str, config: dict[str, Any]) -> LlamaConfig:
     source = f"{spec}/config.json"
     try:
         found = _CONFIGS[config["model_type"]](config)
-    except (StrictDataclassError, KeyError, TypeError) as error:
-        raise ValueError(f"{source} describes no model that could be built: {error}") from error
-    files.check_token_ids(source, found.to_dict(), found.vocab_size)
+        files.check_token_ids(source, found.to_dict(), found.vocab_size)
+        num_weights(found)  # which builds it
+    except (StrictDataclassError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{source} describes no model that could be built: {type(error).__name__}: {error}") from error
     return found
 
 
-def load_llama(spec: str, dtype: torch.dtype, **shards: object) -> LlamaForCausalLM:
+def load_original(kind: type[PreTrainedModel], spec: str, dtype: torch.dtype, **shards: object) -> PreTrainedModel:
+    """The model of a folder or hub id as the class of its own runs it."""
     # Upstream would go on with random weights for those that are missing, and without those that it has no place for.
-    model, info = LlamaForCausalLM.from_pretrained(
-        spec, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **shards
-    )
+    try:
+        model, info = kind.from_pretrained(
+            spec, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **shards
+        )
+    except OSError as error:
+        raise FileNotFoundError(f"there are no weights of {spec}: {error}") from error
+    except ImportError as error:  # its quantization_config asks for a package
+        raise ValueError(f"{spec} cannot be loaded here: {error}") from error
+    wrong = []
     if info["missing_keys"]:
-        raise ValueError(f"{spec} lacks weights of the model: {first_few(info['missing_keys'])}")
+        wrong.append(f"lacks weights of the model: {first_few(info['missing_keys'])}")
     if info["unexpected_keys"]:
-        raise ValueError(
-            f"{spec} holds weights that the model of its config.json has no place for: "
-            f"{first_few(info['unexpected_keys'])}; take the two from one model"
+        wrong.append(
+            f"holds weights that the model of its config.json has no place for: {first_few(info['unexpected_keys'])}"
         )
     if info["mismatched_keys"]:
         name, found, wanted = min(info["mismatched_keys"])
-        raise ValueError(
-            f"{spec} holds {name} of shape {list(found)}, and its config.json asks for {list(wanted)}; take the two "
-            "from one model"
-        )
+        wrong.append(f"holds {name} of shape {list(found)}, and its config.json asks for {list(wanted)}")
+    if wrong:
+        raise ValueError(f"{spec} {'; it '.join(wrong)}; take config and weights from one model")
+    # Upstream ties no two weights that the files tell apart, whatever the config says.
+    model.config.tie_word_embeddings = model.lm_head.weight is model.model.embed_tokens.weight
+    return model
+
+
+def as_llama(spec: str, config: LlamaConfig, original: PreTrainedModel) -> LlamaForCausalLM:
+    """The Llama of this config with the weights of a model that has Llama's names, and when that one stops."""
+    weights = qwen.with_o_bias(dict(original.state_dict())) if config.attention_bias else dict(original.state_dict())
+    config.tie_word_embeddings = original.config.tie_word_embeddings
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    model = assemble(spec, config, weights, original.dtype)
+    model.generation_config = original.generation_config
     return model
 
 
@@ -254,19 +279,19 @@ def load_gguf(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[Lla
     model, tokenizer = gguf.load_gguf(path, reader, dtype)
     if isinstance(model, LlamaForCausalLM):
         return model, tokenizer
-    config, weights = model.config.to_dict(), qwen.with_o_bias(model.config.to_dict(), dict(model.state_dict()))
-    if model.config.tie_word_embeddings:
-        del weights["lm_head.weight"]
-    converted = assemble(str(path), qwen.llama_config(config), weights, dtype)
-    converted.generation_config = model.generation_config
-    return converted, tokenizer
+    return as_llama(str(path), qwen.llama_config(model.config.to_dict()), model), tokenizer
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase | None:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if Path(spec).is_dir() and not any((Path(spec) / name).exists() for name in names):
         return None
-    return AutoTokenizer.from_pretrained(spec)
+    try:
+        return AutoTokenizer.from_pretrained(spec)
+    except OSError:
+        raise
+    except Exception as error:  # each kind of tokenizer meets damage in its own words, without the file's name
+        raise ValueError(f"{spec}: its tokenizer cannot be read: {error}") from error
 
 
 def assemble(spec: str, config: LlamaConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> LlamaForCausalLM:

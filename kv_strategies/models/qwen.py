@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, Qwen2Config
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, Qwen2Config
 
 # llama name <- first Qwen's name
 _V1_LAYER = {
@@ -52,23 +52,14 @@ def llama_config(config: dict[str, Any]) -> LlamaConfig:
 
 
 def llama_weights(config: dict[str, Any], folder: Path) -> dict[str, Tensor]:
-    """The weights in `folder` under Llama's names."""
-    weights = read_weights(folder)
-    if config["model_type"] == "qwen":
-        weights = _v1_weights(config, weights)
-    elif config.get("tie_word_embeddings"):
-        weights.pop("lm_head.weight", None)  # some files repeat it
-    return with_o_bias(config, weights)
+    """The first Qwen's weights in `folder` under Llama's names."""
+    return with_o_bias(_v1_weights(config, read_weights(folder)))
 
 
-def with_o_bias(config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_o_bias(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """These weights, under Llama's names, and the biases that Llama has and Qwen has not: zeros."""
-    hidden_size = config["hidden_size"]
-    for layer in range(config["num_hidden_layers"]):
-        o_proj = f"model.layers.{layer}.self_attn.o_proj"
-        if f"{o_proj}.weight" in weights:
-            weights[f"{o_proj}.bias"] = weights[f"{o_proj}.weight"].new_zeros(hidden_size)
-    return weights
+    o_projs = {name: weight for name, weight in weights.items() if name.endswith("self_attn.o_proj.weight")}
+    return weights | {name.replace("weight", "bias"): weight.new_zeros(len(weight)) for name, weight in o_projs.items()}
 
 
 def _v2_config(config: dict[str, Any]) -> LlamaConfig:
@@ -166,15 +157,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return {name: weight for shard in shards for name, weight in shard.items()}
 
 
-def set_generation_config(model: LlamaForCausalLM, config: dict[str, Any], folder: Path) -> None:
-    """When to stop, as the folder says it. The first Qwen says it in words of its own."""
+def set_generation_config(model: LlamaForCausalLM, folder: Path) -> None:
+    """When to stop, as the first Qwen's folder says it, in words of its own."""
     path = folder / "generation_config.json"
-    if not path.exists():
-        return
-    if config["model_type"] != "qwen":
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-        return
-    if (folder / "qwen.tiktoken").exists():
+    if path.exists() and (folder / "qwen.tiktoken").exists():
         end_of_text = len(_read_ranks(folder))  # the special tokens follow, in the order of _V1_SPECIAL
         is_chat = json.loads(path.read_text(encoding="utf-8")).get("chat_format") == "chatml"
         model.generation_config.eos_token_id = [end_of_text + 2, end_of_text] if is_chat else end_of_text
