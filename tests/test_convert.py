@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,6 +23,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from kv_strategies import Request, Runner, build
 from kv_strategies.cli import main
 from kv_strategies.models import load_model
+from kv_strategies.models.convert import convert
 from kv_strategies.models.fetch import GGUF_NAME
 from kv_strategies.models.load import DEFAULT_MODEL, MODELS
 
@@ -54,9 +57,9 @@ def random_model(kind, config):
 
 
 def write_gguf(
-    path: Path, model, *, tokens=TOKENS, merges=MERGES, pre="qwen2", kind=None, without=(), extra=None
+    path: Path, model, *, tokens=TOKENS, merges=MERGES, pre="qwen2", kind=None, without=(), extra=None, values=None
 ) -> None:
-    """As llama.cpp's converter does; the last token is the end."""
+    """As llama.cpp's converter does; the last token is the end. `values` are more of the model's own."""
     config, own = model.config, model.config.model_type
     writer = gguf.GGUFWriter(path, kind or own)
     writer.add_block_count(config.num_hidden_layers)
@@ -74,6 +77,9 @@ def write_gguf(
     writer.add_token_types([1] * (len(tokens) - 1) + [3])
     writer.add_token_merges(merges)
     writer.add_eos_token_id(len(tokens) - 1)
+    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+    for name, value in (values or {}).items():
+        add[type(value)](name.format(own), value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[own.upper()], config.num_hidden_layers)
     tensors = dict(model.state_dict())
     if config.tie_word_embeddings:
@@ -128,6 +134,43 @@ def test_the_rope_scaling_of_llama_3_is_found_by_its_factors(tmp_path):
         load_model(path, device="cpu")
 
 
+@pytest.mark.parametrize("kind", [(Qwen2ForCausalLM, Qwen2Config), (LlamaForCausalLM, LlamaConfig)])
+@pytest.mark.parametrize(
+    ("values", "rope"),
+    [
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        (
+            {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 32},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        ),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, {"rope_type": "default"}),
+    ],
+)
+def test_a_gguf_file_keeps_its_rope_scaling(kind, values, rope, tmp_path):
+    kind, config = kind
+    original = random_model(kind, config(**SMALL, rope_parameters=rope | {"rope_theta": 1e4}))
+    write_gguf(tmp_path / "model.gguf", original, values={f"{{}}.rope.{name}": value for name, value in values.items()})
+    model, _ = load_model(tmp_path / "model.gguf", device="cpu")
+    torch.testing.assert_close(model(IDS).logits, original(IDS).logits, rtol=0, atol=1e-4)
+
+
+def test_a_gguf_file_that_is_damaged_says_so(tmp_path):
+    path, rng = tmp_path / "model.gguf", random.Random(0)
+    write_gguf(path, random_model(Qwen2ForCausalLM, Qwen2Config(**SMALL)))
+    whole, refused = path.read_bytes(), 0
+    cuts = [whole[:size] for size in (4, 24, 1000, len(whole) - 1)]
+    flips = [whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :] for at in range(8, 3000, 40)]
+    for content in [*cuts, *flips]:
+        path.write_bytes(content)
+        try:
+            load_model(path, device="cpu")  # of a flipped weight nobody knows
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > len(cuts) + len(flips) // 2
+
+
 def test_the_default_models_gguf_file_is_the_default_model():
     model, tokenizer = load_model(MODELS / GGUF_NAME, device="cpu")
     default, its_tokenizer = load_model(device="cpu")
@@ -143,6 +186,13 @@ def test_the_default_models_gguf_file_is_the_default_model():
         ({"kind": "phi3"}, "of kind 'phi3'; the strategies run gguf files of kind llama or qwen2"),
         ({"pre": "klingon"}, "names a pre-tokenizer 'klingon', which is unknown here"),
         ({"without": {"model.layers.1.mlp.up_proj.weight"}}, "missing blk.1.ffn_up.weight; unexpected none"),
+        ({"values": {"{}.rope.scaling.type": "longrope"}}, "scales its rotary embedding in a way.*'longrope'"),
+        ({"values": {"{}.rope.scaling.factor": 2.0, "{}.rope.scaling.mscale": 2.0}}, "unknown here: mscale"),
+        ({"values": {"split.count": 3}}, "one of the 3 files of a model: merge them"),
+        (
+            {"values": {"{}.embedding_length": 32}},
+            r"token_embd.weight of shape \[260, 64\], and .* ask for \[260, 32\]",
+        ),
         ({"extra": {"blk.0.attn_q_norm.weight": torch.ones(16)}}, "missing none; unexpected blk.0.attn_q_norm.weight"),
     ],
 )
@@ -163,6 +213,24 @@ def test_mistral_without_a_window_is_llama(window, tmp_path):
     MistralForCausalLM(MistralConfig(**SMALL, sliding_window=64)).save_pretrained(tmp_path / "windowed")
     with pytest.raises(ValueError, match="sliding window of 64 tokens, which Llama has not"):
         load_model(tmp_path / "windowed")
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "options"),
+    [
+        (LlamaForCausalLM, LlamaConfig, {}),
+        (Qwen2ForCausalLM, Qwen2Config, {}),
+        (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    ],
+)
+def test_a_folder_is_read_as_its_own_class_reads_it(kind, config, options, tmp_path):
+    original = random_model(kind, config(**SMALL, **options))
+    original.config.tie_word_embeddings = True  # and the files hold two, which differ
+    original.save_pretrained(tmp_path / "given", max_shard_size="40KB", state_dict=original.state_dict())
+    save_file({"layers.0.attention.wq.weight": torch.ones(2)}, tmp_path / "given" / "consolidated.safetensors")
+    for folder in (tmp_path / "given", convert(str(tmp_path / "given"), tmp_path / "llama")):
+        model, _ = load_model(folder, device="cpu")
+        torch.testing.assert_close(model(IDS).logits, original(IDS).logits, rtol=0, atol=1e-4)
 
 
 def test_a_sharded_llama_3_folder_keeps_its_rope_scaling(tmp_path):

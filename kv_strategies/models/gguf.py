@@ -2,30 +2,33 @@
 
     load_model("model.gguf")
 
-What Transformers reads from it by itself is not all that the file says, so three things are put right or refused:
+What Transformers reads from it by itself is not all that the file says, so four things are put right or refused:
 
+    rope scaling    linear and yarn stand among the file's values, which the reader drops
     rope_freqs      Llama 3.1 and later turn low frequencies slower. llama.cpp stores the factors as a tensor, which the
-                    reader drops: the rope scaling that gives these factors is looked for
+                    reader drops as well: the rope scaling that gives these factors is looked for
     pre-tokenizer   the file names it ("smollm", "qwen2"); of one that is unknown here text would be cut otherwise than
                     in training
-    tensors         one that is missing, or that no module has a place for, is named
+    tensors         one that is missing, of another shape, or that no module has a place for, is named
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 KINDS = ("llama", "qwen2")
 #: What the names of pre-tokenizers mean that Transformers does not know: None where its own choice is right.
@@ -62,11 +65,13 @@ def open_gguf(path: Path) -> GGUFReader:
         ) from error
     try:
         reader = GGUFReader(path)
-    except ValueError as error:
+    except Exception as error:  # as in `_naming`
         raise ValueError(f"{path} is no gguf file, or is cut short: {error}") from error
     kind, pre = _field(reader, "general.architecture"), _field(reader, "tokenizer.ggml.pre")
     if kind not in KINDS:
         raise ValueError(f"{path} is of kind {kind!r}; the strategies run gguf files of kind {' or '.join(KINDS)}")
+    if (num_parts := _field(reader, "split.count") or 1) > 1:
+        raise ValueError(f"{path} is one of the {num_parts} files of a model: merge them, llama-gguf-split --merge")
     if _splits_words(reader) and pre is not None and pre not in known and pre not in _PRE_TOKENIZERS:
         raise ValueError(f"{path} names a pre-tokenizer {pre!r}, which is unknown here: text would be cut otherwise")
     return reader
@@ -84,17 +89,18 @@ def load_gguf(path: Path, reader: GGUFReader, dtype: torch.dtype) -> tuple[PreTr
     was_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, quantization_config=GgufConfig(dequantize=True), dtype=dtype
-        )
+        with _naming(path), torch.device("meta"):
+            shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source))
+        _check_tensors(path, reader, shape)
+        with _naming(path):
+            model = AutoModelForCausalLM.from_pretrained(
+                **source, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+            )
+            tokenizer = AutoTokenizer.from_pretrained(**source)
     finally:
         if was_shown:
             logging.enable_progress_bar()
-    _check_tensors(path, reader, model)
-    factors = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
-    if factors is not None:
-        _scale_rope(path, model, torch.tensor(factors))
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    _scale_rope(path, reader, model)
     if _splits_words(reader) and (make := _PRE_TOKENIZERS.get(_field(reader, "tokenizer.ggml.pre"))):
         tokenizer.backend_tokenizer.pre_tokenizer = make()
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -111,34 +117,79 @@ def _field(reader: GGUFReader, name: str) -> Any:
     return None if field is None else field.contents()
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Readers raise whatever they meet where numbers are others than were written."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
 def _check_tensors(path: Path, reader: GGUFReader, model: PreTrainedModel) -> None:
-    """Raises ValueError where the file has one too many, or lacks one, which the reader would draw at random."""
+    """Raises ValueError where the file has one too many, or lacks one, which the reader would draw at random; or where
+    one has another shape than the file's own numbers say.
+    """
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     names = get_tensor_name_map(MODEL_ARCH[model.config.model_type.upper()], model.config.num_hidden_layers)
-    wanted = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()}
-    found = {tensor.name for tensor in reader.tensors} - {"rope_freqs.weight"}
+    wanted = {
+        names.get_name(name, try_suffixes=(".weight", ".bias")): tuple(weight.shape)
+        for name, weight in model.state_dict().items()
+    }
+    found = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors}
+    found.pop("rope_freqs.weight", None)
     optional = {"output.weight"} if model.config.tie_word_embeddings else set()
-    missing, extra = sorted(wanted - found - optional), sorted(found - wanted)
+    missing, extra = sorted(wanted.keys() - found.keys() - optional), sorted(found.keys() - wanted.keys())
     if missing or extra:
         raise ValueError(
             f"the tensors of {path} are not those of a {model.config.model_type} model: "
             f"missing {', '.join(missing) or 'none'}; unexpected {', '.join(extra) or 'none'}"
         )
+    for name, shape in found.items():
+        if shape != wanted[name]:
+            raise ValueError(
+                f"{path} holds {name} of shape {list(shape)}, and its own numbers ask for {list(wanted[name])}"
+            )
 
 
-def _scale_rope(path: Path, model: PreTrainedModel, factors: Tensor) -> None:
-    """Give the model the rope scaling by whose factors [D / 2] its frequencies are divided."""
-    config = model.config
+def _scale_rope(path: Path, reader: GGUFReader, model: PreTrainedModel) -> None:
+    """Give the model the rope scaling that the file has."""
+    factors = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
+    scaling = _told_scaling(path, reader, model.config)
+    if factors is not None:
+        scaling = _found_scaling(path, model.config, torch.tensor(factors))
+    if scaling is not None:
+        model.config.rope_parameters = scaling | {"rope_theta": model.config.rope_parameters["rope_theta"]}
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+
+
+def _told_scaling(path: Path, reader: GGUFReader, config: PreTrainedConfig) -> dict[str, Any] | None:
+    """What the file's values say, as llama.cpp reads them."""
+    begin = f"{config.model_type}.rope.scaling."
+    told = {name.removeprefix(begin): _field(reader, name) for name in reader.fields if name.startswith(begin)}
+    kind, factor = told.pop("type", "linear"), told.pop("factor", None)
+    length = told.pop("original_context_length", config.max_position_embeddings)
+    told.pop("finetuned", None)  # which changes nothing
+    factor = factor or _field(reader, f"{config.model_type}.rope.scale_linear") or 1.0
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return None
+    if told or kind not in ("linear", "yarn"):
+        raise ValueError(
+            f"{path} scales its rotary embedding in a way that is unknown here: {', '.join(sorted(told)) or repr(kind)}"
+        )
+    scaling = {"rope_type": kind, "factor": factor}
+    return scaling if kind == "linear" else scaling | {"original_max_position_embeddings": length}
+
+
+def _found_scaling(path: Path, config: PreTrainedConfig, factors: Tensor) -> dict[str, Any]:
+    """The rope scaling by whose factors [D / 2] frequencies are divided."""
     plain = LlamaRotaryEmbedding(LlamaConfig(**config.to_dict())).inv_freq
     for factor in _LLAMA3_FACTORS:
         scaled = LlamaConfig(**config.to_dict())
         scaled.rope_parameters = {**_LLAMA3, "factor": factor, "rope_theta": config.rope_parameters["rope_theta"]}
-        rotary = LlamaRotaryEmbedding(scaled)
-        if torch.allclose(plain / rotary.inv_freq, factors, rtol=1e-4):
-            config.rope_parameters = scaled.rope_parameters
-            model.model.rotary_emb = LlamaRotaryEmbedding(config)
-            return
+        if torch.allclose(plain / LlamaRotaryEmbedding(scaled).inv_freq, factors, rtol=1e-4):
+            return {**_LLAMA3, "factor": factor}
     raise ValueError(
         f"{path} divides the frequencies of its rotary embedding by factors from {factors.min():.3g} to "
         f"{factors.max():.3g}, which are not those of Llama 3's rope scaling: it cannot be loaded exactly"
