@@ -19,6 +19,7 @@ from transformers import (
     NoBadWordsLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    StopStringCriteria,
 )
 
 from kv_strategies import Request, Runner, build
@@ -194,6 +195,21 @@ class TestStopStrings:
                 num_prompt = random.Random(end).randrange(1, end)
                 found = completes(tokenizer, [string], ids[:num_prompt], ids[num_prompt:end])
                 assert found == (counts[end] > counts[end - 1])
+
+    @pytest.mark.parametrize(
+        ("text", "stop"), [("a aa ab aba", ["aa"]), ("\n\n\nx", ["\n\n"]), ("🙂日 🙂🙂", ["🙂🙂", "日"])]
+    )
+    def test_what_overlaps_itself_is_found_where_generate_finds_it(self, default, text, stop):
+        tokenizer, rng = default[1], random.Random(0)
+        alphabet, criteria = tokenizer(list(text)).input_ids, StopStringCriteria(tokenizer, stop)
+        outcomes = set()
+        for _ in range(200):
+            row = [token for letter in rng.choices(alphabet, k=rng.randint(2, 6)) for token in letter]
+            num_prompt = rng.randrange(1, len(row))
+            found = completes(tokenizer, stop, row[:num_prompt], row[num_prompt:])
+            assert found == bool(criteria(torch.tensor([row]), None)[0])
+            outcomes.add(found)
+        assert outcomes == {True, False}
 
     def test_the_runner_stops_where_generate_does(self, default):
         model, tokenizer = default
