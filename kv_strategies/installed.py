@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .strategy import Strategy
 
 _LOCK = threading.Lock()
+_CACHES = ("cache", "past_key_values")  # what generate() calls one, in any release
 
 
 @contextmanager
@@ -61,14 +62,14 @@ class _Door:
         if entry is None or not _wants_cache(entry[0].model, args, kwargs):
             return self.generate(*args, **kwargs)
         strategy, salt = entry
-        return self.generate(
-            *args, **kwargs, **with_cache(strategy.cache(*_prompt(strategy.model, args, kwargs), salt))
-        )
+        cache = strategy.cache(*_prompt(strategy.model, args, kwargs), salt)
+        said = {name: value for name, value in kwargs.items() if name not in _CACHES}  # None, where it is said at all
+        return self.generate(*args, **said, **with_cache(cache))
 
 
 def _wants_cache(model, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a call of `generate()` leaves it to the model which cache it gets."""
-    if any(kwargs.get(name) is not None for name in ("cache", "past_key_values")):
+    if any(kwargs.get(name) is not None for name in _CACHES):
         return False
     use_cache, kind = (_option(model, args, kwargs, name) for name in ("use_cache", "cache_implementation"))
     return use_cache is not False and kind is None

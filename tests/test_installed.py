@@ -64,6 +64,8 @@ def test_a_call_that_asks_for_its_own_cache_gets_it():
     strategy, ids, own = build("paged", MODEL, num_blocks=40), torch.tensor([[1, 2, 3]]), DynamicCache()
     with strategy.installed():
         assert caches(MODEL, ids).strategy is strategy
+        assert caches(MODEL, ids, **with_cache(None)).strategy is strategy
+        assert caches(MODEL, ids, past_key_values=None).strategy is strategy
         assert caches(MODEL, ids, **with_cache(own)) is own
         assert caches(MODEL, ids, use_cache=False) is None
         assert type(caches(MODEL, ids, cache_implementation="static")).__name__ == "StaticCache"
