@@ -15,6 +15,7 @@ a file that answers other prompts is noticed. A request without a seed has the n
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import count as counter
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -120,11 +121,13 @@ class Batch:
             progress: show it, and the time left, where standard error is a terminal.
 
         Raises:
+            ValueError: another run is writing the same file.
             OSError: an answer could not be written.
             RuntimeError: lines were left without an answer.
         """
         written, num_failed = set(), 0
         with self.out.open("xb" if self._is_new else "ab") as file, closing(answer(self.lines)) as rows:
+            self._lock(file)
             file.truncate(self._num_bytes)
             try:
                 for row in tqdm(rows, total=len(self.lines), unit="line", disable=None if progress else True):
@@ -144,6 +147,15 @@ class Batch:
         if len(written) < len(self.lines):
             raise RuntimeError(f"{len(self.lines) - len(written)} lines were left without an answer")
         return self._summary(len(written), num_failed)
+
+    def _lock(self, file: BinaryIO) -> None:
+        """Two runs would each answer all that waits. The lock of a killed one goes with its process."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing {self.out}: wait for its end, or stop it") from None
+        except OSError:
+            pass  # a file system without locks
 
     def follow(self, answer: Answering) -> Summary:
         """What another rank of the model does of `run`: its share of the work. The first one writes."""

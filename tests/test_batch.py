@@ -139,6 +139,19 @@ def test_files_that_are_refused(prompts, tmp_path):
         Answering(baseline, TOKENIZER)
 
 
+def test_two_runs_do_not_write_one_file(prompts, tmp_path):
+    out, refused = tmp_path / "out", []
+
+    def again(message: str) -> None:
+        with pytest.raises(ValueError, match=r"another run is writing .*out: wait for its end"):
+            run(prompts, out, resume=True)
+        refused.append(message)
+
+    run(prompts, out, report=again)
+    assert len(refused) == len(BAD)
+    assert [line.number for line in lines_of(prompts)] == sorted(json.loads(row)["line"] for row in out.open())
+
+
 def test_an_empty_file_has_no_answers(tmp_path):
     (tmp_path / "prompts").write_text("\n\n")
     assert run(tmp_path / "prompts", tmp_path / "out") == (0, 0, 0)
