@@ -90,6 +90,8 @@ class Batch:
     def __init__(self, prompts: Path, out: Path, *, resume: bool = False):
         if out.exists() and not resume:
             raise ValueError(f"{out} exists already: go on with it (--resume), or give another name")
+        if out.exists() and not out.is_file():
+            raise ValueError(f"{out} is no file: answers go to one, which a run that goes on reads again")
         if not out.parent.is_dir():
             raise ValueError(f"there is no folder {out.parent} to write to")
         self.out = out

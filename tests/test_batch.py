@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +133,9 @@ def test_files_that_are_refused(prompts, tmp_path):
         assert out.read_text() == text
     with pytest.raises(ValueError, match="no folder"):
         run(prompts, tmp_path / "none" / "out")
+    for odd in (tmp_path, Path("/dev/full")):  # which can be read for ever
+        with pytest.raises(ValueError, match="is no file"):
+            run(prompts, odd, resume=True)
     with pytest.raises(IsADirectoryError):
         run(tmp_path, tmp_path / "new")
     baseline = Runner(MODEL, build("baseline", MODEL))
