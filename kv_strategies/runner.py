@@ -109,7 +109,7 @@ class Runner:
         self._running: list[ActiveSequence] = []  # oldest first; at most the last one is still prefilling
         self._in_flight: deque[LaunchedStep] = deque()  # launched, their tokens not yet read; the oldest first
         self._events: deque[Event] = deque()  # of requests that `submit` queued, for `step`
-        self._boxes: dict[str | int, deque[Event]] = {}  # request id -> where a call that asked for it finds its events
+        self._boxes: dict[int, deque[Event]] = {}  # id() of a request -> where the call that holds it finds its events
         if speculate is not None:
             speculate.check(model)
         if isinstance(strategy, Baseline):
@@ -238,20 +238,22 @@ class Runner:
                 while box:
                     yield box.popleft()
                 with uninterrupted(), self.strategy.lock:
-                    if not box and not any(
-                        self._boxes.get(seq.request.request_id) is box for seq in self._unfinished()
-                    ):
+                    if not box and not self._asked_by(box):
                         return
                     if not box:
                         self._advance()
                 self._ranks.pause()
         finally:
-            self._in_turn("close", ids, lambda: self._close(ids, box))
+            self._in_turn("close", ids, lambda: self._close(box))
 
-    def _close(self, ids: list[str | int], box: deque[Event]) -> None:
-        for request_id in [request_id for request_id in ids if self._boxes.get(request_id) is box]:
-            self._cancel(request_id)
-            del self._boxes[request_id]
+    def _asked_by(self, box: deque[Event]) -> list[ActiveSequence]:
+        """What a call still waits for."""
+        return [seq for seq in self._unfinished() if self._boxes.get(id(seq.request)) is box]
+
+    def _close(self, box: deque[Event]) -> None:
+        self._end(self._asked_by(box), "cancelled")
+        for key in [key for key, other in self._boxes.items() if other is box]:
+            del self._boxes[key]
 
     @torch.inference_mode()
     def _in_turn(self, what: str, about: Sequence, work: Callable[[], None]) -> None:
@@ -280,12 +282,12 @@ class Runner:
 
     def _submit(self, requests: list[Request], box: deque[Event] | None = None) -> None:
         """Queue them; their events go to `box`, where there is one."""
-        self._check(requests)
+        self._check(requests, has_box=box is not None)
         now = time.perf_counter()
         for request in requests:
             request.draw_seed(self._ranks.random)
             if box is not None:
-                self._boxes[request.request_id] = box
+                self._boxes[id(request)] = box
         for seq in [ActiveSequence(request, 0, now) for request in requests]:
             insort_right(self._waiting, seq, key=_urgency)
             self._next_deadline = min(self._next_deadline, seq.deadline)
@@ -365,7 +367,7 @@ class Runner:
 
     def cancel(self, request_id: str | int) -> None:
         """End a request and give its blocks back: its last event brings what it has. Unknown or finished ids are
-        ignored.
+        ignored; one that is a number in a list ends in all calls that have it.
         """
         self._in_turn("cancel", [request_id], lambda: self._cancel(request_id))
 
@@ -392,11 +394,11 @@ class Runner:
             seq.finished = True
             for index in samples:
                 output = seq.output if index == seq.sample_index else Output(seq.request, index, seq.submitted)
-                self._tell(output.finish(reason))
+                self._tell(seq, output.finish(reason))
         self._promise()
 
-    def _tell(self, event: Event) -> None:
-        self._boxes.get(event.request_id, self._events).append(event)
+    def _tell(self, seq: ActiveSequence, event: Event) -> None:
+        self._boxes.get(id(seq.request), self._events).append(event)
 
     @property
     def max_context(self) -> int:
@@ -701,7 +703,7 @@ class Runner:
             num_right = next((i for i, guess in enumerate(proposal) if guess != found[i][0]), len(proposal))
             for token, entry in found[: num_right + 1]:
                 event = seq.output.receive(token, now, entry)
-                self._tell(event)
+                self._tell(seq, event)
                 if event.result is not None:
                     break
             if len(proposal):
@@ -748,8 +750,10 @@ class Runner:
 
     # --- refusing what can never run
 
-    def _check(self, requests: Sequence[Request]) -> None:
+    def _check(self, requests: Sequence[Request], has_box: bool = False) -> None:
         active = {seq.request.request_id for seq in self._unfinished()}
+        if has_box:  # a number in a list means something to the call alone that finds its events there
+            active -= {request.request_id for request in requests if request.is_numbered}
         vocab_size = self.model.config.vocab_size
         max_context = self.model.config.max_position_embeddings
         for request in requests:

@@ -107,9 +107,10 @@ class DraftModel:
 
     def propose(self, rows: Sequence[Row]) -> list[np.ndarray]:
         requests = {
-            index: Request(row.token_ids, count, salt=row.salt, stop_token_ids=(), request_id=index)
+            index: Request(row.token_ids, count, salt=row.salt, stop_token_ids=())
             for index, row in enumerate(rows)
             if (count := min(self.num_tokens, row.limit, self.runner.max_context - len(row.token_ids))) > 0
         }
-        found = {result.request_id: result.token_ids for result in self.runner.generate(list(requests.values()))}
+        results = self.runner.generate(list(requests.values()))
+        found = {index: result.token_ids for index, result in zip(requests, results, strict=True)}
         return [np.array(found.get(index, []), dtype=np.int32) for index in range(len(rows))]

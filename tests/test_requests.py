@@ -271,7 +271,7 @@ def test_async_streams_run_side_by_side_and_end_early():
     expected = runner.generate([Request([i, 2], max_new_tokens=15) for i in range(3)])
 
     async def consume(i):
-        request = Request([i, 2], max_new_tokens=15, request_id=f"call {i}")
+        request = Request([i, 2], max_new_tokens=15)  # as others, number 0 of its call
         return [event.token_id async for event in runner.astream([request])]
 
     async def leave_early():

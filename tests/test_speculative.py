@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -131,6 +132,18 @@ def test_a_draft_model_guesses_and_shares_what_it_has_computed(salt):
     table = draft.open_table([1] * 10)
     assert bool(table.num_tokens) == (salt == ""), "what a tenant asked is the tenant's, drafts included"
     table.release()
+
+
+def test_a_draft_model_guesses_for_several_runners_at_once():
+    requests = [Request([i, 5, 6] * 4, max_new_tokens=20, request_id=i) for i in range(3)]
+    expected = baseline_tokens(MODEL, requests)
+    guesser = Runner(MODEL, build("prefix", MODEL, num_blocks=200))
+    guesser.submit([[7, 8]])  # and it has work of its own
+    targets = [Runner(MODEL, build("paged", MODEL, num_blocks=20), speculate=DraftModel(guesser)) for _ in range(3)]
+    with ThreadPoolExecutor() as threads:
+        for found in threads.map(lambda target: target.generate(requests), targets):
+            assert [result.token_ids for result in found] == expected
+    assert all(target.num_accepted > 0 for target in targets)
 
 
 def test_what_cannot_speculate_is_refused():

@@ -39,7 +39,7 @@ class Request:
     seed: int | None = None
     stop_token_ids: Sequence[int] | int | None = None  # unless told the model's own, see `Runner`; () for none
     n: int = 1
-    request_id: str | int | None = None  # its index in the list unless told
+    request_id: str | int | None = None  # its index in the list unless told, which says nothing to other calls
     stop: Sequence[str] | str = ()  # ends where its text comes to one of them; needs a tokenizer, see `Runner`
     min_new_tokens: int = 0  # no stop token before so many
     logits_processor: Sequence[Processor] | Processor = ()  # called in this order, with all tokens of the row
@@ -50,6 +50,7 @@ class Request:
     num_blocks: int = field(default=0, init=False, repr=False)  # what it takes at once; the runner's to say
     chunk: int = field(default=0, init=False, repr=False)  # tokens of its prompt in a forward at most; likewise
     tokenizer: PreTrainedTokenizerBase | None = field(default=None, init=False, repr=False)  # where it has stop strings
+    is_numbered: bool = field(default=False, init=False, repr=False)  # its id is its index
 
     @classmethod
     def of(
@@ -140,7 +141,7 @@ class Request:
             priority=priority,
             deadline=deadline,
         )
-        own.tokenizer = found
+        own.tokenizer, own.is_numbered = found, request.request_id is None
         return own
 
     def draw_seed(self, source: random.Random | ModuleType) -> None:
