@@ -228,7 +228,7 @@ def prompt(folder: Path) -> list[str]:
     return refused(lambda: model.generate(ids, **with_cache(strategy.cache()), max_new_tokens=4))
 
 
-def killed(folder: Path) -> list[str]:
+def killed(folder: Path, by: int = signal.SIGKILL) -> list[str]:
     """A rank that dies in the middle of a request."""
     model, _ = load_model(folder / "tiny")
     served = Runner(model, build("paged", model, num_blocks=40))
@@ -236,9 +236,14 @@ def killed(folder: Path) -> list[str]:
     def generate() -> None:
         for number, _ in enumerate(served.stream([Request(range(9), 60)])):
             if number == 5 and RANK == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), by)
 
     return refused(generate)
+
+
+def stopped(folder: Path) -> list[str]:
+    """A rank that stands still in the middle of a request, and stays."""
+    return killed(folder, by=signal.SIGSTOP)
 
 
 def prompts(folder: Path) -> list[list[int]]:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -142,6 +144,9 @@ class Heartbeat:
 
     def _leave(self) -> None:
         self._ended.set()
+        if self._failure is not None:  # gloo ends with the process, and waits for a peer that stands still, alive
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(math.ceil(PATIENCE))
         self._thread.join(PATIENCE)
         with suppress(RuntimeError):
             self._beat(_LEFT.decode())
