@@ -275,10 +275,15 @@ class Runner:
         Raises:
             ValueError: says which request, why, and what would fit.
         """
-        if isinstance(self.strategy, Baseline):
-            raise ValueError("the baseline runs one request after the other: use generate or stream")
+        self._check_batches()
         requests = self._checked(requests)
         self._in_turn("submit", requests, lambda: self._submit(requests))
+
+    def _check_batches(self) -> None:
+        if isinstance(self.strategy, Baseline):
+            raise ValueError(
+                "the baseline runs one request after the other: use generate or stream; leaving a stream cancels it"
+            )
 
     def _submit(self, requests: list[Request], box: deque[Event] | None = None) -> None:
         """Queue them; their events go to `box`, where there is one."""
@@ -308,6 +313,7 @@ class Runner:
         A step is done or it is not: where it raises, no token is lost and none counts as computed that was not, and the
         next call tries again. Ctrl-C comes when it is done, and its tokens with the next.
         """
+        self._check_batches()
         self._ranks.pause()
         with uninterrupted() as interrupts, self.strategy.lock:
             self._advance()
@@ -369,6 +375,7 @@ class Runner:
         """End a request and give its blocks back: its last event brings what it has. Unknown or finished ids are
         ignored; one that is a number in a list ends in all calls that have it.
         """
+        self._check_batches()
         self._in_turn("cancel", [request_id], lambda: self._cancel(request_id))
 
     def _cancel(self, request_id: str | int) -> None:

@@ -265,6 +265,13 @@ def test_what_is_cancelled_says_so():
     assert len(first) == 4 and runner.step() == [] and strategy.stats()["blocks_used"] == 0
 
 
+def test_the_baseline_says_that_it_has_no_steps():
+    runner = Runner(MODEL, build("baseline", MODEL))
+    for call in (lambda: runner.submit([[1]]), runner.step, lambda: runner.cancel("a")):
+        with pytest.raises(ValueError, match="use generate or stream; leaving a stream cancels it"):
+            call()
+
+
 def test_async_streams_run_side_by_side_and_end_early():
     strategy = build("paged", MODEL, num_blocks=200)
     runner = Runner(MODEL, strategy)
