@@ -118,6 +118,11 @@ class Runner:
             if target_itl is not None:
                 raise ValueError("the baseline runs one request after the other: target_itl is for a strategy")
             return
+        if speculate is not None and strategy.placement.reads_some:
+            raise ValueError(
+                "top_n and mass read some of V for a token that decodes alone and all of it for several at once: what "
+                "guesses are verified by is not what plain decoding draws from. Speculate with exact reads"
+            )
         if target_itl is not None and self._ranks.size > 1:
             raise ValueError("target_itl goes by the clock of this process, and ranks have to decide alike")
         on_gpu = self.device.type == "cuda"

@@ -152,6 +152,9 @@ def test_what_cannot_speculate_is_refused():
         Runner(MODEL, build("paged", MODEL, num_blocks=8), speculate=DraftModel(other))
     with pytest.raises(ValueError, match="baseline decodes one token after the other"):
         Runner(MODEL, build("baseline", MODEL), speculate=PromptLookup())
+    for options in ({"top_n": 5}, {"mass": 0.8}):
+        with pytest.raises(ValueError, match="top_n and mass read some of V for a token that decodes alone"):
+            Runner(MODEL, build("offload", MODEL, num_blocks=8, **options), speculate=PromptLookup())
     with pytest.raises(ValueError, match="num_tokens must be at least 1"):
         DraftModel(other, num_tokens=0)
 
