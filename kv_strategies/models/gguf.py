@@ -90,11 +90,12 @@ def load_gguf(path: Path, reader: GGUFReader, dtype: torch.dtype) -> tuple[PreTr
     logging.disable_progress_bar()
     try:
         with _naming(path), torch.device("meta"):
-            shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source))
+            config = AutoConfig.from_pretrained(**source)
+            shape = AutoModelForCausalLM.from_config(config)
         _check_tensors(path, reader, shape)
         with _naming(path):
             model = AutoModelForCausalLM.from_pretrained(
-                **source, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+                **source, config=config, quantization_config=GgufConfig(dequantize=True), dtype=dtype
             )
             tokenizer = AutoTokenizer.from_pretrained(**source)
     finally:
