@@ -7,6 +7,8 @@ the first instruction of what was to handle it.
 from __future__ import annotations
 
 import gc
+import random
+import signal
 
 import pytest
 import torch
@@ -95,3 +97,33 @@ def test_a_preload_that_raises_keeps_nothing():
             strategy.forget(prompt)
         assert strategy.stats()["blocks_used"] == 0
         told.clear()
+
+
+def test_an_alarm_comes_between_steps_as_well():
+    """As does whatever another signal raises: a limit of time, an orderly end on SIGTERM."""
+
+    def late(signum, frame):
+        raise TimeoutError
+
+    expected, rng = baseline_tokens(MODEL, REQUESTS), random.Random(0)
+    strategy = small("prefix+offload")
+    runner = Runner(MODEL, strategy, max_num_seqs=3, max_batch_tokens=17)
+    before = {number: signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in (signal.SIGALRM, signal.SIGTERM):
+            signal.signal(number, late)
+        for _ in range(40):
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.001, 0.02))
+            try:
+                runner.generate(REQUESTS)
+            except TimeoutError:
+                pass
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            strategy.check_integrity()
+            assert strategy.stats()["blocks_used"] == 0
+            assert [signal.getsignal(number) for number in before] == [late, late, before[signal.SIGINT]]
+        assert [result.token_ids for result in runner.generate(REQUESTS)] == expected
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

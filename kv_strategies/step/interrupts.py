@@ -1,7 +1,8 @@
-"""Ctrl-C between two things, never in the middle of one.
+"""Ctrl-C between two things, never in the middle of one; and whatever else a signal is to raise.
 
-Python raises KeyboardInterrupt wherever the main thread happens to be: between two lines that only together keep the
-books of blocks, tree and tiers. No rollback helps there, as it can be interrupted as well.
+Python runs the handler of a signal, which raises KeyboardInterrupt, or TimeoutError for an alarm, wherever the main
+thread happens to be: between two lines that only together keep the books of blocks, tree and tiers. No rollback helps
+there, as it can be interrupted as well.
 """
 
 from __future__ import annotations
@@ -9,41 +10,58 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class uninterrupted(contextlib.ContextDecorator):
-    """Until the end of the block, or of the function that it decorates, Ctrl-C is only noted; then it is raised.
+    """Until the end of the block, or of the function that it decorates, signals that a Python function handles are only
+    noted; then it is called.
 
-    So it is for work that ends soon, or calls `check` now and then; a second Ctrl-C does not wait. In other threads,
-    which no Ctrl-C reaches, it does nothing; nor where SIGINT has been given another meaning than a Python function.
+    So it is for work that ends soon, or calls `check` now and then; the second of one kind, as of Ctrl-C, does not
+    wait. In other threads, which no signal reaches, it does nothing.
     """
 
     def _recreate_cm(self) -> uninterrupted:
         return type(self)()  # a decorated function may call itself
 
     def __enter__(self) -> uninterrupted:
-        self._noted: tuple[int, FrameType | None] | None = None
-        self._previous = None
+        self._noted: dict[int, FrameType | None] = {}
+        self._handlers: dict[int, Callable] = {}
         if threading.current_thread() is threading.main_thread():
-            previous = signal.getsignal(signal.SIGINT)
-            if callable(previous):
-                signal.signal(signal.SIGINT, self._note)
-                self._previous = previous
+            self._handlers = {number: found for number in _SIGNALS if callable(found := signal.getsignal(number))}
+            try:
+                for number in self._handlers:
+                    signal.signal(number, self._note)
+            except BaseException:  # raised by one that is not replaced yet
+                self._restore(list(self._handlers))
+                raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        if self._handlers:
+            self._restore(list(self._handlers))
             self.check()
 
+    def _restore(self, numbers: list[int]) -> None:
+        """All of them, whatever the first ones raise as soon as they are back."""
+        try:
+            while numbers:
+                signal.signal(numbers[-1], self._handlers[numbers[-1]])
+                numbers.pop()
+        finally:
+            if numbers:
+                self._restore(numbers)
+
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self._noted is not None:
-            self._previous(signum, frame)
-        self._noted = signum, frame
+        if signum in self._noted:
+            self._handlers[signum](signum, frame)
+        self._noted[signum] = frame
 
     def check(self) -> None:
         """Here all is in order: raise what has been noted."""
-        noted, self._noted = self._noted, None
-        if noted is not None:
-            self._previous(*noted)
+        while self._noted:
+            signum, frame = self._noted.popitem()
+            self._handlers[signum](signum, frame)
