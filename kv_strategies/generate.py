@@ -84,7 +84,13 @@ class Generation:
         if not token_ids:
             raise ValueError(f"only full blocks are shared: a prompt to preload needs at least {size} tokens")
         if min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
+        strategy.look_closely()
             raise ValueError(f"token ids must be from 0 to {config.vocab_size - 1}")
+        if strategy.seen.is_opaque:
+            raise ValueError(
+                "hooks or replaced methods steer this model, and whether they still do what they did nobody can tell, "
+                "so nothing is kept for later requests: take them away before preloading"
+            )
         strategy.follow()
         cache, device = AttendingCache(strategy), strategy.model.device
         with uninterrupted() as interrupts:

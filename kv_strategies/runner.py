@@ -304,6 +304,8 @@ class Runner:
         self._promise()
 
     def _promise(self) -> None:
+        if not (self._running or self._waiting or self._in_flight):
+            self.strategy.look_closely()
         """What the largest of the accepted requests takes is kept for this runner, so that all of them can finish."""
         needed = max((seq.request.num_blocks for seq in self._unfinished()), default=0)
         self.strategy.promise(self, needed, self._tables)
@@ -639,7 +641,7 @@ class Runner:
 
     def _replay(self, rows, counts, decoding, prefilling) -> tuple[Tensor, Tensor] | None:
         """Logits [R, V] as `_forward` gives them, and the likeliest tokens [R]; None where no graph is for the step."""
-        if self._graphs is None or self.strategy.seen.is_hooked:
+        if self._graphs is None or self.strategy.seen.is_opaque:
             return None
         is_urgent = any(step.has_first for step in self._in_flight)
         if not prefilling:

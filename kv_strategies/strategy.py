@@ -90,7 +90,7 @@ class Strategy:
         #: Whether the layers run in one piece with fused kernels (`step/fused.py`) where the model allows it.
         self.fused = True
         numbers = self._watch.numbers
-        self.seen = Seen(*numbers, None, self._watch.is_hooked)
+        self.seen = Seen(*numbers, None, self._watch.is_opaque)
         self.sharing.follow(numbers.content)
         self.sharing.join(self.placement, partial(told_weights, model))
 
@@ -105,7 +105,7 @@ class Strategy:
         """
         stack = stack_of(self.model) if self.fused else None
         numbers = self._watch.numbers if stack is None else self._watch.last
-        before, self.seen = self.seen, Seen(*numbers, stack, self._watch.is_hooked)
+        before, self.seen = self.seen, Seen(*numbers, stack, self._watch.is_opaque)
         if numbers.layout != before.layout:
             try:
                 self._check_model()
@@ -116,6 +116,11 @@ class Strategy:
             self.sharing.follow(numbers.content)
 
     def _check_model(self) -> None:
+    def look_closely(self) -> None:
+        """Look as well for what no counter of torch counts: before a call, as long as nothing runs that would wait."""
+        if not isinstance(self.sharing, NoSharing):
+            self._watch.look_closely()
+
         first = next(self.model.model.layers.parameters())
         devices = [next(layer.self_attn.parameters()).device for layer in self.model.model.layers]
         then, now = (self.shape.dtype, self.shape.layer_devices), (first.dtype, devices)
@@ -172,6 +177,8 @@ class Strategy:
         """
         with uninterrupted(), self.lock:
             return self.door.cache(self, input_ids, attention_mask, salt)
+            if input_ids is not None:
+                self.look_closely()
 
     def installed(self, salt: str = "") -> AbstractContextManager[Strategy]:
         """Inside, calls of `model.generate()` that bring no cache get one of this strategy, with the prompt known: for
@@ -539,6 +546,7 @@ class Strategy:
         with self.lock:
             self.follow()
             return self.sharing.save(self.ranks.own(path), self.placement, self._weights_in_files())
+            self.look_closely()
 
     def load(self, path: str | Path) -> Loaded:
         """Take in what `save` has written, as far as free blocks go. See `saved.load`.
@@ -550,6 +558,7 @@ class Strategy:
         with self.lock:
             self.follow()
             loaded = error = None
+            self.look_closely()
             try:
                 loaded = self.sharing.load(self.ranks.own(path), self.placement, self._weights_in_files())
             except (OSError, ValueError) as found:

@@ -37,7 +37,7 @@ class Seen(NamedTuple):
     layout: int  # see `version.py`
     content: int
     stack: FusedStack | None  # what runs its layers; None for the layers themselves
-    is_hooked: bool  # hooks want to be called, which no graph does
+    is_opaque: bool  # hooks want to be called, or replaced methods, which no graph does
 
 
 class Attends(Protocol):
@@ -162,7 +162,7 @@ def forward(cache: AttendingCache, plan: Plan, input_ids: Tensor, last: Tensor |
         if strategy.kernels.needs_stack:
             raise ValueError(NEEDS_STACK)
         inputs = {"input_ids": input_ids[None], "position_ids": plan.positions[None], "use_cache": True}
-        if isinstance(last, int) or model.model.norm.weight.device == last.device:
+        if isinstance(last, int) or all(part.device == last.device for part in model.model.norm.parameters()):
             return model(**inputs, **with_cache(cache), logits_to_keep=last).logits[0]
         states = model.model(**inputs, **with_cache(cache)).last_hidden_state[0]  # where the last layer is
         return model.lm_head(states[last.to(states.device)])

@@ -227,9 +227,9 @@ def tail_of(model: LlamaForCausalLM) -> Tail | None:
     not by rounding alone.
     """
     inner, head, norm = model.model, model.lm_head, model.model.norm
-    if type(model) is not LlamaForCausalLM or head.weight.dtype != norm.weight.dtype:
+    if (type(model), type(inner)) != (LlamaForCausalLM, LlamaModel):
         return None
-    if (type(inner), type(head), type(norm)) != (LlamaModel, nn.Linear, LlamaRMSNorm):
+    if (type(head), type(norm)) != (nn.Linear, LlamaRMSNorm) or head.weight.dtype != norm.weight.dtype:
         return None
     dim = sharded_dim(head.weight)
     if (dim is None and type(head.weight) is not nn.Parameter) or dim or not local(head.weight).is_contiguous():

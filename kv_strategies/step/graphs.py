@@ -131,7 +131,7 @@ class StepGraphs:
         padding. Not where hooks want to be called.
         """
         self._strategy.follow()
-        if self._strategy.seen.is_hooked:
+        if self._strategy.seen.is_opaque:
             return
         num_rows, num_tokens, _ = shape
         self._met.add(shape)

@@ -10,11 +10,13 @@ anew and described, and the model gets other numbers:
     layout     modules, hooks, code, attributes, where the weights lie      what a merged weight or a graph depends on
     content    and what they hold: load_state_dict, an optimizer's step      what K and V depend on
 
-A description that is met again (an adapter switched back, a hook removed) gets the numbers that it had.
+A description that is met again (an adapter switched back, a hook removed) gets the numbers that it had. Of a model
+with hooks, or a module whose method somebody has replaced, nobody can tell whether that code still does what it did, so
+every look gives another content.
 
-What nobody can see without reading all weights: writing into `weight.data` in place (`weight.data.add_(x)`), which
-torch leaves out of its counters, and changing weights that were made in inference mode, which have none. After that,
-call `strategy.reset()`.
+Writing into `weight.data` in place (`weight.data.add_(x)`, as merges and copies of weights do) is left out of torch's
+counters, and weights made in inference mode have none. `Watch.look_closely` reads a few numbers of each weight, and
+finds that where it was done to all of a weight. Who writes a few of its numbers so calls `strategy.reset()`.
 """
 
 from __future__ import annotations
@@ -45,8 +47,10 @@ from .shards import __name__ as shards
 from .shards import local, own_forward
 
 _NUM_REMEMBERED = 8  # descriptions, so that a model may come back to what it was
+_NUM_SAMPLED = 64  # numbers of each weight
 #: Modules of these very classes read nothing but their weights, unless an attribute comes to them (a `forward`, say).
 _PLAIN = {nn.Linear, nn.ModuleList, nn.ModuleDict, nn.SiLU, SiLUActivation}
+_NOTED = {LlamaForCausalLM, LlamaModel}  # on which anybody may leave notes
 #: What every module has, described apart or no matter to a forward without gradients in eval mode.
 OWN = set(vars(nn.Module())) | {"config", "generation_config"}
 #: Of a configuration, what changes K and V. The rest (paths, versions, special tokens) may differ.
@@ -91,7 +95,8 @@ class Watch:
         self.lock = threading.RLock()  # for who looks, and makes something of what he sees
         self._counter = itertools.count()
         self._layouts: OrderedDict[int, _Description] = OrderedDict()
-        self._contents: OrderedDict[tuple[int, tuple], int] = OrderedDict()
+        #: Of a layout and the counters of its weights, the content and a sample of it.
+        self._contents: OrderedDict[tuple[int, tuple], tuple[int, bytes]] = OrderedDict()
         self._look()
 
     @property
@@ -100,10 +105,19 @@ class Watch:
         with self.lock:
             if not self._snapshot.layout_holds():
                 self._look()
-            elif not self._snapshot.content_holds():
+            elif self.is_opaque or not self._snapshot.content_holds():
                 self._snapshot.count()
                 self._number(self._numbers.layout)
             return self._numbers
+
+    def look_closely(self) -> None:
+        """Notice as well what was written into weights behind torch's counters. Waits for the device."""
+        with self.lock:
+            layout = self.numbers.layout
+            known = self._contents.get((layout, self._snapshot.versions))
+            if known is not None and known[1] != self._snapshot.sample():
+                self._contents.clear()  # counters that were met before say nothing
+                self._number(layout)
 
     @property
     def last(self) -> Numbers:
@@ -111,16 +125,21 @@ class Watch:
         return self._numbers
 
     @property
-    def is_hooked(self) -> bool:
-        """Whether hooks want to be called in a forward. As of the last look at `numbers`."""
-        return self._description.is_hooked
+    def is_opaque(self) -> bool:
+        """Whether a forward calls what may do something else each time: hooks, or methods of single modules that were
+        replaced. As of the last look at `numbers`.
+        """
+        return self._description.is_opaque
 
     def adopt(self) -> None:
         """What was done to the model since the last look has changed where its weights lie and no result."""
         with self.lock:
             self._snapshot, self._description = _Snapshot(self.model), _Description(self.model)
             self._layouts[self._numbers.layout] = self._description
-            self._contents[self._numbers.layout, self._snapshot.versions] = self._numbers.content
+            self._contents[self._numbers.layout, self._snapshot.versions] = (
+                self._numbers.content,
+                self._snapshot.sample(),
+            )
 
     def _look(self) -> None:
         # What is changed by another thread meanwhile differs from the snapshot, which is the elder, at the next look.
@@ -133,16 +152,22 @@ class Watch:
         self._number(layout)
 
     def _number(self, layout: int) -> None:
+        _use(self._layouts, layout)
+        if self.is_opaque:
+            self._numbers = Numbers(layout, next(self._counter))
+            return
         key = layout, self._snapshot.versions
-        content = self._contents.get(key)
-        if content is None:
-            content = next(self._counter)
-        self._contents[key] = content
-        self._numbers = Numbers(layout, content)
-        for remembered, used in ((self._layouts, layout), (self._contents, key)):
-            remembered.move_to_end(used)
-            while len(remembered) > _NUM_REMEMBERED:
-                remembered.popitem(last=False)
+        if key not in self._contents:
+            self._contents[key] = next(self._counter), self._snapshot.sample()
+        _use(self._contents, key)
+        self._numbers = Numbers(layout, self._contents[key][0])
+
+
+def _use(remembered: OrderedDict, key: Hashable) -> None:
+    """It becomes the most recently used; the longest unused are forgotten."""
+    remembered.move_to_end(key)
+    while len(remembered) > _NUM_REMEMBERED:
+        remembered.popitem(last=False)
 
 
 _WATCHES: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
@@ -232,6 +257,8 @@ def is_replaced(module: nn.Module) -> bool:
     that is spread over devices (`device_map`) brings their inputs to them, and changes nothing; as little does what
     upstream puts around those that are spread over ranks.
     """
+    if "_call_impl" in vars(module):  # what calls the forward
+        return True
     if own_forward(module) is None:
         return False
     return not (is_moved(module) and vars(module)["_old_forward"] == type(module).forward.__get__(module))
@@ -282,6 +309,8 @@ class _Snapshot:
         self._read, self._were = read, list(map(_copied, read))
         self._model, self._config = model, _copied(_config(model))
         tensors = [tensor for _, tensor in tensors_of(model)]
+        noted = [vars(module) for module in modules if type(module) not in _NOTED]
+        tensors += _tensors_in([value for held in noted for name, value in held.items() if name not in OWN])
         self._tensors = [tensor for tensor in tensors if not tensor.is_meta]
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
         self._are_contiguous = list(map(Tensor.is_contiguous, self._tensors))
@@ -294,6 +323,22 @@ class _Snapshot:
 
     def count(self) -> None:
         self.versions = tuple(map(_version, self._counted))
+
+    @torch.no_grad()
+    def sample(self) -> bytes:
+        """Some numbers of each weight."""
+        parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for tensor, is_contiguous in zip(self._tensors, self._are_contiguous, strict=True):
+            if type(tensor) not in (Tensor, nn.Parameter):  # codes of a library's own
+                continue
+            size = tensor.numel()
+            step = size // _NUM_SAMPLED | 1  # odd, so that it meets all columns
+            if is_contiguous:  # the same in one call
+                some = tensor.as_strided((-(-size // step),), (step,))
+            else:
+                some = tensor.reshape(-1)[::step]
+            parts.setdefault((tensor.device, tensor.dtype), []).append(some)
+        return b"".join(torch.cat(each).view(torch.uint8).cpu().numpy().tobytes() for each in parts.values())
 
     def layout_holds(self) -> bool:
         try:
@@ -337,7 +382,7 @@ class _Description:
             if (wanted := hooks_of(module))
             for found in (module._forward_pre_hooks, module._forward_hooks)
         ]
-        self.is_hooked = bool(hooks) or is_globally_hooked()
+        self.is_opaque = bool(hooks) or is_globally_hooked() or any(map(is_replaced, modules))
         self._parts = [
             [self._id(kind) for kind in kinds],
             [*map(self._id, _code(list(dict.fromkeys(kinds))))],
@@ -380,7 +425,7 @@ class _Description:
 
     def _attributes(self, module: nn.Module) -> Hashable:
         own = vars(module)
-        if type(module) in (LlamaForCausalLM, LlamaModel):  # on which anybody may leave notes
+        if type(module) in _NOTED:
             return self._frozen({name: own[name] for name in ("forward", "_compiled_call_impl") if name in own})
         return self._frozen({name: value for name, value in own.items() if name not in OWN})
 
@@ -394,7 +439,18 @@ class _Description:
             return type(value), tuple(map(self._frozen, value))
         if isinstance(value, set | frozenset):
             return type(value), frozenset(map(self._frozen, value))
-        return self._id(value)
+        return self._place(value) if torch.is_tensor(value) else self._id(value)
+
+
+def _tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
+    """The tensors among them, and in lists and dictionaries of them."""
+    for value in values:
+        if torch.is_tensor(value) and value.layout is torch.strided:
+            yield local(value)
+        elif isinstance(value, list | tuple):
+            yield from _tensors_in(value)
+        elif isinstance(value, dict):
+            yield from _tensors_in(value.values())
 
 
 def _members_of(modules: Iterable[nn.Module]) -> Iterator[tuple[tuple[int, str], Tensor | None]]:

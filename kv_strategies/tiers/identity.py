@@ -20,13 +20,12 @@ from transformers import PreTrainedModel
 
 from ..step.ranks import ranks_of
 from ..step.store import Planes
-from ..step.version import CONFIG_KEYS, OWN, has_upstream_functions, is_patched, is_replaced, tensors_of, watch
+from ..step.version import CONFIG_KEYS, OWN, has_upstream_functions, is_patched, tensors_of, watch
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 _CHUNK_BYTES = 16 << 20  # read at a time; on a GPU, copied to the host
-_SAMPLES = 64  # numbers read of each weight
 _NUM_REMEMBERED = 8  # hashes, of as many states of a model
 _UPSTREAM = ("torch.", "transformers.")  # packages whose modules keep what is no matter to others under "_names"
 
@@ -66,13 +65,13 @@ def weights_hash(model: LlamaForCausalLM) -> str:
     """A hash of all bytes of all parameters and buffers, with their names, shapes and dtypes, and of the configuration,
     classes and settings of the modules that read them (which adapters are active, say).
 
-    Read once a state of the model, in chunks, by several threads, which hash 0.9 GB/s each. It is read again where a
-    few numbers of each weight are others, which a change that torch does not count would show.
+    Read once a state of the model, in chunks, by several threads, which hash 0.9 GB/s each.
     """
     watched = watch(model)
     known = watched.made.setdefault("weights", {})
-    content, sample = watched.numbers.content, _sample(model)
-    if content not in known or known[content][0] != sample:
+    watched.look_closely()
+    content = watched.last.content
+    if content not in known:
         total = hashlib.blake2b(digest_size=32)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashlib works outside the interpreter's lock
             named = list(tensors_of(model))
@@ -82,19 +81,18 @@ def weights_hash(model: LlamaForCausalLM) -> str:
         for name, module in model.named_modules():
             total.update(json.dumps([name, type(module).__qualname__, _settings_of(module)]).encode())
         total.update(json.dumps(_config_of(model)).encode())  # as it is by now
-        known[content] = sample, total.hexdigest()
+        known[content] = total.hexdigest()
         while len(known) > _NUM_REMEMBERED:
             del known[next(iter(known))]
-    return known[content][1]
+    return known[content]
 
 
 def is_steered(model: LlamaForCausalLM) -> bool:
     """Whether K and V depend on what no hash of weights tells another process: hooks, or methods that are replaced."""
     watched = watch(model)
-    watched.numbers  # noqa: B018  looks whether it is hooked
-    modules = list(model.modules())
-    is_other = any(map(is_replaced, modules)) or any(map(is_patched, set(map(type, modules))))
-    return watched.is_hooked or not has_upstream_functions() or is_other
+    watched.numbers  # noqa: B018  looks whether it is opaque
+    kinds = set(map(type, model.modules()))
+    return watched.is_opaque or not has_upstream_functions() or any(map(is_patched, kinds))
 
 
 def told_weights(model: LlamaForCausalLM) -> str | None:
@@ -154,16 +152,3 @@ def _chunks(weight: Tensor) -> Iterator[Tensor]:
     for piece in pieces:
         if piece.numel():
             yield piece.cpu().contiguous()
-
-
-@torch.no_grad()
-def _sample(model: LlamaForCausalLM) -> bytes:
-    digest = hashlib.blake2b(digest_size=32)
-    samples: dict[torch.device, list[Tensor]] = {}
-    for _, weight in tensors_of(model):
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)].float()
-        samples.setdefault(weight.device, []).append(sample)
-    for per_device in samples.values():
-        digest.update(torch.cat(per_device).cpu().numpy().tobytes())  # one wait a device
-    return digest.digest()
