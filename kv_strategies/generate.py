@@ -79,19 +79,18 @@ class Generation:
         """See `Strategy.preload`."""
         size, config, sharing = strategy.block_size, strategy.model.config, strategy.sharing
         sharing.pin((), salt)  # refuses where nothing is kept for later
-        token_ids = [int(token) for token in token_ids]
         token_ids = token_ids[: len(token_ids) // size * size]
         if not token_ids:
             raise ValueError(f"only full blocks are shared: a prompt to preload needs at least {size} tokens")
         if min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
-        strategy.look_closely()
             raise ValueError(f"token ids must be from 0 to {config.vocab_size - 1}")
+        strategy.look_closely()
+        strategy.follow()
         if strategy.seen.is_opaque:
             raise ValueError(
                 "hooks or replaced methods steer this model, and whether they still do what they did nobody can tell, "
                 "so nothing is kept for later requests: take them away before preloading"
             )
-        strategy.follow()
         cache, device = AttendingCache(strategy), strategy.model.device
         with uninterrupted() as interrupts:
             table = BlockTable(strategy.pool, *sharing.match(token_ids, salt))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,13 @@ from torch import Tensor
 from .sequences import ActiveSequence
 from .step.budget import Work
 from .step.scores import Logprobs
+
+
+class Found(NamedTuple):
+    """What a step has found, on the host."""
+
+    drawn: list[list[tuple[int, dict[int, float] | None]]]  # of each sequence its tokens, with log probabilities
+    scored: list[tuple[ActiveSequence, list[dict[int, float]]]]  # log probabilities of prompts
 
 
 @dataclass
@@ -33,12 +41,15 @@ class LaunchedStep:
         """Whether nobody has to wait for its tokens any more."""
         return self.ready is None or self.ready.query()
 
-    def tokens(self) -> list[int]:
+    def read(self) -> Found:
+        """Wait for the tokens. Changes nothing, so that it can be called again where it raises."""
         if self.ready is not None:
             self.ready.synchronize()
-        return [] if self.on_host[0] is None else self.on_host[0].tolist()
+        tokens = [] if self.on_host[0] is None else self.on_host[0].tolist()
+        drawn = zip(tokens, self._logprobs(), strict=True)
+        return Found([list(islice(drawn, 1 + len(proposal))) for proposal in self.proposals], list(self._scored()))
 
-    def logprobs(self) -> Iterator[dict[int, float] | None]:
+    def _logprobs(self) -> Iterator[dict[int, float] | None]:
         """Of each token, None where they are not asked for."""
         rows = count()
         for seq, proposal in zip(self.sequences, self.proposals, strict=True):
@@ -46,7 +57,7 @@ class LaunchedStep:
             for _ in range(1 + len(proposal)):
                 yield None if k is None else self.on_host[1].row(next(rows), k)
 
-    def scored(self) -> Iterator[tuple[ActiveSequence, list[dict[int, float]]]]:
+    def _scored(self) -> Iterator[tuple[ActiveSequence, list[dict[int, float]]]]:
         for seq, part in zip(self.scoring, self.on_host[2:], strict=True):
             yield seq, [part.row(row, seq.request.prompt_logprobs) for row in range(len(part.ids))]
 

@@ -186,14 +186,14 @@ class BlockTable:
             raise OutOfBlocks(f"{num_tokens} more tokens need {needed} blocks, {pool.num_free} are free")
         if not num_tokens:
             return []
-        wanted = -(-(self.num_tokens + num_tokens) // pool.block_size)
+        wanted, must_copy = -(-(self.num_tokens + num_tokens) // pool.block_size), self._must_copy_last()
         if wanted > len(self._ids):
             grown = np.full(max(wanted, 2 * len(self._ids), 8), NULL_BLOCK, dtype=np.int32)
             grown[:size] = self._ids[:size]
             self._ids = grown
         last = int(self._ids[size - 1]) if size else NULL_BLOCK
         taken, copies = pool.allocate_run(needed, after=last), []
-        if self._must_copy_last():
+        if must_copy:
             copies.append((last, taken.pop(0)))
             self._ids[size - 1] = copies[0][1]
             pool.release(last)
@@ -217,10 +217,11 @@ class BlockTable:
 
     def fork(self) -> BlockTable:
         """A second table over the same blocks (parallel sample, beam). The first to write copies."""
-        for block in self.blocks:
+        twin = self._twin(self.blocks)
+        for block in twin.blocks:
             if block != NULL_BLOCK:
                 self.pool.share(int(block))
-        return self._twin(self.blocks)
+        return twin
 
     def hollow(self) -> BlockTable:
         """A table like this one without any blocks, to be filled when their contents come back."""

@@ -98,6 +98,8 @@ class Contiguous(Layout):
     """One block a request, as long as the longest may be: what a cache without blocks reserves."""
 
     def __init__(self, *, max_length: int | None = None):
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1 token, got {max_length}")
         self._max_length = max_length
 
     def block_size(self, asked: int | None, longest: int) -> int:
@@ -194,7 +196,7 @@ def build(
         "kernels": kernels,
         "deterministic": deterministic,
     }
-    common = {option: checked(option, value, _COMMON[option]) for option, value in common.items()}
+    common = {option: _checked(option, value, _COMMON[option]) for option, value in common.items()}
     num_blocks, memory_fraction, block_size, kernels, deterministic = common.values()
     given = _options_of(name, parts, options)
     check_model(model)
@@ -316,8 +318,16 @@ def _options_of(name: str, parts: list[str], options: dict[str, object]) -> dict
         make = getattr(STRATEGIES[part].make, "func", STRATEGIES[part].make)  # a partial's own
         hints = typing.get_type_hints(make.__init__ if inspect.isclass(make) else make)
         own = [option for option in STRATEGIES[part].options if option in options]
-        given[part] = {option: checked(option, options[option], hints.get(option, object)) for option in own}
+        given[part] = {option: _checked(option, options[option], hints.get(option, object)) for option in own}
     return given
+
+
+def _checked(option: str, value: object, hint: object) -> object:
+    """See `checked`; all sizes are of 64 bits."""
+    found = checked(option, value, hint)
+    if isinstance(found, int) and not -(2**63) <= found < 2**63:
+        raise ValueError(f"{option} is a number beyond 64 bits")
+    return found
 
 
 #: The options that every strategy has, and their types.

@@ -16,13 +16,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+import warnings
 import weakref
 from bisect import insort_left, insort_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, partial
-from itertools import accumulate, count, islice
+from itertools import accumulate, count
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .baseline import Baseline
-from .launched import LaunchedStep, start_copy
+from .launched import Found, LaunchedStep, start_copy
 from .models.load import load_tokenizer
 from .paged import BlockTable, OutOfBlocks
 from .sequences import NO_TOKENS, ActiveSequence
@@ -88,6 +89,11 @@ class Runner:
     ):
         if strategy.model is not model:
             raise ValueError("the strategy was built for another model")
+        max_num_seqs = checked("max_num_seqs", max_num_seqs, int)
+        max_batch_tokens = checked("max_batch_tokens", max_batch_tokens, int)
+        cuda_graphs = checked("cuda_graphs", cuda_graphs, bool | None)
+        if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+            raise ValueError(f"tokenizer takes a tokenizer, which decodes tokens, got {tokenizer!r}")
         if max_num_seqs < 1 or max_batch_tokens <= max_num_seqs:
             raise ValueError(
                 f"max_batch_tokens must exceed max_num_seqs, so that a prompt can advance while all others decode; "
@@ -130,6 +136,8 @@ class Runner:
         weakref.finalize(self, _abandon, strategy, self._running)
         self._cache = AttendingCache(strategy)
         self._reserved: list[Reservation] = []  # of the step that is being launched
+        self._is_stepping = False
+        self._has_failed = False  # a step has, and what it had done is to be undone
         self._free_seats = list(range(max_num_seqs))
         # The newest token of each sequence, by seat; one more seat for the padding rows of a graph.
         self._last_token = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
@@ -249,7 +257,10 @@ class Runner:
                         self._advance()
                 self._ranks.pause()
         finally:
-            self._in_turn("close", ids, lambda: self._close(box))
+            if self.strategy.lock.is_mine():  # it was found by the garbage collector, in the middle of something
+                self.strategy.lock.when_idle(lambda _=requests: self._close(box))  # their ids are theirs until then
+            else:
+                self._in_turn("close", ids, lambda: self._close(box))
 
     def _asked_by(self, box: deque[Event]) -> list[ActiveSequence]:
         """What a call still waits for."""
@@ -293,6 +304,8 @@ class Runner:
     def _submit(self, requests: list[Request], box: deque[Event] | None = None) -> None:
         """Queue them; their events go to `box`, where there is one."""
         self._check(requests, has_box=box is not None)
+        if not (self._running or self._waiting or self._in_flight):
+            self.strategy.look_closely()
         now = time.perf_counter()
         for request in requests:
             request.draw_seed(self._ranks.random)
@@ -304,8 +317,6 @@ class Runner:
         self._promise()
 
     def _promise(self) -> None:
-        if not (self._running or self._waiting or self._in_flight):
-            self.strategy.look_closely()
         """What the largest of the accepted requests takes is kept for this runner, so that all of them can finish."""
         needed = max((seq.request.num_blocks for seq in self._unfinished()), default=0)
         self.strategy.promise(self, needed, self._tables)
@@ -328,10 +339,24 @@ class Runner:
             return [self._events.popleft() for _ in range(len(self._events))]
 
     def _advance(self) -> None:
+        if self._is_stepping:
+            raise RuntimeError(
+                "this runner is in the middle of a step: what is called there (logits processors, hooks, tokenizers) "
+                "may submit and cancel, and cannot wait for another step"
+            )
+        self._is_stepping = True
+        try:
+            self._step()
+        finally:
+            self._is_stepping = False
+
+    def _step(self) -> None:
         if self.model.training:
             raise ValueError("a runner serves inference: call model.eval() first")
         if not (self._running or self._waiting or self._in_flight):
             return
+        if self._has_failed:
+            self._recover()
         late = self._ranks.step(self._number, self._late)
         if late is None:
             return
@@ -346,6 +371,7 @@ class Runner:
             with self._ranks.together():
                 is_launched = self._launch(*scheduled)
         except BaseException:
+            self._has_failed = True
             self._recover()
             raise
         if not is_launched and not self._in_flight and self._waiting:
@@ -377,13 +403,18 @@ class Runner:
         if rows:
             seats, tokens = torch.tensor(rows, device=self.device).T
             self._last_token[seats] = tokens
+        self._has_failed = False
 
     def cancel(self, request_id: str | int) -> None:
         """End a request and give its blocks back: its last event brings what it has. Unknown or finished ids are
-        ignored; one that is a number in a list ends in all calls that have it.
+        ignored; one that is a number in a list ends in all calls that have it. Asked for in the middle of a step, by a
+        logits processor or the handler of a signal, it is done behind the step.
         """
         self._check_batches()
-        self._in_turn("cancel", [request_id], lambda: self._cancel(request_id))
+        if self.strategy.lock.is_mine():
+            self.strategy.lock.when_idle(lambda: self._cancel(request_id))
+        else:
+            self._in_turn("cancel", [request_id], lambda: self._cancel(request_id))
 
     def _cancel(self, request_id: str | int) -> None:
         self._end([seq for seq in self._unfinished() if seq.request.request_id == request_id], "cancelled")
@@ -489,7 +520,17 @@ class Runner:
         rows = [
             Row(seq.tokens, min(seq.num_wanted - 1, seq.request.chunk - 1, room), seq.request.salt) for seq in asking
         ]
-        for seq, row, proposal in zip(asking, rows, self._speculate.propose(rows), strict=True):
+        try:
+            proposals = self._speculate.propose(rows)
+        except Exception as error:  # rows can do without
+            warnings.warn(
+                f"{type(self._speculate).__name__} has failed ({type(error).__name__}: {error}); nothing is guessed "
+                "wherever it does",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            proposals = [NO_TOKENS] * len(rows)
+        for seq, row, proposal in zip(asking, rows, proposals, strict=True):
             proposal = np.asarray(proposal, dtype=np.int32)[: row.limit]
             if len(proposal) and not 0 <= proposal.min() <= proposal.max() < self.model.config.vocab_size:
                 raise ValueError(f"{type(self._speculate).__name__} guesses tokens outside the vocabulary: {proposal}")
@@ -536,8 +577,8 @@ class Runner:
         insort_left(self._waiting, seq, key=_urgency)
 
     def _leave(self, seq: ActiveSequence) -> None:
-        self._running.remove(seq)
         seq.table.release()
+        self._running.remove(seq)
         seq.table, seq.proposal = None, NO_TOKENS
         self._free_seats += seq.seats
 
@@ -700,22 +741,20 @@ class Runner:
         """Wait for the tokens of the steps in flight but for the last `leave`, and end the sequences that are done."""
         while len(self._in_flight) > leave:
             with self._ranks.together():
-                tokens = self._in_flight[0].tokens()
-            self._receive(self._in_flight.popleft(), tokens)
+                found = self._in_flight[0].read()
+            self._receive(self._in_flight.popleft(), found)
 
-    def _receive(self, step: LaunchedStep, tokens: list[int]) -> None:
+    def _receive(self, step: LaunchedStep, found: Found) -> None:
         now = time.perf_counter()
         self._budget.learn(step.work, now)
         ended = []
-        for seq, entries in step.scored():
+        for seq, entries in found.scored:
             seq.output.prompt_logprobs += entries
-        drawn = zip(tokens, step.logprobs(), strict=True)
-        for seq, proposal in zip(step.sequences, step.proposals, strict=True):
-            found = list(islice(drawn, 1 + len(proposal)))
+        for seq, proposal, drawn in zip(step.sequences, step.proposals, found.drawn, strict=True):
             if seq.finished:
                 continue
-            num_right = next((i for i, guess in enumerate(proposal) if guess != found[i][0]), len(proposal))
-            for token, entry in found[: num_right + 1]:
+            num_right = next((i for i, guess in enumerate(proposal) if guess != drawn[i][0]), len(proposal))
+            for token, entry in drawn[: num_right + 1]:
                 event = seq.output.receive(token, now, entry)
                 self._tell(seq, event)
                 if event.result is not None:

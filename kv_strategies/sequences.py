@@ -69,7 +69,7 @@ class ActiveSequence:
         if not self.num_to_prefill:  # later on it finds its own work as well
             self.output.num_cached_tokens = table.num_tokens
         self.table, self.seats, self.suspended = table, seats, None
-        self.num_to_prefill = len(self.tokens)
+        self.num_to_prefill = len(self.prompt) + len(self.output.token_ids)
 
     @property
     def other_samples(self) -> range:

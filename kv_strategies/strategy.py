@@ -33,6 +33,7 @@ from .step.fused import FusedStack, stack_of
 from .step.interrupts import uninterrupted
 from .step.plan import NULL_BLOCK, LayerStore, Plan
 from .step.ranks import ranks_of
+from .step.requests import integers
 from .step.store import KVShape, Planes
 from .step.version import watch
 from .tiers.identity import identity, is_steered, told_weights, weights_hash
@@ -115,12 +116,12 @@ class Strategy:
         if numbers.content != before.content:
             self.sharing.follow(numbers.content)
 
-    def _check_model(self) -> None:
     def look_closely(self) -> None:
         """Look as well for what no counter of torch counts: before a call, as long as nothing runs that would wait."""
         if not isinstance(self.sharing, NoSharing):
             self._watch.look_closely()
 
+    def _check_model(self) -> None:
         first = next(self.model.model.layers.parameters())
         devices = [next(layer.self_attn.parameters()).device for layer in self.model.model.layers]
         then, now = (self.shape.dtype, self.shape.layer_devices), (first.dtype, devices)
@@ -176,9 +177,9 @@ class Strategy:
             salt: only calls with the same salt share.
         """
         with uninterrupted(), self.lock:
-            return self.door.cache(self, input_ids, attention_mask, salt)
             if input_ids is not None:
                 self.look_closely()
+            return self.door.cache(self, input_ids, attention_mask, salt)
 
     def installed(self, salt: str = "") -> AbstractContextManager[Strategy]:
         """Inside, calls of `model.generate()` that bring no cache get one of this strategy, with the prompt known: for
@@ -308,11 +309,11 @@ class Strategy:
                 done.append((table, before, table.append(num_tokens)))
             if copies := [copy for _, _, copied in done for copy in copied]:
                 self.placement.copy_blocks(copies)
+            return Reservation([(table, before) for table, before, _ in done])
         except BaseException:
             for table, before, copies in reversed(done):
                 table.retract(before, copies)
             raise
-        return Reservation([(table, before) for table, before, _ in done])
 
     def _make_room(self, needed: int, owner: object) -> None:
         """So many blocks are free, and nobody else was promised them.
@@ -366,7 +367,8 @@ class Strategy:
         """Blocks that others were promised and do not have yet. What they share with tables of somebody else, or with a
         preloaded prompt, is not theirs: it would not come back with them.
         """
-        others = [promise for key, promise in self._promises.items() if key != id(owner)]
+        promises = self._promises.copy()  # at once: those of who is found to be gone leave at any moment
+        others = [promise for key, promise in promises.items() if key != id(owner)]
         if not others:
             return 0
         pinned = {block for block, count in Counter(self.sharing.held_blocks()).items() if count > 1}
@@ -524,16 +526,16 @@ class Strategy:
             how many tokens are kept: those of full blocks.
 
         Raises:
-            ValueError: shorter than a block, or the strategy keeps nothing for later.
+            ValueError: no token ids, fewer than a block of them, or the strategy keeps nothing for later.
             OutOfBlocks: it does not fit; what was computed of it is cached as usual.
         """
         with self.lock:
-            return self.door.preload(self, token_ids, salt)
+            return self.door.preload(self, integers("token_ids", token_ids).tolist(), salt)
 
     def forget(self, token_ids: Sequence[int], salt: str = "") -> None:
         """Undo one `preload`: after the last, the blocks stay cached until their room is needed."""
         with self.lock:
-            self.sharing.forget(token_ids, salt)
+            self.sharing.forget(integers("token_ids", token_ids), salt)
 
     def save(self, path: str | Path) -> int:
         """Write all blocks that are kept for later requests to a file. Returns how many. See `saved.save`.
@@ -544,9 +546,9 @@ class Strategy:
             ValueError: hooks or replaced methods steer the model, of which a file could not tell.
         """
         with self.lock:
+            self.look_closely()
             self.follow()
             return self.sharing.save(self.ranks.own(path), self.placement, self._weights_in_files())
-            self.look_closely()
 
     def load(self, path: str | Path) -> Loaded:
         """Take in what `save` has written, as far as free blocks go. See `saved.load`.
@@ -556,9 +558,9 @@ class Strategy:
                 blocks in their files, as one is damaged: nothing is kept of any.
         """
         with self.lock:
+            self.look_closely()
             self.follow()
             loaded = error = None
-            self.look_closely()
             try:
                 loaded = self.sharing.load(self.ranks.own(path), self.placement, self._weights_in_files())
             except (OSError, ValueError) as found:
@@ -654,15 +656,15 @@ def planes_of(shape: KVShape, policies: Policies, block_size: int) -> Planes:
 class Lock:
     """One thread at a time changes tables or runs a forward; the others wait. It may enter again.
 
-    Tables that nobody refers to any more are released when it is safe: the garbage collector may find them in the
-    middle of anything. Meanwhile torch has its own default dtype and device, whatever the user has set, and `device` is
-    the current GPU, if it is one.
+    What the garbage collector finds in the middle of anything, tables that nobody refers to any more, is released when
+    that is safe. Meanwhile torch has its own default dtype and device, whatever the user has set, and `device` is the
+    current GPU, if it is one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._lock, self._depth = threading.RLock(), 0
-        self._orphans: deque[list[BlockTable]] = deque()
+        self._waiting: deque[Callable[[], object]] = deque()  # what is to be done when nobody is at work
         self._defaults = ExitStack()
 
     def __enter__(self) -> None:
@@ -677,17 +679,32 @@ class Lock:
         self._depth += 1
 
     def __exit__(self, *error: object) -> None:
-        if self._depth == 1:
-            while self._orphans:
-                release_all(self._orphans.popleft())
-            self._defaults.close()
-        self._depth -= 1
-        self._lock.release()
+        try:
+            while self._depth == 1 and self._waiting:
+                self._waiting.popleft()()
+        finally:
+            if self._depth == 1:
+                self._defaults.close()
+            self._depth -= 1
+            self._lock.release()
 
-    @uninterrupted()
+    def is_mine(self) -> bool:
+        """Whether this thread is at work already: a callback of the user's, a signal's handler or a finalizer asks."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            return self._depth > 0
+        finally:
+            self._lock.release()
+
     def release_tables(self, tables: list[BlockTable]) -> None:
         """Give back what these tables hold, at once or as soon as nobody is at work."""
-        self._orphans.append(tables)
+        self.when_idle(lambda: release_all(tables))
+
+    @uninterrupted()
+    def when_idle(self, work: Callable[[], object]) -> None:
+        """Do something at once, or as soon as nobody is at work."""
+        self._waiting.append(work)
         if self._lock.acquire(blocking=False):
             try:
                 if not self._depth:

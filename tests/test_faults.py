@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import random
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -21,13 +23,16 @@ import torch
 from common import VOCAB, baseline_tokens, random_requests, tiny_llama
 from transformers import DynamicCache
 
+import kv_strategies
 from kv_strategies import Request, Runner, build
 from kv_strategies.kernels import FAST
 from kv_strategies.paged import OutOfBlocks
+from kv_strategies.speculative import PromptLookup
 from kv_strategies.step.upstream import with_cache
 from kv_strategies.strategy import Strategy
 
 MODEL = tiny_llama()
+HOME = kv_strategies.__path__[0]
 NAMES = ["paged", "prefix", "window", "prefix+offload", "prefix+window+int8"]
 SMALL = {"num_blocks": 60, "block_size": 4}
 
@@ -113,6 +118,62 @@ def test_a_step_that_raises_is_as_if_it_had_not_been(name, at, method, monkeypat
     monkeypatch.undo()
     again = Runner(MODEL, strategy, max_num_seqs=6).generate(requests)  # nothing wrong was published
     assert {(r.request_id, r.sample_index): r.token_ids for r in again} == expected
+
+
+class OutOfMemory(Fault):
+    """Inside, a device has no memory left from the n-th call of torch that the package makes, for `burst` of them."""
+
+    def __init__(self, at: int, burst: int):
+        self.left, self.burst = at, burst
+
+    def _watch(self, frame, event, arg):
+        if event != "c_call" or not frame.f_code.co_filename.startswith(HOME):
+            return
+        owner = getattr(arg, "__self__", None)
+        home = getattr(arg, "__module__", None) or type(owner).__module__
+        if isinstance(owner, torch.Tensor) or home.startswith("torch"):
+            self.left -= 1
+            if -self.burst < self.left <= 0:
+                raise Fault
+
+    def __enter__(self):
+        sys.setprofile(self._watch)
+
+    def __exit__(self, *error):
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize("guesses", [None, PromptLookup(3)])
+@pytest.mark.parametrize("name", ["prefix", "offload"])
+def test_memory_that_ends_at_any_operation(name, guesses):
+    """Also where what undoes a step, or reads its tokens, finds none."""
+    model = tiny_llama(num_heads=2, num_kv_heads=1)
+    stem = prompt(13)
+    asks = [{"n": 2, "temperature": 0.8, "seed": 1}, {"logprobs": 2}, {"prompt_logprobs": 1, "min_new_tokens": 2}, {}]
+    requests = [
+        Request(stem[: 13 - i] + prompt(5 * i, i), max_new_tokens=4, request_id=i, **ask) for i, ask in enumerate(asks)
+    ]
+    options = {"num_blocks": 16, "block_size": 4}
+    expected = {}
+    for at in itertools.count(0, 89):
+        strategy = build(name, model, **options)
+        runner = Runner(model, strategy, max_num_seqs=5, max_batch_tokens=17, speculate=guesses)
+        runner.submit(requests)
+        events, memory = [], OutOfMemory(at or 10**9, 1 + at % 7)
+        while runner.num_running or runner.num_waiting:
+            try:
+                with memory:
+                    events += runner.step()
+            except Fault:
+                strategy.check_integrity()
+        found = tokens_of(events + runner.step())
+        expected = expected or found
+        assert found == expected, at
+        strategy.check_integrity()
+        assert strategy.stats()["blocks_used"] == 0
+        if at and memory.left > 0:
+            break
+    assert at > 1000 and len(expected) == 5
 
 
 def whole(name: str, requests):
@@ -259,6 +320,67 @@ def test_leaving_a_stream_gives_everything_back():
         break
     gc.collect()
     assert not runner.num_running and not runner.num_waiting and runner.strategy.stats()["blocks_used"] == 0
+
+
+def asking(at_work: Callable[[], object]) -> Callable:
+    """A logits processor that does something else as well when it is first called."""
+    left = [at_work]
+
+    def process(input_ids, scores):
+        if left:
+            left.pop()()
+        return scores
+
+    return process
+
+
+@pytest.mark.parametrize(
+    ("what", "reasons"),
+    [
+        ("drop a stream", "length length"), ("close a stream", "length length"), ("cancel a", "cancelled length"),
+        ("cancel b", "length cancelled"), ("submit", "length length"), ("step", "error length"),
+        ("generate", "error length"), ("reset", "error length"), ("check", "length length"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:request 'a' ends with an error")
+def test_what_is_asked_for_in_the_middle_of_a_step(what, reasons):
+    """By a logits processor, or by the garbage collector, which closes streams whenever it finds them."""
+    strategy = build("prefix", MODEL, **SMALL)
+    runner = Runner(MODEL, strategy, max_num_seqs=4, max_batch_tokens=17)
+    streams = [runner.stream([Request(prompt(9, 3), max_new_tokens=50, request_id="stream")])]
+    next(streams[0])
+
+    def drop():
+        circle = [streams.pop()]
+        circle.append(circle)
+        del circle
+        gc.collect()
+
+    work = {
+        "drop a stream": drop,
+        "close a stream": lambda: streams.pop().close(),
+        "cancel a": lambda: runner.cancel("a"),
+        "cancel b": lambda: runner.cancel("b"),
+        "submit": lambda: runner.submit([Request(prompt(20, 2), request_id="c")]),
+        "step": runner.step,
+        "generate": lambda: runner.generate([prompt(20, 2)]),
+        "reset": strategy.reset,
+        "check": strategy.check_integrity,
+    }[what]
+    requests = [Request(prompt(20, i), max_new_tokens=6, request_id="ab"[i]) for i in range(2)]
+    expected = baseline_tokens(MODEL, requests)
+    requests[0].logits_processor = asking(work)
+    runner.submit(requests)
+    found = {}
+    while not {"a", "b"} <= found.keys():
+        found |= {event.request_id: event.result for event in runner.step() if event.result is not None}
+    assert f"{found['a'].finish_reason} {found['b'].finish_reason}" == reasons
+    for name, tokens in zip("ab", expected, strict=True):
+        assert found[name].token_ids == tokens[: len(found[name].token_ids)]
+    streams.clear()
+    drain(runner)
+    strategy.check_integrity()
+    assert strategy.stats()["blocks_used"] == 0
 
 
 def test_a_dropped_runner_gives_its_blocks_back():
@@ -420,7 +542,8 @@ def test_every_form_of_a_prompt(ids):
         {"n": 1000}, {"top_k": 2.5}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": float("nan")},
         {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": -1.0}, {"temperature": "hot"},
         {"salt": 3}, {"salt": None}, {"stop_token_ids": "ab"}, {"stop_token_ids": [1.5]}, {"stop_token_ids": 2.5},
-        {"request_id": []},
+        {"request_id": []}, {"request_id": (1, [2])}, {"max_new_tokens": 10**400}, {"temperature": 10**400},
+        {"n": 10**400},
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_and_nothing_started(change):
@@ -428,6 +551,92 @@ def test_bad_input_is_refused_and_nothing_started(change):
     with pytest.raises(ValueError, match="request"):
         runner.submit([Request([1, 2]), Request(**({"token_ids": [1, 2]} | change))])
     assert runner.num_waiting == 0 and runner.step() == []
+
+
+def broken(input_ids, scores):
+    raise KeyError("state")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"logits_processor": broken},
+        {"logits_processor": [lambda ids, scores: scores, broken]},
+        {"logits_processor": lambda: None},
+        *({"logits_processor": lambda ids, scores, form=form: form(scores)} for form in (
+            lambda s: None, lambda s: s[0], lambda s: s[:, :5], lambda s: s[:, :1], lambda s: s.tolist(),
+            lambda s: torch.cat([s, s]), lambda s: s[0, 0],
+        )),
+        {"stop": "ab"},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["prefix", "baseline"])
+def test_what_a_request_brings_along_fails_it_alone(name, given):
+    """Its logits processors, and a tokenizer that does not know its tokens."""
+
+    class Tokenizer:
+        def decode(self, ids, **options):
+            raise IndexError("no such token")
+
+    strategy = build(name, MODEL, **(SMALL if name == "prefix" else {}))
+    runner = Runner(MODEL, strategy, tokenizer=Tokenizer())
+    others = [Request(prompt(20, i), max_new_tokens=5, request_id=i) for i in range(2)]
+    expected = baseline_tokens(MODEL, others)
+    with pytest.warns(RuntimeWarning, match="request 'bad' ends with an error: .* has failed"):
+        results = runner.generate([others[0], Request(prompt(30), 5, request_id="bad", **given), others[1]])
+    assert [result.finish_reason for result in results] == ["length", "error", "length"]
+    assert [results[0].token_ids, results[2].token_ids] == expected
+    strategy.check_integrity()
+
+
+def test_processors_that_cannot_be_copied_are_refused_for_samples():
+    class Locked:
+        def __init__(self):
+            self.lock = threading.Lock()
+
+        def __call__(self, input_ids, scores):
+            return scores
+
+    runner = Runner(MODEL, build("paged", MODEL, **SMALL))
+    with pytest.raises(ValueError, match=r"request 7: 2 samples need 2 copies .* cannot be copied \(TypeError"):
+        runner.submit([Request([1, 2]), Request([1, 2], n=2, request_id=7, logits_processor=Locked())])
+    assert runner.num_waiting == 0
+    assert len(runner.generate([Request([1, 2], logits_processor=Locked())])) == 1
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"max_num_seqs": 2.5}, {"max_num_seqs": None}, {"max_num_seqs": True}, {"max_num_seqs": 0},
+        {"max_batch_tokens": float("nan")}, {"max_batch_tokens": "2048"}, {"max_batch_tokens": 64},
+        {"cuda_graphs": 1}, {"target_itl": float("nan")}, {"tokenizer": 5}, {"warm_up": "yes"},
+    ],
+)  # fmt: skip
+def test_options_of_a_runner_are_checked(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        Runner(MODEL, build("paged", MODEL, **SMALL), **option)
+    assert Runner(MODEL, build("paged", MODEL, **SMALL), max_num_seqs=2.0).generate([[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("paged", {"num_blocks": 2**70}), ("paged", {"num_blocks": 10**400}), ("paged", {"block_size": 1e300}),
+        ("window", {"window": 2**70}), ("offload", {"host_bytes": 10**400}), ("contiguous", {"max_length": -1}),
+    ],
+)  # fmt: skip
+def test_sizes_that_there_are_not(name, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        build(name, MODEL, **({"num_blocks": 4} | option))
+
+
+@pytest.mark.parametrize("ids", [[1.5] * 8, [[1, 2], [3, 4]], None, 3, ["a"] * 8, [2**70] * 8, [True] * 8, {}])
+def test_what_is_preloaded_and_forgotten_is_checked(ids):
+    strategy = build("prefix", MODEL, **SMALL)
+    for asked in (strategy.preload, strategy.forget):
+        with pytest.raises(ValueError, match="token_ids"):
+            asked(ids)
+    assert strategy.stats()["blocks_used"] == 0
 
 
 @pytest.mark.parametrize("stops", [2, [2], None, (), np.array([2]), np.int64(2)])

@@ -169,6 +169,15 @@ def test_guesses_that_are_no_tokens_are_refused(guesses, monkeypatch):
     assert runner.num_running == 0 and runner.strategy.stats()["blocks_used"] == 0
 
 
+def test_a_proposer_that_fails_costs_time_alone(monkeypatch):
+    lookup = PromptLookup()
+    monkeypatch.setattr(lookup, "propose", lambda rows: 1 / 0)
+    requests = [Request([1, 2, 3], max_new_tokens=5)]
+    runner = Runner(MODEL, build("paged", MODEL, num_blocks=8), speculate=lookup)
+    with pytest.warns(RuntimeWarning, match=r"PromptLookup has failed \(ZeroDivisionError"):
+        assert [result.token_ids for result in runner.generate(requests)] == baseline_tokens(MODEL, requests)
+
+
 def test_a_step_with_guesses_that_fails_is_as_if_it_had_not_been(monkeypatch):
     requests = [Request([i, 3] * 4, max_new_tokens=15) for i in range(3)]
     expected = baseline_tokens(MODEL, requests)

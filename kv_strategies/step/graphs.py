@@ -36,6 +36,8 @@ from .upstream import takes_cache
 #: New tokens of the prefills that are for graphs, at most each. More of them take a GPU longer than launching them.
 PREFILL_SIZES = (16, 32, 64, 128, 256)
 _SMALLEST_BUCKET = 1024  # tokens
+#: What torch says where its errors have no class of their own; the last of sizes beyond 64 bits.
+_OUT_OF_MEMORY = ("out of memory", "allocate memory", "size calculation overflowed")
 
 
 @dataclass
@@ -286,7 +288,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
-        if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error)):
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY):
             return True
         error = error.__context__
     return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from types import ModuleType
 
@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 from . import stop as stop_strings
 from .checked import checked
 from .sampling import SamplingParams
-from .scores import Shaping
+from .scores import Shaping, warn_of_error
 
 #: What turns (input_ids [1, n], scores [1, V]) into scores [1, V]: a `transformers.LogitsProcessor`, say.
 Processor = Callable[[Tensor, Tensor], Tensor]
@@ -72,8 +72,10 @@ class Request:
         request = request if isinstance(request, Request) else cls(request)
         request_id = index if request.request_id is None else request.request_id
         name = f"request {request_id!r}"
-        if not isinstance(request_id, Hashable):
-            raise ValueError(f"{name}: a request id must be hashable, got {type(request_id).__name__}")
+        try:
+            hash(request_id)
+        except TypeError as error:
+            raise ValueError(f"{name}: a request id must be hashable, got {type(request_id).__name__}") from error
 
         def number(field: str, hint: object) -> object:
             return checked(f"{name}: {field}", getattr(request, field), hint)
@@ -91,7 +93,7 @@ class Request:
         if not isinstance(request.salt, str):
             raise ValueError(f"{name}: the salt must be a str, got {type(request.salt).__name__}")
         stops = stop_token_ids if request.stop_token_ids is None else request.stop_token_ids
-        stops = _integers(f"{name}: stop_token_ids", [stops] if isinstance(stops, int | np.integer) else stops)
+        stops = integers(f"{name}: stop_token_ids", [stops] if isinstance(stops, int | np.integer) else stops)
         seed = number("seed", int | None)
         min_new_tokens, priority = number("min_new_tokens", int), number("priority", int)
         if not 0 <= min_new_tokens <= max_new_tokens:
@@ -123,7 +125,7 @@ class Request:
                 "tokenizer=...)"
             )
         own = cls(
-            token_ids=_integers(f"{name}: token_ids", request.token_ids),
+            token_ids=integers(f"{name}: token_ids", request.token_ids),
             max_new_tokens=max_new_tokens,
             temperature=temperature if temperature > SMALLEST_TEMPERATURE else 0.0,
             salt=request.salt,
@@ -144,6 +146,10 @@ class Request:
         own.tokenizer, own.is_numbered = found, request.request_id is None
         return own
 
+    @property
+    def name(self) -> str:
+        return f"request {self.request_id!r}"
+
     def draw_seed(self, source: random.Random | ModuleType) -> None:
         """Where none was given."""
         if self.seed is None:
@@ -161,8 +167,18 @@ class Request:
         return SamplingParams(self.temperature, self.top_k, self.top_p, seed)
 
     def processors(self) -> list[LogitsProcessorList]:
-        """For each sample its own: what they remember of a row is not for another one. Asked before any has run."""
-        return [self.logits_processor, *(copy.deepcopy(self.logits_processor) for _ in range(1, self.n))]
+        """For each sample its own: what they remember of a row is not for another one. Asked before any has run.
+
+        Raises:
+            ValueError: they cannot be copied.
+        """
+        try:
+            return [self.logits_processor, *(copy.deepcopy(self.logits_processor) for _ in range(1, self.n))]
+        except Exception as error:
+            raise ValueError(
+                f"{self.name}: {self.n} samples need {self.n} copies of its logits processors, and these cannot be "
+                f"copied ({type(error).__name__}: {error})"
+            ) from error
 
     def shaping(
         self, num_drawn: int, processors: LogitsProcessorList, token_ids: Callable[[], Sequence[int]], vocab_size: int
@@ -170,7 +186,7 @@ class Request:
         """What changes the logits of a row that has drawn so many tokens; None for nothing."""
         is_early = num_drawn < self.min_new_tokens
         forbidden = [token for token in self.stop_token_ids if 0 <= token < vocab_size] if is_early else []
-        return Shaping(forbidden, processors, token_ids) if forbidden or processors else None
+        return Shaping(forbidden, processors, self.name, token_ids) if forbidden or processors else None
 
 
 def hash_of(values: object) -> str:
@@ -196,7 +212,7 @@ def _sequence(name: str, values: object) -> Sequence:
     return values
 
 
-def _integers(name: str, values: object) -> np.ndarray:
+def integers(name: str, values: object) -> np.ndarray:
     """[n] int64 of a list, an array or a tensor of whole numbers, [n] or [1, n].
 
     Raises:
@@ -279,7 +295,12 @@ class Output:
         if self.logprobs is not None:
             self.logprobs.append(logprobs)
         event = Event(self.request.request_id, self.sample_index, token, logprobs=logprobs)
-        stopped = token in self.request.stop_token_ids or self._completes_stop_string()
+        try:
+            stopped = token in self.request.stop_token_ids or self._completes_stop_string()
+        except Exception as error:
+            warn_of_error(self.request.name, "its tokenizer", error)
+            event.result = self._result("error")
+            return event
         if stopped or len(self.token_ids) >= self.request.max_new_tokens:
             event.result = self._result("stop" if stopped else "length")
         return event

@@ -9,6 +9,7 @@ drawn from. Nothing here runs for rows that ask for nothing.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,19 +25,42 @@ class Shaping(NamedTuple):
 
     forbidden: Sequence[int]  # tokens that may not be drawn yet
     processors: LogitsProcessorList
+    name: str  # of the request, for who reads a warning
     token_ids: Callable[[], Sequence[int]]  # of prompt and output, read only where there are processors
 
 
 def shape(logits: Tensor, rows: Mapping[int, Shaping]) -> Tensor:
-    """Logits [R, V] -> scores [R, V] float32, a copy: these rows are changed and the others are not."""
+    """Logits [R, V] -> scores [R, V] float32, a copy: these rows are changed and the others are not. A row whose
+    processors fail gets NaN, which ends its request and nobody else's, after a warning.
+    """
     scores = logits.to(torch.float32, copy=True)
-    for row, (forbidden, processors, token_ids) in rows.items():
+    for row, (forbidden, processors, name, token_ids) in rows.items():
         if forbidden:
             scores[row, to_device(list(forbidden), scores.device)] = -torch.inf
         if processors:
             input_ids = torch.tensor(token_ids(), dtype=torch.int64, device=scores.device)[None]
-            scores[row] = processors(input_ids, scores[row : row + 1].clone())[0]
+            try:
+                scores[row] = _processed(processors, input_ids, scores[row : row + 1].clone())
+            except Exception as error:
+                warn_of_error(name, "a logits processor", error)
+                scores[row] = torch.nan
     return scores
+
+
+def _processed(processors: LogitsProcessorList, input_ids: Tensor, scores: Tensor) -> Tensor:
+    """Scores [1, V] -> [V]."""
+    found = processors(input_ids, scores)
+    if not torch.is_tensor(found) or found.shape != scores.shape:
+        got = list(found.shape) if torch.is_tensor(found) else type(found).__name__
+        raise ValueError(f"it is to give scores {list(scores.shape)}, and gave {got}")
+    return found[0]
+
+
+def warn_of_error(name: str, what: str, error: Exception) -> None:
+    """What a request has brought along has failed: the request ends, and others go on."""
+    warnings.warn(
+        f"{name} ends with an error: {what} has failed ({type(error).__name__}: {error})", RuntimeWarning, stacklevel=3
+    )
 
 
 class Logprobs(NamedTuple):
