@@ -65,12 +65,12 @@ CHAIN = [record(parent, parent + 2) for parent in range(-1, 5)]
 ROOT = b"r" * 32
 
 
-def sealed(header, records=(), size=None):
-    """A file as `saved.write` writes it, whatever the header is."""
+def sealed(header, records=(), size=None, roots=(ROOT,)):
+    """A file as `saved.write` writes it under these roots, whatever the header is."""
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     start = saved._MAGIC + struct.pack("<q", len(encoded) if size is None else size) + encoded
-    packed = [struct.pack("<q", one.parent) + one.tokens + one.data for one in records]
-    return b"".join(piece + saved._checksum(piece) for piece in (start, *packed))
+    checksum = saved._checksum(start)
+    return start + checksum + b"".join(saved._sealed(saved._anchors(checksum, list(roots)), records))
 
 
 def header(**changes):
@@ -190,7 +190,9 @@ def test_a_header_larger_than_its_blocks_need_is_not_even_read(tmp_path):
 @example(records=[record(2, 1), record(-1, 2), record(0, 3)], roots=[ROOT], num_blocks=4, batch=3)
 def test_blocks_that_continue_what_there_is_not(tmp_path, records, roots, num_blocks, batch):
     path, (prefix, memory) = tmp_path / "saved", empty(num_blocks)
-    path.write_bytes(sealed(header(roots=[root.hex() for root in roots], num_blocks=len(records)), records))
+    path.write_bytes(
+        sealed(header(roots=[root.hex() for root in roots], num_blocks=len(records)), records, roots=roots)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saved, "_BATCH_BYTES", batch * (8 + 4 * BLOCK_SIZE + BYTES))
         loaded = load(path, prefix, memory)
@@ -206,6 +208,42 @@ def test_blocks_that_continue_what_there_is_not(tmp_path, records, roots, num_bl
     found = {(path[-1].parent.digest, *(n.tokens for n in reversed(path)))
              for path in (list(lineage(node)) for node in prefix.ordered())}  # fmt: skip
     assert found <= set(named.values()) and len(found) == loaded.num_blocks
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_sound_blocks_in_other_places_are_not_what_they_were(tmp_path, data):
+    """Records of two files of one header, swapped, repeated and mixed: none continues what it did not before."""
+    path, (prefix, memory) = tmp_path / "saved", empty(20)
+    shapes = [data.draw(st.lists(st.integers(-1, 5), min_size=6, max_size=6)) for _ in range(2)]
+    files = [[record(min(parent, i - 1), 10 * number + i) for i, parent in enumerate(shape)]
+             for number, shape in enumerate(shapes)]  # fmt: skip
+    head = sealed(header())
+    anchors = saved._anchors(head[-16:], [ROOT])
+    pieces = [piece for records in files for piece in saved._sealed(anchors, records)]
+    chosen = data.draw(st.lists(st.sampled_from(pieces), min_size=6, max_size=6))
+    path.write_bytes(head + b"".join(chosen))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saved, "_BATCH_BYTES", data.draw(st.integers(1, 3)) * (8 + 4 * BLOCK_SIZE + BYTES))
+        load(path, prefix, memory)
+    check(prefix, memory)
+    written = set()
+    for records in files:
+        paths = {-1: ()}
+        for number, one in enumerate(records):
+            paths[number] = (*paths[one.parent], one.tokens)
+            written.add(paths[number])
+    for node in prefix.ordered():
+        assert tuple(step.tokens for step in reversed(list(lineage(node)))) in written
+
+
+def test_a_block_of_another_models_file_is_none_of_this_one(tmp_path):
+    """Though both continue the same salt, and stand in the same place."""
+    path, (prefix, memory) = tmp_path / "saved", empty()
+    ours, theirs = (sealed(header(identity=IDENTITY | {"weights": weights}), CHAIN) for weights in ("", "other"))
+    size = len(ours) - len(sealed(header()))
+    path.write_bytes(ours[:-size] + theirs[-size:])
+    assert load(path, prefix, memory).num_blocks == 0
 
 
 def test_a_strangers_root_reaches_nobody(tmp_path):

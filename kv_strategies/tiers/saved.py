@@ -3,6 +3,9 @@
     magic | header: what the blocks depend on (JSON) | checksum | block | block | ...
     block = number of the block before it | its tokens | K and V of all layers | checksum
 
+A checksum is of the block and of the checksum of the block that it continues, up to the header's: of all that its K
+and V depend on. A block that has come to another place, or from another file, continues something else, and is refused.
+
 Blocks stand after the one they continue, and the most recently used come first, so a pool smaller than the file takes
 what is most useful. Every block is checked by itself: what is truncated or altered is refused, with all that continues
 it, and the rest is used. The file appears under its name only when it is complete.
@@ -29,7 +32,7 @@ from typing import BinaryIO, NamedTuple
 
 from .identity import differences
 
-_MAGIC = b"kv_strategies prefix cache 2\n"
+_MAGIC = b"kv_strategies prefix cache 3\n"
 _CHECKSUM_BYTES = 16
 _BEING_WRITTEN = ".kv-saving"  # ends the name of an incomplete file
 _HEADER_BYTES = 4 << 20  # at most, beside a root for each block
@@ -88,9 +91,27 @@ def pieces(
     encoded = json.dumps(header).encode()
     start = _MAGIC + struct.pack("<q", len(encoded)) + encoded
     yield start + _checksum(start)
+    yield from _sealed(_anchors(_checksum(start), roots), records)
+
+
+def _anchors(checksum: bytes, roots: list[bytes]) -> list[bytes]:
+    """What stands for each root, in a file whose header has this checksum."""
+    return [checksum + digest for digest in roots]
+
+
+def _sealed(anchors: list[bytes], records: Iterable[Record]) -> Iterator[bytes]:
+    """The bytes of each block, its checksum behind them."""
+    checksums: list[bytes] = []
     for record in records:
         packed = struct.pack("<q", record.parent) + record.tokens + record.data
-        yield packed + _checksum(packed)
+        checksums.append(_checksum(_before(record.parent, anchors, checksums), packed))
+        yield packed + checksums[-1]
+
+
+def _before(parent: int, anchors: list[bytes], checksums: list[bytes]) -> bytes:
+    """What stands for all that a block continues; b"" where there is no such thing."""
+    known, index = (anchors, -1 - parent) if parent < 0 else (checksums, parent)
+    return known[index] if index < len(known) else b""
 
 
 @contextmanager
@@ -197,7 +218,7 @@ class Reader:
         self._size = 8 + token_bytes + block_bytes
         self._file = _opened(path)
         try:
-            header = _read_header(self._file, path, self._size + _CHECKSUM_BYTES)
+            header, checksum = _read_header(self._file, path, self._size + _CHECKSUM_BYTES)
             if header["identity"] != identity:
                 told = _told(header["identity"], identity)
                 raise ValueError(f"{path} was saved with another model or policy: {told}")
@@ -205,6 +226,8 @@ class Reader:
             self._file.close()
             raise
         self.roots = [bytes.fromhex(digest) for digest in header["roots"]]
+        self._anchors = _anchors(checksum, self.roots)
+        self._checksums: list[bytes] = []  # of the blocks so far, as they say
         left = os.fstat(self._file.fileno()).st_size - self._file.tell()
         #: Blocks that are there, the last perhaps in part, and those that the header promises beyond them.
         self.num_present = min(header["num_blocks"], -(-left // (self._size + _CHECKSUM_BYTES)))
@@ -224,13 +247,17 @@ class Reader:
 
     def _read(self, count: int) -> list[Record | None]:
         stride = self._size + _CHECKSUM_BYTES
-        data = memoryview(self._file.read(count * stride))
+        data, before = memoryview(self._file.read(count * stride)), len(self._checksums)
+        self._checksums += [bytes(data[at + self._size : at + stride]) for at in range(0, count * stride, stride)]
 
         def check(index: int) -> Record | None:
             record = data[index * stride : (index + 1) * stride]
-            if record[self._size :] != _checksum(record[: self._size]):
+            if len(record) < stride:
                 return None
             (parent,) = struct.unpack_from("<q", record)
+            known = self._checksums if parent < before + index else []  # none continues itself, or one behind it
+            if record[self._size :] != _checksum(_before(parent, self._anchors, known), record[: self._size]):
+                return None
             end = 8 + self._token_bytes
             return Record(parent, bytes(record[8:end]), bytes(record[end : self._size]))
 
@@ -249,8 +276,8 @@ def _opened(path: Path) -> BinaryIO:
     return file
 
 
-def _read_header(file: BinaryIO, path: Path, record_bytes: int) -> dict:
-    """The header, whose checksum says that nobody altered it by accident, and nothing about who wrote it."""
+def _read_header(file: BinaryIO, path: Path, record_bytes: int) -> tuple[dict, bytes]:
+    """The header and its checksum, which says that nobody altered it by accident, and nothing about who wrote it."""
     start = file.read(len(_MAGIC) + 8)
     if not start.startswith(_MAGIC):
         raise ValueError(f"{path} is not a saved prefix cache of this version")
@@ -258,8 +285,9 @@ def _read_header(file: BinaryIO, path: Path, record_bytes: int) -> dict:
     left = os.fstat(file.fileno()).st_size - file.tell()
     is_likely = 0 < size <= left and size <= _HEADER_BYTES + _ROOT_BYTES * ((left - size) // record_bytes)
     encoded = file.read(size) if is_likely else b""
+    checksum = _checksum(start + encoded)
     damaged = ValueError(f"{path}: the header is damaged, so nothing in it can be used")
-    if not encoded or file.read(_CHECKSUM_BYTES) != _checksum(start + encoded):
+    if not encoded or file.read(_CHECKSUM_BYTES) != checksum:
         raise damaged
     try:
         header = json.loads(encoded)
@@ -275,7 +303,7 @@ def _read_header(file: BinaryIO, path: Path, record_bytes: int) -> dict:
         is_sound = False
     if not is_sound:
         raise damaged
-    return header
+    return header, checksum
 
 
 def _told(theirs: dict[str, object], ours: dict[str, object]) -> str:
@@ -287,5 +315,8 @@ def _told(theirs: dict[str, object], ours: dict[str, object]) -> str:
     return text if len(text) <= 2000 else f"{text[:2000]} ..."
 
 
-def _checksum(data) -> bytes:
-    return hashlib.blake2b(data, digest_size=_CHECKSUM_BYTES).digest()
+def _checksum(*parts) -> bytes:
+    digest = hashlib.blake2b(digest_size=_CHECKSUM_BYTES)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
