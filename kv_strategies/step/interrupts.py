@@ -21,8 +21,10 @@ class uninterrupted(contextlib.ContextDecorator):
     noted; then it is called.
 
     So it is for work that ends soon, or calls `check` now and then; the second of one kind, as of Ctrl-C, does not
-    wait. In other threads, which no signal reaches, it does nothing.
+    wait. Inside another one it does nothing, and in other threads, which no signal reaches.
     """
+
+    _is_on = False  # in the main thread
 
     def _recreate_cm(self) -> uninterrupted:
         return type(self)()  # a decorated function may call itself
@@ -30,7 +32,7 @@ class uninterrupted(contextlib.ContextDecorator):
     def __enter__(self) -> uninterrupted:
         self._noted: dict[int, FrameType | None] = {}
         self._handlers: dict[int, Callable] = {}
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread() and not uninterrupted._is_on:
             self._handlers = {number: found for number in _SIGNALS if callable(found := signal.getsignal(number))}
             try:
                 for number in self._handlers:
@@ -38,10 +40,12 @@ class uninterrupted(contextlib.ContextDecorator):
             except BaseException:  # raised by one that is not replaced yet
                 self._restore(list(self._handlers))
                 raise
+            uninterrupted._is_on = bool(self._handlers)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._handlers:
+            uninterrupted._is_on = False
             self._restore(list(self._handlers))
             self.check()
 
