@@ -259,7 +259,7 @@ def _allowances(lossy: set[str]) -> tuple[float, float]:
     model scaled by 1 + 1e-6 at random, in 150 prompts by at most 0.02 at 8 bits, 0.05 at 4, and 0.3 where evict then
     keeps another token.
     """
-    if lossy & {"k8v4", "int4"}:
+    if lossy & {"k8v4", "int4", "raw4"}:
         return 0.1, 0.6 if "evict" in lossy else 0.2
     return (2e-2, 4e-2) if lossy & {"int8", "fp8"} else (1e-3, 2e-3)
 
