@@ -19,7 +19,6 @@ to a token, so it is a factor of its score and of its weight, and what is left i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -53,21 +52,6 @@ NOTHING = torch.zeros(1, dtype=torch.float32, device="cpu")  # whatever the user
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-class Room:
-    """Memory for widened codes, used again by every part and layer of a step: what is new to a process comes page by
-    page, as it is first written to, and then costs more than the codes do.
-    """
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
-
-    def of(self, *shape: int) -> Tensor:
-        """Numbers of this shape, whatever they are; who asks again has the same memory."""
-        if len(self._memory) < math.prod(shape):
-            self._memory = self._memory.new_empty(math.prod(shape))
-        return self._memory[: math.prod(shape)].view(shape)
-
-
 class Part(NamedTuple):
     """K and V of some tokens of a row [1, Hkv, n, D], numbers or codes with their scales [1, Hkv, n]."""
 
@@ -76,31 +60,24 @@ class Part(NamedTuple):
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
 
-    def numbers(self, head_dim: int) -> tuple[Tensor, Tensor]:
+    def numbers(self) -> tuple[Tensor, Tensor]:
         if self.k_scale is None:
             return self.k, self.v
-        return tuple(
-            widened(codes, Room().of(*codes.shape[:-1], head_dim)).mul_(scale.float()[..., None])
-            for codes, scale in ((self.k, self.k_scale), (self.v, self.v_scale))
-        )
+        return widened(self.k) * self.k_scale.float()[..., None], widened(self.v) * self.v_scale.float()[..., None]
 
-    def attend(self, query: Tensor, scaling: float, room: Room, is_only: bool = False) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, scaling: float, is_only: bool = False) -> tuple[Tensor, Tensor | None]:
         """Queries [1, Hkv, m, D], few of them -> (out [1, Hkv, m, D], log-sum-exp [1, Hkv, m]); no mask. Of the only
         part there is nobody asks for the log-sum-exp.
         """
         if self.k_scale is None and (self.k.dtype != torch.float32 or query.shape[2] > MAX_MULTIPLIED):
             return flash(query, self.k, self.v, scale=scaling)
-        k, v, of_all = self.k[0], self.v[0], (*self.k.shape[1:3], query.shape[-1])  # [Hkv, n, D]
-        if self.k_scale is not None:
-            k = widened(k, room.of(*of_all))
-        scores = torch.baddbmm(NOTHING, k, query[0].mT, beta=0, alpha=scaling).mT  # [Hkv, m, n]
+        scores = torch.baddbmm(NOTHING, widened(self.k[0]), query[0].mT, beta=0, alpha=scaling).mT  # [Hkv, m, n]
         if self.k_scale is not None:
             scores *= self.k_scale[0].float()[:, None]
         weights = scores.softmax(-1)
         if self.v_scale is not None:
             weights *= self.v_scale[0].float()[:, None]
-            v = widened(v, room.of(*of_all))
-        out = torch.bmm(weights, v)
+        out = torch.bmm(weights, widened(self.v[0]))
         return out[None], None if is_only else scores.logsumexp(-1)[None]
 
 
@@ -169,7 +146,6 @@ def attention(
     grouped = query.to(dtype).reshape(shape)  # [T, 1, Hkv, G, D]
     sink_grouped = grouped if sink_query is None else sink_query.to(dtype).reshape(shape)
 
-    room = plan.once("room", Room)
     shared, together = {}, {}
     if not (window or sinks):
         shared = cascade(grouped, layer, plan, scaling)
@@ -187,8 +163,8 @@ def attention(
             own = parts(layer, plan, row, first, context_len)
             of_sinks = parts(layer, plan, row, 0, min(sinks, context_len))
             is_only = len(own) + len(of_sinks) + len(seen) == 1
-            partials = [part.attend(grouped[begin], scaling, room, is_only) for part in own]
-            partials += [part.attend(sink_grouped[begin], scaling, room, is_only) for part in of_sinks]
+            partials = [part.attend(grouped[begin], scaling, is_only) for part in own]
+            partials += [part.attend(sink_grouped[begin], scaling, is_only) for part in of_sinks]
             outs.append(merge(partials + seen))  # n = 1: [1, Hkv, G, D] are [n, Hkv, G, D]
         elif query_len and (sinks or 0 < window < context_len):
             queries, sink_queries = grouped[begin:end, 0], sink_grouped[begin:end, 0]
@@ -218,7 +194,7 @@ def cascade(grouped: Tensor, layer: LayerStore, plan: Plan, scaling: float) -> d
         stacked = queries.transpose(0, 1).reshape(1, num_kv_heads, num_queries * group, head_dim)
         partials = []
         for part in parts(layer, plan, first, 0, num_tokens):
-            out, lse = part.attend(stacked, scaling, plan.once("room", Room))
+            out, lse = part.attend(stacked, scaling)
             out = out.reshape(num_kv_heads, num_queries, group, head_dim).transpose(0, 1)
             partials.append((out, lse.reshape(num_kv_heads, num_queries, group).transpose(0, 1)))
         for row in range(first, last):
@@ -275,11 +251,11 @@ def prefill(
     past = context_len - query_len
     heads = query.permute(1, 2, 0, 3)  # [Hkv, G, n, D]: a K/V head is one batch entry, shared by its G query heads
     (own,) = parts(layer, plan, row, past, context_len, whole=True)
-    k, v = own.numbers(head_dim)  # [1, Hkv, n, D]
+    k, v = own.numbers()  # [1, Hkv, n, D]
     shared = (num_kv_heads, group, query_len, head_dim)
     partials = [flash(heads, k[0, :, None].expand(shared), v[0, :, None].expand(shared), 0.0, True, scale=scaling)]
     for part in parts(layer, plan, row, num_shared, past):
-        k, v = part.numbers(head_dim)
+        k, v = part.numbers()
         shared = (num_kv_heads, group, k.shape[2], head_dim)
         partials.append(flash(heads, k[0, :, None].expand(shared), v[0, :, None].expand(shared), scale=scaling))
     partials += [(out.permute(1, 2, 0, 3), lse.permute(1, 2, 0)) for out, lse in seen]
@@ -367,21 +343,16 @@ def find_parts(table: Tensor, layer: LayerStore, begin: int, end: int, whole: bo
     return runs, gathered
 
 
-def widened(codes: Tensor, out: Tensor) -> Tensor:
-    """As `reference.unpack`, into `out` [.., D] float32."""
-    if codes.dtype == reference.HALF_BYTES:
-        low, high = out.chunk(2, dim=-1)
-        low.copy_(codes & 15)
-        high.copy_(codes >> 4)
-        return out.mul_(2).sub_(reference.CODE_MAX[reference.HALF_BYTES])
+def widened(codes: Tensor) -> Tensor:
+    """As `reference.unpack`."""
     if codes.dtype != torch.float8_e4m3fn:
-        return out.copy_(codes)
+        return reference.unpack(codes)
     # torch converts them one by one, at a twelfth of this rate. float16 has the same fields, its exponent one bit more
     # and its bias 8: the bits move up, and a factor of 2^8 is what the biases differ by.
     bits = codes.view(torch.int8).to(torch.int16)  # the sign in the upper byte
     bits <<= 7
     bits &= ~(1 << 14)
-    return out.copy_(bits.view(torch.float16)).mul_(256)
+    return bits.view(torch.float16).float().mul_(256)
 
 
 def is_flat(store: Tensor) -> bool:
