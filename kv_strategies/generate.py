@@ -86,11 +86,6 @@ class Generation:
             raise ValueError(f"token ids must be from 0 to {config.vocab_size - 1}")
         strategy.look_closely()
         strategy.follow()
-        if strategy.seen.is_opaque:
-            raise ValueError(
-                "hooks or replaced methods steer this model, and whether they still do what they did nobody can tell, "
-                "so nothing is kept for later requests: take them away before preloading"
-            )
         cache, device = AttendingCache(strategy), strategy.model.device
         with uninterrupted() as interrupts:
             table = BlockTable(strategy.pool, *sharing.match(token_ids, salt))

@@ -67,6 +67,7 @@ def test_a_runner_loses_nothing(name):
     assert num_preemptions
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what a finalizer raises, Python prints
 @pytest.mark.parametrize("name", NAMES)
 def test_a_call_of_generate_gives_all_back(name):
     strategy, ids = small(name), torch.tensor([list(range(1, 20))])

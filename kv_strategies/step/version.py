@@ -10,9 +10,9 @@ anew and described, and the model gets other numbers:
     layout     modules, hooks, code, attributes, where the weights lie      what a merged weight or a graph depends on
     content    and what they hold: load_state_dict, an optimizer's step      what K and V depend on
 
-A description that is met again (an adapter switched back, a hook removed) gets the numbers that it had. Of a model
-with hooks, or a module whose method somebody has replaced, nobody can tell whether that code still does what it did, so
-every look gives another content.
+A description that is met again (an adapter switched back, a hook removed) gets the numbers that it had. Of hooks, and
+of methods that somebody has replaced on a module, what they read beside their arguments counts as well, as far as it
+shows: tensors, numbers and words in their closures, defaults, globals and owners (how strong a steering is, say).
 
 Writing into `weight.data` in place (`weight.data.add_(x)`, as merges and copies of weights do) is left out of torch's
 counters, and weights made in inference mode have none. `Watch.look_closely` reads a few numbers of each weight, and
@@ -26,7 +26,9 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from operator import attrgetter, eq, getitem, is_
 from typing import NamedTuple
 
@@ -105,7 +107,7 @@ class Watch:
         with self.lock:
             if not self._snapshot.layout_holds():
                 self._look()
-            elif self.is_opaque or not self._snapshot.content_holds():
+            elif not self._snapshot.content_holds():
                 self._snapshot.count()
                 self._number(self._numbers.layout)
             return self._numbers
@@ -126,8 +128,8 @@ class Watch:
 
     @property
     def is_opaque(self) -> bool:
-        """Whether a forward calls what may do something else each time: hooks, or methods of single modules that were
-        replaced. As of the last look at `numbers`.
+        """Whether a forward calls what no graph holds, and no file tells of: hooks, or methods of single modules that
+        were replaced. As of the last look at `numbers`.
         """
         return self._description.is_opaque
 
@@ -153,9 +155,6 @@ class Watch:
 
     def _number(self, layout: int) -> None:
         _use(self._layouts, layout)
-        if self.is_opaque:
-            self._numbers = Numbers(layout, next(self._counter))
-            return
         key = layout, self._snapshot.versions
         if key not in self._contents:
             self._contents[key] = next(self._counter), self._snapshot.sample()
@@ -311,6 +310,9 @@ class _Snapshot:
         tensors = [tensor for _, tensor in tensors_of(model)]
         noted = [vars(module) for module in modules if type(module) not in _NOTED]
         tensors += _tensors_in([value for held in noted for name, value in held.items() if name not in OWN])
+        self._steering = _steering(modules)
+        self._steered_by = list(_tensors_in(map(_told_by, self._steering)))
+        tensors += self._steered_by
         self._tensors = [tensor for tensor in tensors if not tensor.is_meta]
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
         self._are_contiguous = list(map(Tensor.is_contiguous, self._tensors))
@@ -322,7 +324,10 @@ class _Snapshot:
         self.count()
 
     def count(self) -> None:
-        self.versions = tuple(map(_version, self._counted))
+        self.versions = self._count()
+
+    def _count(self) -> tuple:
+        return *map(_version, self._counted), *map(_words, map(_told_by, self._steering))
 
     @torch.no_grad()
     def sample(self) -> bytes:
@@ -353,6 +358,7 @@ class _Snapshot:
                 and _config(self._model) == self._config
                 and (_code(self._kinds), _global_hook_ids()) == self._global
                 and self._hooks_hold()
+                and _are_same(_tensors_in(map(_told_by, self._steering)), self._steered_by)
             )
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # gone, or tensors that differ
             return False
@@ -366,7 +372,7 @@ class _Snapshot:
         return all(list(hooks) == were for hooks, were in self._hooks)
 
     def content_holds(self) -> bool:
-        return tuple(map(_version, self._counted)) == self.versions
+        return self._count() == self.versions
 
 
 class _Description:
@@ -391,6 +397,7 @@ class _Description:
             [(name, self._id(module)) for name, module in model.named_modules()],
             [(name, *self._place(tensor)) for name, tensor in _members_of(modules)],
             [self._attributes(module) for module in modules],
+            [*map(self._place, _tensors_in(map(_told_by, _steering(modules))))],
             self._frozen(_config(model)),
         ]
 
@@ -442,15 +449,62 @@ class _Description:
         return self._place(value) if torch.is_tensor(value) else self._id(value)
 
 
-def _tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
+def _tensors_in(values: Iterable[object], depth: int = 8) -> Iterator[Tensor]:
     """The tensors among them, and in lists and dictionaries of them."""
     for value in values:
         if torch.is_tensor(value) and value.layout is torch.strided:
             yield local(value)
-        elif isinstance(value, list | tuple):
-            yield from _tensors_in(value)
+        elif depth and isinstance(value, list | tuple):
+            yield from _tensors_in(value, depth - 1)
+        elif depth and isinstance(value, dict):
+            yield from _tensors_in(value.values(), depth - 1)
+
+
+def _steering(modules: Iterable[nn.Module]) -> list[Callable]:
+    """The hooks that are called in a forward, and the methods that were replaced on a module."""
+    found = [*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values()]
+    for module in modules:
+        found += hooks_of(module)
+        if is_replaced(module):
+            found += [vars(module)[name] for name in ("forward", "_call_impl") if name in vars(module)]
+    return found
+
+
+def _told_by(code: Callable) -> dict[str, object]:
+    """What code reads beside its arguments, by name, as far as it shows."""
+    found: dict[str, object] = {}
+    while isinstance(code, partial):
+        found |= {f"argument {number}": value for number, value in enumerate(code.args)} | code.keywords
+        code = code.func
+    owner = getattr(code, "__self__", None)
+    if owner is None and not hasattr(code, "__code__"):  # an object that is called
+        owner, code = code, type(code).__call__
+    found |= getattr(owner, "__dict__", {})
+    function = getattr(code, "__func__", code)
+    if (compiled := getattr(function, "__code__", None)) is None:
+        return found
+    for name, cell in zip(compiled.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # it is empty yet
+            found[name] = cell.cell_contents
+    found |= {f"default {number}": value for number, value in enumerate(function.__defaults__ or ())}
+    found |= function.__kwdefaults__ or {}
+    return found | {name: function.__globals__[name] for name in compiled.co_names if name in function.__globals__}
+
+
+def _words(found: dict[str, object]) -> tuple:
+    """The numbers and words among them, and in dictionaries of them. Lists are what somebody notes things in."""
+    words = []
+    for name, value in found.items():
+        if isinstance(value, bool | int | float | complex | str | bytes):
+            words.append((name, type(value), value))
         elif isinstance(value, dict):
-            yield from _tensors_in(value.values())
+            words.append((name, _words({str(key): item for key, item in value.items() if not isinstance(item, dict)})))
+    return tuple(words)
+
+
+def _are_same(values: Iterable[object], others: Sequence[object]) -> bool:
+    values = list(values)
+    return len(values) == len(others) and all(map(is_, values, others))
 
 
 def _members_of(modules: Iterable[nn.Module]) -> Iterator[tuple[tuple[int, str], Tensor | None]]:
