@@ -113,6 +113,7 @@ def equal(folder: Path) -> dict[str, object]:
 
     free = registry.free_bytes
     registry.free_bytes = lambda device: FREE // (1 + 3 * RANK)
+    found["free"] = FREE
     found["blocks"] = build("paged", model, memory_fraction=1e-4).pool.num_blocks
     registry.free_bytes = free
 
