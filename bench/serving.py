@@ -46,14 +46,14 @@ def arrivals_of(bench: Bench, rate: float, seed: int) -> list[Arrival]:
     return [Arrival(*one) for one in zip(poisson(count, rate, seed=3), prompts, answers, strict=True)]
 
 
-def open_for(bench: Bench, name: str, arrivals: Sequence[Arrival]) -> Ours | NativeBatch:
-    """A system with room for the longest `slots` of these requests. Ours takes prompts in chunks of `chunk`, and what
-    else the case gives `Runner` under this name: "paged, warmed up" is `paged` with options.
+def open_for(bench: Bench, arrivals: Sequence[Arrival]) -> Ours | NativeBatch:
+    """The case's system with room for the longest `slots` of these requests. Ours takes prompts in chunks of `chunk`,
+    and `options` of `Runner`: what follows a comma in the case's name says them in words.
     """
     lengths = sorted((len(arrival.prompt) + arrival.new_tokens for arrival in arrivals), reverse=True)
-    own = {"max_batch_tokens": bench.params["chunk"]} | bench.params["systems"][name]
-    capacity = Capacity([lengths[: bench.params["slots"]]])
-    return open_system(name.split(",")[0], bench.model, capacity, **({} if name == "generate_batch" else own))
+    name = bench.case.system.split(",")[0]
+    own = {} if name == "generate_batch" else {"max_batch_tokens": bench.params["chunk"]} | bench.params["options"]
+    return open_system(name, bench.model, Capacity([lengths[: bench.params["slots"]]]), **own)
 
 
 def serve(system: Ours | NativeBatch, arrivals: Sequence[Arrival]) -> list[list[float]]:

@@ -63,16 +63,28 @@ def test_every_request_gets_all_its_tokens_and_none_before_it_was_due(name, mode
 
 
 SMALL = {"requests": 3, "slots": 2, "chunk": 64, "prompts": (3.0, 0.5, 8, 40), "answers": (1.0, 0.3, 2, 5)}
-SMALL |= {"systems": {"paged": {}, "paged, in steps of 9 ms": {"target_itl": 0.009}, "no such system": {}}}
+SMALL |= {"options": {"target_itl": 0.009}}
 POINTS = {"points": [["paged", 2, 24], ["no such system", 2, 24]], "new_tokens": 4, "repeats": 1, "chunk": 64}
 
 
 @pytest.mark.parametrize(
-    ("workload", "params"),
-    [("open loop", SMALL | {"rates": [50]}), ("from outside", POINTS), ("first minute", SMALL)],
+    ("workload", "params", "row"),
+    [
+        ("open loop", SMALL | {"rates": [50]}, "| paged, in steps of 9 ms, 50 requests/s: ITL p90 |"),
+        ("first minute", SMALL, "| paged, in steps of 9 ms: from a start to ready |"),
+    ],
 )
-def test_a_workload_runs_and_a_part_that_fails_is_a_row(workload, params, model):
-    found = measured(model, workload, "paged", params, suite="limit")
+def test_serving_is_measured_with_the_options_of_the_case(workload, params, row, model):
+    found = measured(model, workload, "paged, in steps of 9 ms", params, suite="limit")
+    assert row in pages.render([found], "title")
+    failed = found | {"status": "failed", "error": "no such system"}
+    failed.pop("result")
+    page = pages.render([failed], "title")
+    assert f"| {workload}, paged, in steps of 9 ms |" in page and "no such system | failed |" in page
+
+
+def test_a_part_that_fails_is_a_row(model):
+    found = measured(model, "from outside", "paged", POINTS, suite="limit")
     page = pages.render([found], "title")
     assert "| failed |" in page and "not run" not in page
     assert "no such system" in in_words(found)
@@ -91,14 +103,14 @@ def test_what_must_be_reached_stands_beside_a_gpus_figures():
         return line(workload, "paged", result, **about, params=params)
 
     waited = {name: {"p50": 0.04, "p90": 0.09, "p99": 0.2} for name in ("ttft", "itl")}
-    row = {"system": "paged", "rate": 12, "tokens_per_second": 9.0} | waited
+    row = {"rate": 12, "tokens_per_second": 9.0} | waited
     point = {"system": "int8", "batch": 32, "context": 8192, "first": 7.0, "step": 0.011}
     start = {"load": 2.0, "ready": 5.0, "all": 36.0} | waited
     found = [
         on_gpu("open loop", {"rows": [row]}, "llama-3.1-8b-random"),
         on_gpu("from outside", {"points": [point]}, "llama-3.1-8b-random"),
         on_gpu("first minute", {"batches": [{"requests": 64, "first": 3000.0, "again": 4100.0}]}, "llama-2-7b-random"),
-        on_gpu("first minute", {"paged": start}, "llama-3.1-8b-random", requests=200, systems={"paged": {}}),
+        on_gpu("first minute", start, "llama-3.1-8b-random", requests=200),
     ]
     page = pages.render(found, "title")
     assert "| paged, 12 requests/s: TTFT p90 | at most 95.0 ms | 90.0 ms | reached | 108 ms |" in page

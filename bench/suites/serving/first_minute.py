@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable
 
-from bench import measure
 from bench.case import Bench, Case, ragged
 from bench.lines import Found
 from bench.serving import arrivals_of, open_for, serve, waits
@@ -16,6 +15,8 @@ from bench.suites.serving.open_loop import ANSWERS, PROMPTS
 from bench.systems import Capacity, open_system
 from bench.workload import Target, Workload, register
 
+#: name -> options of `Runner`; each a case.
+SYSTEMS: dict[str, dict] = {"paged": {}, "paged, warmed up": {"warm_up": True}, "generate_batch": {}}
 #: Seconds for the first 200 requests at most, until ready at most, and vLLM's.
 REACH = {"all": (12, "11.7 s"), "ready": (20, "60 to 75 s")}
 #: Requests of a batch -> tokens/s at least, the first time in a process and again, and vLLM's.
@@ -27,22 +28,19 @@ def run_first_minute(bench: Bench) -> dict:
     with no_compiled_kernels():
         if "batches" in bench.params:
             return {"batches": [_batch(bench, *batch) for batch in bench.params["batches"]]}
-        return {name: measure.attempt(lambda name=name: _start(bench, name)) for name in bench.params["systems"]}
+        return _start(bench)
 
 
-def _start(bench: Bench, name: str) -> dict:
+def _start(bench: Bench) -> dict:
     start = time.perf_counter()
     bench.model  # noqa: B018
     loaded = time.perf_counter() - start
     arrivals = arrivals_of(bench, math.inf, seed=1)
     start = time.perf_counter()
-    system = open_for(bench, name, arrivals)
+    system = open_for(bench, arrivals)
     ready = loaded + time.perf_counter() - start
     moments = serve(system, arrivals)
-    found = {"load": loaded, "ready": ready, "all": max(row[-1] for row in moments), **waits(arrivals, moments)}
-    del system
-    bench.free()
-    return found
+    return {"load": loaded, "ready": ready, "all": max(row[-1] for row in moments), **waits(arrivals, moments)}
 
 
 def _batch(bench: Bench, lengths: list[int], new_tokens: int | list[int], places: int) -> dict:
@@ -58,13 +56,17 @@ def _batch(bench: Bench, lengths: list[int], new_tokens: int | list[int], places
 
 
 def cases(to: Target) -> Iterable[Case]:
-    if not to.on_gpu:
+    if to.on_gpu:
+        dtype, model = "bfloat16", to.model or GQA
+        params = {"requests": 200, "slots": 128, "chunk": 2048, "prompts": PROMPTS, "answers": ANSWERS}
+    else:
+        dtype, model = "float32", to.model
         params = {"requests": 6, "slots": 4, "chunk": 256, "prompts": (4.0, 0.7, 16, 200), "answers": (2.0, 0.4, 4, 16)}
-        yield to.case("paged", "float32", params | {"systems": {"paged": {}, "generate_batch": {}}}, timeout=300)
+    for name, options in SYSTEMS.items():
+        if to.on_gpu or not options:
+            yield to.case(name, dtype, params | {"options": options}, timeout=300, model=model)
+    if not to.on_gpu:
         return
-    params = {"requests": 200, "slots": 128, "chunk": 2048, "prompts": PROMPTS, "answers": ANSWERS}
-    for name, options in (("paged", {}), ("paged, warmed up", {"warm_up": True}), ("generate_batch", {})):
-        yield to.case(name, "bfloat16", params | {"systems": {name: options}}, timeout=300, model=to.model or GQA)
     many = ragged(256, 100, 1024)
     for lengths, new_tokens, places in ((ragged(64, 100, 1024), 256, 64 * 1280), (many, many[::-1], 120 * 1024)):
         params = {"batches": [[lengths, new_tokens, places]]}
@@ -83,17 +85,14 @@ def tables(found: Found, model: str) -> str:
             for name, least in (("first", first), ("again", again)):
                 work = f"`Runner`, {batch['requests']} requests, {name if name == 'again' else 'first time'}: tokens/s"
                 rows.append(Row(work, least, batch[name], "{:.0f}", vllm=str(vllm)))
-        is_compared = found.on_gpu and model == GQA
-        for system in line["params"].get("systems", ()):
-            own = result[system]
-            if "error" in own:
-                rows.append(Row(system, None, own["error"]))
-                continue
-            whole = f"the first {line['params']['requests']} requests"
-            for name, what in (("ready", "from a start to ready"), ("all", whole)):
-                most, vllm = REACH[name] if is_compared else (None, "")
-                time = f"TTFT p50 {own['ttft']['p50']:.2f} s" if name == "all" else ""
-                rows.append(Row(f"{system}: {what}", most, own[name], "{:.1f} s", True, time, vllm=vllm))
+        if "batches" in result:
+            continue
+        is_compared = found.on_gpu and model == GQA and line["system"] != "generate_batch"
+        whole = f"the first {line['params']['requests']} requests"
+        for name, what in (("ready", "from a start to ready"), ("all", whole)):
+            most, vllm = REACH[name] if is_compared else (None, "")
+            time = f"TTFT p50 {result['ttft']['p50']:.2f} s" if name == "all" else ""
+            rows.append(Row(f"{line['system']}: {what}", most, result[name], "{:.1f} s", True, time, vllm=vllm))
     note = "No kernel is compiled when it starts. All requests are sent at once."
     return f"**The first minute**\n\n{note}\n\n{rows_table(rows)}" if rows else ""
 
@@ -101,10 +100,7 @@ def tables(found: Found, model: str) -> str:
 def _words(result: dict) -> str:
     if "batches" in result:
         return ", ".join(f"{b['requests']}: {b['first']:.0f}, {b['again']:.0f} tokens/s" for b in result["batches"])
-    return ", ".join(
-        f"{name}: ready {found['ready']:.1f} s, all {found['all']:.1f} s" if "all" in found else found["error"]
-        for name, found in result.items()
-    )
+    return f"ready {result['ready']:.1f} s, all {result['all']:.1f} s"
 
 
 register(

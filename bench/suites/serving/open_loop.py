@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from bench import measure
 from bench.case import Bench, Case
 from bench.lines import Found
-from bench.markdown import points_in_words
 from bench.serving import arrivals_of, open_for, serve, waits
 from bench.suites.limit.table import GQA, Row, rows_table
 from bench.workload import Target, Workload, register
@@ -22,59 +20,51 @@ REACH = {
 }
 #: Lengths (mu, sigma, least, most) of prompts and answers: a chat's, short ones many and long ones few.
 PROMPTS, ANSWERS = (6.6, 0.9, 32, 6000), (5.0, 0.6, 16, 600)
-#: name -> options of `Runner`.
+#: name -> options of `Runner`; each a case.
 SYSTEMS: dict[str, dict] = {"paged": {}, "paged, target ITL 14 ms": {"target_itl": 0.014}, "generate_batch": {}}
 
 
 def run_open_loop(bench: Bench) -> dict:
-    """Each rate by each system, after a round that compiles and captures. Nothing of a prompt is known before."""
-    found = []
-    for name in bench.params["systems"]:
-        rows = measure.attempt(lambda name=name: {"rows": _rates(bench, name)})
-        found += rows.get("rows", [{"system": name} | rows])
-        bench.free()
-    return {"rows": found}
-
-
-def _rates(bench: Bench, name: str) -> list[dict]:
+    """Each rate, after a round that compiles and captures. Nothing of a prompt is known before."""
     warm = arrivals_of(bench, bench.params["rates"][-1], seed=100)
-    system = open_for(bench, name, warm)
-    bench.say(f"{name}: a round to warm up")
+    system = open_for(bench, warm)
+    bench.say("a round to warm up")
     serve(system, warm)
     rows = []
     for rate in bench.params["rates"]:
-        bench.say(f"{name}: {rate} requests/s")
+        bench.say(f"{rate} requests/s")
         arrivals = arrivals_of(bench, rate, seed=int(rate * 10))
         moments = serve(system, arrivals)
         seconds = max(row[-1] for row in moments)
         tokens = sum(map(len, moments))
-        rows.append({"system": name, "rate": rate, "tokens_per_second": tokens / seconds, **waits(arrivals, moments)})
-    return rows
+        rows.append({"rate": rate, "tokens_per_second": tokens / seconds, **waits(arrivals, moments)})
+    return {"rows": rows}
 
 
 def cases(to: Target) -> Iterable[Case]:
     if to.on_gpu:
+        dtype, model, timeout = "bfloat16", to.model or GQA, 900  # which the peer comes near to
         params = {"rates": [9, 12], "requests": 200, "slots": 128, "chunk": 2048, "prompts": PROMPTS}
-        params |= {"answers": ANSWERS, "systems": SYSTEMS}
-        yield to.case("paged", "bfloat16", params, timeout=400, model=to.model or GQA)
-        return
-    params = {"rates": [2], "requests": 8, "slots": 8, "chunk": 256, "prompts": (4.0, 0.7, 16, 200)}
-    params |= {"answers": (2.0, 0.4, 4, 16), "systems": SYSTEMS}
-    yield to.case("paged", "float32", params, timeout=300)
+        params |= {"answers": ANSWERS}
+    else:
+        dtype, model, timeout = "float32", to.model, 300
+        params = {"rates": [2], "requests": 8, "slots": 8, "chunk": 256, "prompts": (4.0, 0.7, 16, 200)}
+        params |= {"answers": (2.0, 0.4, 4, 16)}
+    for name, options in SYSTEMS.items():
+        yield to.case(name, dtype, params | {"options": options}, timeout=timeout, model=model)
 
 
 def tables(found: Found, model: str) -> str:
-    rows = []
+    rows, native, own = [], {}, []
     for line in found.of("open loop", model).values():
         if line["status"] != "ok":
-            rows.append(Row("open loop", None, f"{line['status']}: {line['error']}"))
-            continue
-        native = {row.get("rate"): row for row in line["result"]["rows"] if row["system"] == "generate_batch"}
-        for row in line["result"]["rows"]:
-            if "error" in row:
-                rows.append(Row(row["system"], None, row["error"]))
-            elif row["system"] != "generate_batch":
-                rows += _rows(row, native.get(row["rate"], {}), found.on_gpu and model == GQA)
+            rows.append(Row(f"open loop, {line['system']}", None, f"{line['status']}: {line['error']}"))
+        elif line["system"] == "generate_batch":
+            native = {row["rate"]: row for row in line["result"]["rows"]}
+        else:
+            own += [(line["system"], row) for row in line["result"]["rows"]]
+    for system, row in own:
+        rows += _rows(system, row, native.get(row["rate"], {}), found.on_gpu and model == GQA)
     note = (
         "Poisson arrivals; prompts and answers of lognormal lengths; a request waits from when it was due. Native: "
         "`generate_batch` under the same driver."
@@ -82,12 +72,12 @@ def tables(found: Found, model: str) -> str:
     return f"**Open loop**\n\n{note}\n\n{rows_table(rows)}" if rows else ""
 
 
-def _rows(own: dict, native: dict, is_compared: bool) -> Iterable[Row]:
+def _rows(system: str, own: dict, native: dict, is_compared: bool) -> Iterable[Row]:
     most, vllm = REACH.get(own["rate"], ({}, {})) if is_compared else ({}, {})
     for name, title in (("ttft", "TTFT"), ("itl", "ITL")):
         for place, at in enumerate(("p50", "p90", "p99")):
             yield Row(
-                f"{own['system']}, {own['rate']:g} requests/s: {title} {at}", most.get(name, {}).get(at),
+                f"{system}, {own['rate']:g} requests/s: {title} {at}", most.get(name, {}).get(at),
                 own[name][at] * 1e3, "{:.1f} ms", at_most=True,
                 native=f"{native[name][at] * 1e3:.1f} ms" if native else "",
                 vllm=f"{vllm[name][place]} ms" if name in vllm else "",
@@ -98,11 +88,7 @@ def _words(result: dict) -> str:
     def waited(row: dict, what: str) -> str:
         return f"{what.upper()} p90 {row[what]['p90'] * 1e3:.1f} ms"
 
-    return points_in_words(
-        result["rows"],
-        lambda row: row["system"],
-        lambda row: f"{row['rate']:g}/s, {waited(row, 'ttft')}, {waited(row, 'itl')}",
-    )
+    return "; ".join(f"{row['rate']:g}/s: {waited(row, 'ttft')}, {waited(row, 'itl')}" for row in result["rows"])
 
 
 register(
