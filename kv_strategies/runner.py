@@ -8,7 +8,7 @@ Every step packs one token of each decoding sequence and as much of the prompts 
 a single forward [1, T], without padding. On a GPU the next step is scheduled and launched before the tokens of this one
 are read back: its inputs are taken from the device, and only stop tokens are noticed a step late. Only a first token is
 read at once; where others decode beside it, nobody waits for it, but it is told before the next launch if it is there.
-A step that only decodes, or only computes the few tokens behind a prefix hit, replays a CUDA graph.
+A step that only decodes, or has some hundred tokens of prompts besides, replays a CUDA graph.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Runner:
         target_itl: seconds from one token of a row to its next. While rows decode, prompts get as many tokens of a
             forward as recent ones say it has time for (`step/budget.py`), and at least a sixteenth of
             `max_batch_tokens`. None for all that there is room for.
-        cuda_graphs: replay decode steps and short prefills as CUDA graphs; None for yes where the strategy allows it.
+        cuda_graphs: replay decode steps, and those with some hundred tokens of prompts, as CUDA graphs; None for yes
+            where the strategy allows it.
         tokenizer: for requests with stop strings; unless given the one in the model's folder.
         speculate: who guesses the next tokens of a row, for several a step (`speculative.py`); rows with logits
             processors, which must see one token after the other, do without.
@@ -688,12 +689,17 @@ class Runner:
         if not prefilling:
             seats = [seq.seat for seq in decoding]
             return self._graphs.decode([table.row(1) for table, _ in rows], seats, is_urgent=is_urgent)
-        seq, num_tokens = prefilling[0]
-        if len(rows) > 1 or (counts != [1] and not len(seq.proposal)):
+        is_guess = any(len(seq.proposal) for seq, _ in prefilling)
+        if (is_guess and len(rows) > 1) or any(seq.is_scoring for seq, _ in prefilling):
             return None
-        graphs = self._verifying if len(seq.proposal) else self._graphs
-        new = seq.new_tokens(num_tokens)
-        return graphs.prefill(seq.table.row(num_tokens), seq.seat, new, is_urgent=is_urgent)
+        graphs = self._verifying if is_guess else self._graphs
+        prompts = zip(prefilling, counts[len(decoding) :], strict=True)
+        seats = [seq.seat for seq in decoding]
+        seats += [seq.seat if count and not is_guess else None for (seq, _), count in prompts]
+        planned = [table.row(num_new) for table, num_new in rows]
+        new = np.concatenate([seq.new_tokens(num_tokens) for seq, num_tokens in prefilling])
+        found = graphs.prefill(planned[: len(decoding)], planned[len(decoding) :], seats, new, is_urgent=is_urgent)
+        return found and tuple(part[: sum(counts)] for part in found)
 
     def _forward(self, rows, counts, decoding, prefilling) -> Tensor:
         """Logits [R, V] of the last tokens of each row, so many as `counts` says."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -137,15 +138,56 @@ def test_short_prefills_replay_a_graph(name, num_heads, num_kv_heads, block_size
     plain = Runner(model, strategies[0], cuda_graphs=False)
     expected = [plain.generate([request]) for request in requests]
     monkeypatch.setattr(graphs, "PREFILL_SIZES", (8, 32))
-    monkeypatch.setattr(graphs, "_SMALLEST_BUCKET", 32)
+    monkeypatch.setattr(graphs, "_SMALLEST_BUCKET", 8)
     runner = replaying_runner(model, strategies[1], monkeypatch, max_num_seqs=2, max_batch_tokens=70)
     for request, results in zip(requests, expected, strict=True):
         got = runner.generate([request])
         assert [result.token_ids for result in got] == [result.token_ids for result in results]
         strategies[1].check_integrity()
-    kinds = {(num_tokens, bucket) for _, num_tokens, bucket, _ in runner._graphs._graphs}
-    assert {num_tokens for num_tokens, _ in kinds} == {1, 2, 8, 32}, "decode steps of one and two rows, and prefills"
-    assert len({bucket for num_tokens, bucket in kinds if num_tokens == 32}) > 1
+    kinds = {kind for kind, _ in runner._graphs._graphs}
+    assert {kind[:3] for kind in kinds} == {(1, 0, 1), (2, 0, 2), (0, 1, 8), (0, 1, 32)}, "decode steps, and prefills"
+    assert len({kind.bucket for kind in kinds if kind.num_tokens == 32}) > 1
+
+
+@pytest.mark.parametrize("name", ["prefix", "window", "evict"])
+def test_prompts_beside_decoding_rows_replay_a_graph(name, monkeypatch, device):
+    """One or several at once, some of them in chunks, behind a past or none; greedy and sampled."""
+    rng = random.Random(5)
+    model = tiny_llama(num_heads=4, num_kv_heads=2, num_layers=1).to(device)
+    options = {"window": {"window": 12, "sinks": 2}, "evict": {"score": "knorm", "keep": 9}}.get(name, {})
+    strategies = [build(name, model, num_blocks=60, block_size=4, **options) for _ in range(2)]
+    lengths = [(5, 9), (3, 6), (9, 3), (30, 2), (11, 4), (4, 2)]
+    start = [rng.randrange(VOCAB) for _ in range(8)]
+    requests = [
+        Request((start + [rng.randrange(VOCAB) for _ in range(new)])[-length:], max_new_tokens=new, request_id=i,
+                temperature=float(i == 2), seed=i)
+        for i, (length, new) in enumerate(lengths)
+    ]  # fmt: skip
+    arrivals = [1, 2, 1, 2]  # so many at once, two steps between
+
+    def tokens(runner: Runner) -> dict[int, list[int]]:
+        found, coming = {request.request_id: [] for request in requests}, iter(requests)
+        for number in itertools.count():
+            if number % 2 == 0 and number // 2 < len(arrivals):
+                runner.submit(list(itertools.islice(coming, arrivals[number // 2])))
+            for event in runner.step():
+                found[event.request_id].append(event.token_id)
+            if number // 2 >= len(arrivals) and not (runner.num_running or runner.num_waiting):
+                return found
+
+    sizes = {"max_num_seqs": 6, "max_batch_tokens": 24}
+    expected = tokens(Runner(model, strategies[0], cuda_graphs=False, **sizes))
+    monkeypatch.setattr(graphs, "PREFILL_SIZES", (8, 32))
+    monkeypatch.setattr(graphs, "_SMALLEST_BUCKET", 8)
+    runner = replaying_runner(model, strategies[1], monkeypatch, **sizes)
+    eager = []
+    monkeypatch.setattr(runner, "_forward", lambda *step, ran=runner._forward: eager.append(step) or ran(*step))
+    assert tokens(runner) == expected
+    runner.warm_up(40)
+    eager.clear()
+    strategies[1].reset()
+    assert tokens(runner) == expected and not eager
+    strategies[1].check_integrity()
 
 
 def test_prefills_that_stream_or_are_timed_are_not_captured(monkeypatch, device):
@@ -154,7 +196,7 @@ def test_prefills_that_stream_or_are_timed_are_not_captured(monkeypatch, device)
     runner = replaying_runner(model, strategy, monkeypatch)
     for _ in range(3):
         runner.generate([Request([1, 2, 3], max_new_tokens=2)])
-    assert [num_tokens for _, num_tokens, *_ in runner._graphs._graphs] == [1], "the decode step alone"
+    assert [kind[:3] for kind, _ in runner._graphs._graphs] == [(1, 0, 1)], "the decode step alone"
 
 
 def test_a_first_token_does_not_wait_for_the_next_launch(monkeypatch):

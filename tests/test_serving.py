@@ -90,9 +90,12 @@ def test_a_first_token_is_told_when_it_is_there(is_host_slow, monkeypatch):
 
 
 def test_no_capture_stands_before_a_first_token(monkeypatch, device):
-    """The step that is launched behind it runs without a graph; those of its kind that come later are captured."""
+    """The step that is launched behind it runs without a graph, as do those with prompts; later ones of their kinds are
+    captured.
+    """
+    monkeypatch.setattr(graphs, "_SMALLEST_BUCKET", 32)
     model = tiny_llama(num_layers=1).to(device)
-    requests = [Request([7, i], max_new_tokens=30, request_id=i) for i in range(4)]
+    requests = [Request([7, i], max_new_tokens=28, request_id=i) for i in range(4)]
     runner = replaying_runner(model, build("paged", model, num_blocks=40), monkeypatch, max_num_seqs=4)
     late = SimpleNamespace(query=lambda: False, synchronize=lambda: None)
     copy = runner_module.start_copy  # of tokens that the next replay writes over
@@ -118,7 +121,9 @@ def test_no_capture_stands_before_a_first_token(monkeypatch, device):
         events += runner.step()
     tokens = [[event.token_id for event in events if event.request_id == i] for i in range(4)]
     assert tokens == baseline_tokens(model, requests)
-    assert len(captured) == 3 and not any(captured) and sum(eager) >= 2
+    assert not any(captured) and sum(eager) >= 2
+    kinds = [kind[:3] for kind, _ in runner._graphs._graphs]
+    assert sorted(kinds) == [(1, 0, 1), (2, 0, 2), (4, 0, 4), (4, graphs.MAX_PROMPTS, 16)] and len(captured) == 4
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -244,7 +249,8 @@ def test_nothing_is_captured_after_a_warm_up(name, monkeypatch, device):
     runner.warm_up(60)
     assert state(runner) == before
     captured = dict(runner._graphs._graphs)
-    assert {kind[1:] for kind in captured} == {(n, bucket, 0) for n in (1, 2, 3, 8) for bucket in (32, 64)}
+    steps = {(n, 0, n, bucket) for n in (1, 2, 3) for bucket in (32, 64)}
+    assert set(captured) == {(kind, 0) for kind in steps | {(0, 1, 8, 256), (0, 4, 8, 256), (3, 4, 8, 256)}}
     runner.warm_up(60)
     assert tokens(runner) == expected
     assert runner._graphs._graphs == captured and None not in captured.values()

@@ -5,8 +5,14 @@ batches are padded with rows that read and store nothing; the bucket bounds the 
 which rows share blocks have graphs of their own, whatever the groups are: the kernels read these from the device, and
 one more bucket bounds what each row reads by itself.
 
-Steps that decode are for graphs, and so are those that prefill a few tokens of one prompt (what is behind a prefix hit,
-say), padded with tokens of no row. Others are long enough to hide what launching them costs.
+Steps that decode are for graphs, and so are those with up to `PREFILL_SIZES[-1]` tokens, of prompts as well: what is
+behind a prefix hit, or a short prompt while others decode. A slow host launches the kernels of a layer one by one in
+some 0.8 ms, in which a GPU computes 1000 tokens. The rows that decode come first, in as many places as there may be:
+
+    [ decoding rows | padding ][ tokens of prompts, at most MAX_PROMPTS | padding ]
+
+Longer ones hide what launching them costs, and have the library's attention. Nobody who waits for a first token waits
+for a capture: steps with prompts are captured where a decode step comes next.
 
 A capture takes memory of its own. Where there is none left, steps of that kind run without a graph, after one warning.
 
@@ -20,7 +26,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,9 +40,13 @@ from .ranks import Ranks
 from .sampling import greedy
 from .upstream import takes_cache
 
-#: New tokens of the prefills that are for graphs, at most each. More of them take a GPU longer than launching them.
-PREFILL_SIZES = (16, 32, 64, 128, 256)
-_SMALLEST_BUCKET = 1024  # tokens
+#: Tokens of the steps with prompts that are for graphs: whole tiles of products, from 128 on.
+PREFILL_SIZES = (16, 32, 64, *range(128, 1025, 128))
+_MAX_VERIFIED = 256  # tokens of a step that gives the logits of all of them
+#: Prompts in a step that a graph holds, where it is not one alone.
+MAX_PROMPTS = 4
+_SMALLEST_BUCKET = 1024  # tokens; 8 times as many where prompts are in the step, to which a bound costs little
+_PADDING = Row(np.empty(0, dtype=np.int32), num_tokens=0, num_new=1)
 #: What torch says where its errors have no class of their own; the last of sizes beyond 64 bits.
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "size calculation overflowed")
 
@@ -47,8 +58,17 @@ class _Graph:
     tokens: Tensor  # [num_rows] the likeliest ones
 
 
+class Shape(NamedTuple):
+    """What all steps of a graph fit into."""
+
+    num_decodes: int  # rows of one query
+    num_prompts: int  # rows of any number of queries, behind them
+    num_tokens: int  # of both
+    bucket: int  # tokens of a row's context
+
+
 class StepGraphs:
-    """Captures and replays steps of the runner: those that decode, and those that prefill a few tokens of one prompt.
+    """Captures and replays steps of the runner: those that decode, and those with a few tokens of prompts.
 
     Args:
         block_size: tokens a block.
@@ -56,7 +76,7 @@ class StepGraphs:
             seat belongs to padding rows.
         max_num_seqs: rows of a step at most.
         prefills: whether prompts may be replayed as well.
-        all_logits: whether prefills give the logits of all their tokens, which are no seat's, rather than of the last.
+        all_logits: for steps of one prompt alone, of which they give the logits of all tokens rather than of the last.
     """
 
     def __init__(
@@ -72,10 +92,13 @@ class StepGraphs:
         self._strategy, self._block_size, self._last_token = strategy, block_size, last_token
         self._prefills, self._all_logits = prefills, all_logits
         self._sizes = sorted({size for size in _batch_sizes() if size < max_num_seqs} | {max_num_seqs})
-        self._met: set[tuple[int, int, int]] = set()
-        self._buffers: dict[tuple[int, int, int], PlanBuffer] = {}  # the graphs read their memory
-        self._graphs: dict[tuple[int, int, int, int], _Graph | None] = {}  # None where there is no memory for one
+        self._prefill_sizes = [size for size in PREFILL_SIZES if size <= _MAX_VERIFIED or not all_logits]
+        self._sizes_beside = [0, *(size for size in self._sizes if size in (8, 32, 128, 512, max_num_seqs))]
+        self._met: dict[Shape, bool] = {}  # shapes with prompts -> whether they were met more than once
+        self._buffers: dict[Shape, PlanBuffer] = {}  # the graphs read their memory
+        self._graphs: dict[tuple[Shape, int], _Graph | None] = {}  # None where there is no memory for one
         self._memory = torch.cuda.graph_pool_handle()
+        self._logits: Tensor | None = None  # where all graphs leave theirs: one for each would take a gigabyte
         self._stream = _stream(last_token.device)
         self._addresses = strategy.addresses
 
@@ -90,83 +113,136 @@ class StepGraphs:
         Returns:
             logits [B, V] and the likeliest tokens [B], both valid until the next step. None where there is no graph.
         """
+        self._follow()
+        if not is_urgent:
+            self._capture_prompts()
         num_rows = next(size for size in self._sizes if size >= len(rows))
-        shape = num_rows, num_rows, _bucket(max(row.num_tokens for row in rows))
-        padding = [len(self._last_token) - 1] * (num_rows - len(rows))
-        found = self._run(shape, rows, {"seats": [*seats, *padding]}, is_urgent)
+        shape = Shape(num_rows, 0, num_rows, _buckets(max(row.num_tokens for row in rows))[-1])
+        found = self._run(shape, rows, {"seats": self._padded(seats, num_rows)}, may_capture=not is_urgent)
         return found and (found[0][: len(rows)], found[1][: len(rows)])
 
     def prefill(
-        self, row: Row, seat: int, token_ids: np.ndarray, *, is_urgent: bool = False
+        self,
+        decoding: Sequence[Row],
+        prompts: Sequence[Row],
+        seats: Sequence[int | None],
+        token_ids: np.ndarray,
+        *,
+        is_urgent: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
-        """One step over the last tokens of a prompt, the new ones of its row. Returns as `decode` does.
+        """One step over rows of one query each and over tokens of prompts, the new ones of their rows.
 
-        None where no graph is for it: tokens are many, or it is the first step of its kind. That may also be the last,
-        and who waits for it would wait for the capture.
+        Args:
+            seats: of all rows; None where a prompt goes on, or where no seat is to have the token.
+            token_ids: the new tokens of all prompts, one prompt after the other.
+
+        Returns:
+            as `decode` does, with the logits of each row's last token, or those of all tokens. None where there is no
+            graph: tokens are many, rows share blocks, or it is an early step of its kind, which is captured later; but
+            for those that give all logits, which hold up no first token of their own.
         """
-        num_tokens = next((size for size in PREFILL_SIZES if size >= len(token_ids)), None)
-        shape = 1, num_tokens, _bucket(row.num_tokens)
-        if num_tokens is None or not self._prefills:
+        self._follow()
+        shape = self._shape_of(decoding, prompts, len(token_ids))
+        if shape is None:
             return None
-        if shape not in self._met:
-            self._met.add(shape)
-            return None
-        last = [len(token_ids) - 1]
+        if (shape, 0) not in self._graphs:
+            self._met[shape] = shape in self._met
+            if is_urgent or not (self._all_logits and self._met[shape]):
+                return None
+            self.warm_up(shape)
+        num_places, num_rows = shape.num_decodes, shape.num_decodes + shape.num_prompts
+        rows = [*decoding, *[_PADDING] * (num_places - len(decoding)), *prompts]
+        ends = accumulate((row.num_new for row in prompts), initial=num_places - 1)
+        last = [*range(num_places), *list(ends)[1:]]
         if self._all_logits:
-            seat, last = len(self._last_token) - 1, range(len(token_ids))
-        inputs = {"seats": [seat], "input_ids": token_ids, "last": last}
-        found = self._run(shape, [row], inputs, is_urgent)
-        return found and (found[0][: len(last)], found[1][: len(last)])
+            num_rows, last = shape.num_tokens, range(len(token_ids))
+        seats = self._padded(self._padded(seats[: len(decoding)], num_places) + seats[len(decoding) :], num_rows)
+        inputs = {"seats": seats, "input_ids": [*[0] * num_places, *token_ids], "last": last}
+        found = self._run(shape, rows, inputs, may_capture=False)
+        return found and tuple(
+            torch.cat((part[: len(decoding)], part[num_places : len(last)])) if decoding else part[: len(last)]
+            for part in found
+        )
 
-    def shapes(self, max_context: int) -> list[tuple[int, int, int]]:
-        """The steps that may occur where rows have so many tokens at most: rows, tokens, and tokens of a row's context.
-        Largest first: the graphs of all others find room in the memory that they share.
+    def _shape_of(self, decoding: Sequence[Row], prompts: Sequence[Row], num_tokens: int) -> Shape | None:
+        places = next(size for size in self._sizes_beside if size >= len(decoding))
+        num_prompts = 1 if len(prompts) == 1 and not decoding else MAX_PROMPTS
+        total = next((size for size in self._prefill_sizes if size >= places + num_tokens), None)
+        if not self._prefills or total is None or len(prompts) > num_prompts:
+            return None
+        *_, bucket = _buckets(max(row.num_tokens for row in (*decoding, *prompts)), has_prompts=True)
+        return Shape(places, num_prompts, total, bucket)
+
+    def _follow(self) -> None:
+        """Forget the graphs where what they read lies elsewhere, or other code runs."""
+        if self._addresses != self._strategy.addresses:
+            torch.cuda.synchronize(self._last_token.device)  # the last step may still run
+            self._graphs.clear()
+            self._logits, self._memory = None, torch.cuda.graph_pool_handle()
+            self._addresses = self._strategy.addresses
+
+    def _padded(self, seats: Sequence[int | None], size: int) -> list[int]:
+        padding = len(self._last_token) - 1
+        return [padding if seat is None else seat for seat in seats] + [padding] * (size - len(seats))
+
+    def _capture_prompts(self) -> None:
+        """Of the steps with prompts that ran without a graph more than once, capture one."""
+        shape = next((shape for shape, is_again in self._met.items() if is_again), None)
+        if shape is not None:
+            self.warm_up(shape)
+
+    def shapes(self, max_context: int) -> list[Shape]:
+        """The steps that may occur where rows have so many tokens at most. Largest first: the graphs of all others find
+        room in the memory that they share.
         """
-        sizes = [] if self._all_logits else [(size, size) for size in self._sizes]
-        sizes += [(1, size) for size in PREFILL_SIZES if self._prefills]
-        longest = _bucket(max_context)
-        buckets = [longest >> i for i in range((longest // _SMALLEST_BUCKET).bit_length())]
-        return sorted(((*size, bucket) for size in sizes for bucket in buckets), key=lambda s: s[1:], reverse=True)
+        found: list[Shape] = []
+        if not self._all_logits:
+            found += [Shape(size, 0, size, bucket) for size in self._sizes for bucket in _buckets(max_context)]
+        if self._prefills:
+            kinds = [(0, 1)]
+            if not self._all_logits:
+                kinds += [(places, MAX_PROMPTS) for places in self._sizes_beside]
+            sizes = [(*kind, size) for size in self._prefill_sizes for kind in kinds if kind[0] < size]
+            found += [Shape(*size, bucket) for size in sizes for bucket in _buckets(max_context, has_prompts=True)]
+        return sorted(found, key=lambda shape: (shape.num_tokens, shape.bucket, shape), reverse=True)
 
-    def warm_up(self, shape: tuple[int, int, int]) -> None:
+    def warm_up(self, shape: Shape) -> None:
         """Capture a step of one of these shapes, whose rows share no blocks, unless that is done, and replay it over
         padding. Not where hooks want to be called.
         """
+        self._met.pop(shape, None)
         self._strategy.follow()
+        self._follow()
         if self._strategy.seen.is_opaque:
             return
-        num_rows, num_tokens, _ = shape
-        self._met.add(shape)
-        padding = {"seats": [len(self._last_token) - 1]}
-        self._run(shape, [], padding if num_tokens == num_rows else padding | {"input_ids": [0], "last": [0]})
+        inputs = {"seats": self._padded([], 1)}
+        self._run(shape, [], inputs | {"input_ids": [0], "last": [0]} if shape.num_prompts else inputs)
 
     def _run(
-        self, shape: tuple[int, int, int], rows, inputs: dict[str, Sequence[int]], is_urgent: bool = False
+        self, shape: Shape, rows: Sequence[Row], inputs: dict[str, Sequence[int]], may_capture: bool = True
     ) -> tuple[Tensor, Tensor] | None:
-        """A step of at most so many rows, tokens, and tokens of a row's context."""
-        num_rows, num_tokens, bucket = shape
-        if self._addresses != self._strategy.addresses:  # what a graph reads lies elsewhere, or other code runs
-            torch.cuda.synchronize(self._last_token.device)  # the last step may still run
-            self._graphs.clear()
-            self._memory = torch.cuda.graph_pool_handle()
-            self._addresses = self._strategy.addresses
+        """A step that fits into the shape."""
         if shape not in self._buffers:
+            num_rows = shape.num_decodes + shape.num_prompts
             per_token = inputs.keys() if self._all_logits else {"input_ids"}
-            sizes = {name: num_tokens if name in per_token else num_rows for name in inputs}
-            self._buffers[shape] = _buffer(self._last_token.device, *shape, self._block_size, sizes)
+            sizes = {name: shape.num_tokens if name in per_token else num_rows for name in inputs}
+            self._buffers[shape] = _buffer(self._last_token.device, num_rows, *shape[2:], self._block_size, sizes)
         buffer = self._buffers[shape]
-        bounds = _bounds(buffer.fill(rows, inputs), bucket)
-        kind = num_rows, num_tokens, *bounds
-        if kind not in self._graphs:
-            if is_urgent:
+        plan = buffer.fill(rows, inputs)
+        private = _private(plan)
+        if private and shape.num_prompts:
+            return None
+        if (shape, private) not in self._graphs:
+            if not may_capture:
                 return None
-            padding = {name: [0] for name in inputs} | {"seats": [len(self._last_token) - 1]}
-            plan = _bounded(buffer.fill([], padding), *bounds)
-            self._graphs[kind] = _captured(lambda: self._capture(buffer, plan), num_rows, self._strategy.ranks)
-            if self._graphs[kind] is None:  # what is left of it is not captured into again
+            padding = {name: [0] for name in inputs} | {"seats": self._padded([], 1)}
+            bounded = _bounded(buffer.fill([], padding), shape, private)
+            captured = _captured(lambda: self._capture(buffer, bounded), shape.num_tokens, self._strategy.ranks)
+            if captured is None:  # what is left of it is not captured into again
                 self._memory = torch.cuda.graph_pool_handle()
+            self._graphs[shape, private] = captured
             buffer.fill(rows, inputs)
-        graph = self._graphs[kind]
+        graph = self._graphs[shape, private]
         if graph is None:
             return None
         graph.replay()
@@ -177,14 +253,19 @@ class StepGraphs:
         inputs = buffer.tensors
 
         def step() -> tuple[Tensor, Tensor]:
-            seats = inputs["seats"]
-            input_ids = inputs["input_ids"] if "input_ids" in inputs else self._last_token[seats]
+            seats, num_decodes = inputs["seats"], plan.num_decodes
+            input_ids = self._last_token[seats[:num_decodes]]
+            if "input_ids" in inputs:
+                input_ids = torch.cat((input_ids, inputs["input_ids"][num_decodes:]))
             logits = forward(cache, plan, input_ids, inputs.get("last", 0))
             tokens = greedy(logits)
             self._last_token[seats] = tokens.clamp(min=0)  # no embedding is looked up for a row that has failed
-            return logits, tokens
+            return logits if self._logits is None else self._logits[: len(logits)].copy_(logits), tokens
 
-        _warm_up(step, self._stream)  # all is padding still, which reads and stores nothing
+        logits, _ = _warm_up(step, self._stream)  # all is padding still, which reads and stores nothing
+        if self._logits is None:
+            num_rows = _MAX_VERIFIED if self._all_logits else self._sizes[-1] + MAX_PROMPTS
+            self._logits = logits.new_empty(num_rows, logits.shape[1])
         replay, (logits, tokens) = _record(step, self._stream, self._memory)
         return _Graph(replay, logits, tokens)
 
@@ -204,7 +285,7 @@ class StackGraphs:
         Args:
             distances: [B] see `Plan`; there in all steps of a strategy, or in none.
         """
-        shape = len(rows), _bucket(max(row.num_tokens for row in rows))
+        shape = len(rows), _buckets(max(row.num_tokens for row in rows))[-1]
         if shape not in self._buffers:
             self._buffers[shape] = _buffer(
                 self.stack.device, len(rows), *shape, self._block_size, {"distances": len(rows)}
@@ -213,10 +294,10 @@ class StackGraphs:
         plan = buffer.fill(rows, {"distances": [0]})
         if distances is not None:
             plan.distances = buffer.tensors["distances"].copy_(distances)
-        bounds = _bounds(plan, shape[1])
-        if (len(rows), *bounds) not in self._steps:
-            self._steps[len(rows), *bounds] = StackStep(self.stack, bounds, self._stream)
-        step = self._steps[len(rows), *bounds]
+        kind = *shape, _private(plan)
+        if kind not in self._steps:
+            self._steps[kind] = StackStep(self.stack, *kind[1:], self._stream)
+        step = self._steps[kind]
         step.follow(plan)
         return step
 
@@ -224,9 +305,9 @@ class StackGraphs:
 class StackStep:
     """One decode step of so many rows and so long contexts at most: called as the stack is."""
 
-    def __init__(self, stack: FusedStack, bounds: tuple[int, int], stream: torch.cuda.Stream | None):
+    def __init__(self, stack: FusedStack, bucket: int, private: int, stream: torch.cuda.Stream | None):
         self.plan: Plan | None = None
-        self._stack, self._bounds, self._stream = stack, bounds, stream
+        self._stack, self._bucket, self._private, self._stream = stack, bucket, private, stream
         self._is_warm = self._is_refused = False  # no capture yet; there is no memory for one
         self._replay: Callable[[], object] | None = None
         self._inputs: list[Tensor] = []
@@ -234,7 +315,8 @@ class StackStep:
 
     def follow(self, plan: Plan) -> None:
         """Take the plan of the next step, which lies where those before it lay."""
-        self.plan = _bounded(plan, *self._bounds)
+        num_rows = len(plan.context_lens)
+        self.plan = _bounded(plan, Shape(num_rows, 0, num_rows, self._bucket), self._private)
 
     @takes_cache
     def __call__(self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], cache, **kwargs) -> Tensor:
@@ -266,7 +348,7 @@ class StackStep:
         return self._replay
 
 
-def _captured(capture: Callable[[], Any], num_rows: int, ranks: Ranks) -> Any:
+def _captured(capture: Callable[[], Any], num_tokens: int, ranks: Ranks) -> Any:
     """What `capture` gives; None where there is no memory for it. Of several ranks, one that stops in the middle has
     left the others in theirs, and raises.
     """
@@ -276,8 +358,8 @@ def _captured(capture: Callable[[], Any], num_rows: int, ranks: Ranks) -> Any:
         if not is_out_of_memory(error) or ranks.size > 1:
             raise
     warnings.warn(
-        f"there is no memory left to capture a step of {num_rows} rows as a CUDA graph: such steps run without one. A "
-        "smaller pool (num_blocks, memory_fraction) leaves room for it",
+        f"there is no memory left to capture a step of {num_tokens} tokens as a CUDA graph: such steps run without "
+        "one. A smaller pool (num_blocks, memory_fraction) leaves room for it",
         stacklevel=2,
     )
     return None
@@ -334,25 +416,32 @@ def _buffer(
     return PlanBuffer(device, num_rows, num_tokens, -(-bucket // block_size), block_size, extra)
 
 
-def _bucket(num_tokens: int) -> int:
-    """Tokens that a row may have without another graph: the next power of two."""
-    return max(_SMALLEST_BUCKET, 1 << (num_tokens - 1).bit_length())
+def _buckets(num_tokens: int, has_prompts: bool = False) -> list[int]:
+    """Tokens that a row may have without another graph, up to a row of so many: powers of two, or of four where prompts
+    are in the step.
+    """
+    smallest, factor = (8 * _SMALLEST_BUCKET, 4) if has_prompts else (_SMALLEST_BUCKET, 2)
+    buckets = [smallest]
+    while buckets[-1] < num_tokens:
+        buckets.append(buckets[-1] * factor)
+    return buckets
 
 
-def _bounds(plan: Plan, bucket: int) -> tuple[int, int]:
-    """Most tokens of a row of the step, and most that one reads by itself where rows share some (0: none does)."""
-    return bucket, _bucket(max(plan.private_lens)) if plan.row_groups else 0
+def _private(plan: Plan) -> int:
+    """Most tokens that a row reads by itself where rows share some; 0: none does."""
+    return _buckets(max(plan.private_lens))[-1] if plan.row_groups else 0
 
 
-def _bounded(plan: Plan, bucket: int, private: int) -> Plan:
-    """The plan with bounds that hold for all steps of a kind: one new token a row, or any number of a single row."""
-    num_rows = len(plan.context_lens)
+def _bounded(plan: Plan, shape: Shape, private: int) -> Plan:
+    """The plan with bounds that hold for all steps of a shape, and of `_private` so large."""
+    num_decodes, num_prompts, num_tokens, bucket = shape
+    num_rows, prompts = num_decodes + num_prompts, [num_tokens - num_decodes, *[0] * (num_prompts - 1)]
     return replace(
         plan,
-        query_lens=[plan.num_tokens // num_rows] * num_rows,
+        query_lens=[1] * num_decodes + prompts[:num_prompts],
         row_lens=[bucket] * num_rows,
         row_groups=[Group(0, num_rows, bucket - private)] if private else [],
-        num_decodes=num_rows if plan.num_tokens == num_rows else 0,
+        num_decodes=num_decodes,
         is_replayed=True,
     )
 

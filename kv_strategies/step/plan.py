@@ -195,8 +195,8 @@ class PlanBuffer:
     def fill(self, rows: Sequence[Row], extra: dict[str, object] | None = None) -> Plan:
         """The plan of a forward over the new tokens of each row.
 
-        Rows with one query come first. Rows and tokens that the buffer has beyond those given are padding: they read
-        nothing and store nothing.
+        Rows with one query come first. Rows of no tokens are padding, as are those that the buffer has beyond the given
+        ones: they read nothing and store nothing.
 
         Args:
             extra: values for the fields declared as extra, array-likes; shorter ones are padded with their last value.
@@ -224,7 +224,9 @@ class PlanBuffer:
             end = begin + num_new
             arrays["context_lens"][number] = stop
             arrays["block_tables"][number, : len(blocks)] = blocks
-            if num_new == 1:  # a decode row: scalars, since a numpy call costs more than the arithmetic
+            if not stop:  # padding, in the place of a row with one query
+                arrays["positions"][begin], arrays["slot_mapping"][begin] = 0, NULL_SLOT
+            elif num_new == 1:  # a decode row: scalars, since a numpy call costs more than the arithmetic
                 block, rest = divmod(stop - 1, size)
                 arrays["positions"][begin] = stop - 1 + num_evicted
                 arrays["slot_mapping"][begin] = int(blocks[block]) * size + rest

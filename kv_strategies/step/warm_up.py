@@ -3,7 +3,7 @@
 A kernel is compiled when it first runs, which takes seconds, a library makes a plan for each shape that it meets, and a
 graph is captured for each kind of step. So ahead of all requests run
 
-    graphs      of all decode steps and short prefills; of padding, which reads and stores nothing
+    graphs      of all decode steps and those with few tokens of prompts; of padding, which reads and stores nothing
     forwards    the largest that have no graph, with nothing cached and with as much as there may be:
 
         [ decoding rows ][ chunk of a prompt ]    [ chunk of a prompt ]    [ short one ]    [ decoding rows ]    [ one ]
@@ -33,8 +33,8 @@ def captures(graphs: Iterable[StepGraphs], max_context: int) -> Iterator[Step]:
     """All steps for which there are graphs, with rows of so many tokens at most."""
     for group in graphs:
         for shape in group.shapes(max_context):
-            num_rows, num_tokens, bucket = shape
-            what = f"graph of {num_tokens} tokens in {num_rows} rows of {bucket} at most"
+            num_rows = shape.num_decodes + shape.num_prompts
+            what = f"graph of {shape.num_tokens} tokens in {num_rows} rows of {shape.bucket} at most"
             yield what, partial(group.warm_up, shape)
 
 

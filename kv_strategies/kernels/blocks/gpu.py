@@ -47,8 +47,8 @@ def attention(
         """How many of the row's first queries are for the library."""
         query_len, row_len = plan.query_lens[row], plan.row_lens[row]
         is_plain = sink_query is None and (not window or row_len <= window) and plan.private_lens[row] == row_len
-        if not is_plain or (key is None and layer.k_scale is None):
-            return 0
+        if plan.is_replayed or not is_plain or (key is None and layer.k_scale is None):
+            return 0  # what a graph holds knows bounds of the lengths alone
         return library.num_queries(query_len, row_len - query_len, query)
 
     def read_long(row: int, num_queries: int) -> Tensor:
