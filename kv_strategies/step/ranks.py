@@ -16,6 +16,7 @@ seconds (`heartbeat.py`).
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import random
@@ -120,6 +121,7 @@ class Group(Ranks):
         self._store = store.clone()
         self._next: tuple | None = None  # what rank 0 said that is not done here yet
         self._waits_since: float | None = None  # for another thread
+        self._is_aborted = False
         self._heart = Heartbeat(store.clone(), self.rank, self.size, lambda: self._num_heard, self._abort)
         hosts = self.all(socket.gethostname())
         self.num_beside = hosts.count(hosts[self.rank])
@@ -251,9 +253,12 @@ class Group(Ranks):
 
     def _abort(self) -> None:
         """No rank waits for this one any more, nor this one for any."""
-        if dist.get_backend(self._group) == "nccl":  # what waits in gloo looks by itself, see `add`
+        if dist.get_backend(self._group) == "nccl" and not self._is_aborted:  # what waits in gloo looks by itself
+            self._is_aborted = True
             # Beside: it may itself wait for the rank that is gone, and this one is to end whatever happens.
-            threading.Thread(target=self._group.abort, name="kv-abort", daemon=True).start()
+            abort = threading.Thread(target=self._group.abort, name="kv-abort", daemon=True)
+            abort.start()
+            atexit.register(abort.join, heartbeat.PATIENCE)  # an interpreter that ends within it dies of it
 
     def _wait(self, key: str, rank: int) -> bytes:
         """What `rank` writes under `key`, however long that takes, as long as it lives."""
