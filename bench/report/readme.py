@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from bench.lines import Found, machine_of
 from bench.report.claims import claims
 from bench.report.comparison import comparison
@@ -19,7 +21,15 @@ def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
     throughput = [line for line in compared if line["workload"] == "throughput" and line["status"] == "ok"]
     if not throughput:
         return readme
-    best = max(throughput, key=lambda line: ("gpu" in line["machine"], line["result"]["parameter_bytes"]))
+    shown = Counter((machine_of(line), line["model"]) for line in throughput)
+    best = max(
+        throughput,
+        key=lambda line: (
+            "gpu" in line["machine"],
+            line["result"]["parameter_bytes"],
+            shown[machine_of(line), line["model"]],
+        ),
+    )
     found = Found([line for line in compared if machine_of(line) == machine_of(best)])
     model, dtype = best["model"], best["dtype"]
     table = [
@@ -31,7 +41,7 @@ def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
         comparison(found, model, dtype).split("\n\n", 1)[1],
     ]
     figures = []
-    if limit := _newest_on_a_gpu(lines, "limit", model):
+    if limit := _on_a_gpu(lines, "limit", model, machine_of(best)):
         figures += [
             f"Against the limits of the card: {model}, bfloat16, rows x tokens of context, on {machine_of(limit[-1])} "
             "(`make bench SUITE=limit`; the whole table, attention alone and query groups in it: "
@@ -39,7 +49,7 @@ def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
             "[docs/limits.md](docs/limits.md)).",
             headline(Found(limit), model),
         ]
-    if measured := _newest_on_a_gpu(lines, "strategies", model):
+    if measured := _on_a_gpu(lines, "strategies", model, machine_of(best)):
         figures += [
             f"What each strategy is for, on {machine_of(measured[-1])}, against the figure it was built to reach, both "
             "sides of a ratio in one process (`make bench SUITE=strategies`, "
@@ -55,10 +65,12 @@ def _between(readme: str, mark: str, text: list[str]) -> str:
     return "\n\n".join([begin + mark, *text, END + end])
 
 
-def _newest_on_a_gpu(lines: list[dict], suite: str, model: str) -> list[dict]:
-    """The lines of a suite on the GPU that ran it on `model` last, oldest first; none where none did."""
+def _on_a_gpu(lines: list[dict], suite: str, model: str, machine: str) -> list[dict]:
+    """The lines of a suite on this GPU, or else on the one that ran it on `model` last, oldest first; none where none
+    did.
+    """
     ran = [line for line in lines if line["suite"] == suite and "gpu" in line["machine"]]
     measured = [line for line in ran if line["model"] == model and line["status"] == "ok"]
-    newest = max(measured, key=lambda line: line["time"], default=None)
-    own = [line for line in ran if newest is not None and machine_of(line) == machine_of(newest)]
+    chosen = max(measured, key=lambda line: (machine_of(line) == machine, line["time"]), default=None)
+    own = [line for line in ran if chosen is not None and machine_of(line) == machine_of(chosen)]
     return sorted(own, key=lambda line: line["time"])
