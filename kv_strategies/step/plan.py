@@ -224,7 +224,7 @@ class PlanBuffer:
             end = begin + num_new
             arrays["context_lens"][number] = stop
             arrays["block_tables"][number, : len(blocks)] = blocks
-            if not stop:  # padding, in the place of a row with one query
+            if num_new and not stop:  # padding, in the place of a row with one query
                 arrays["positions"][begin], arrays["slot_mapping"][begin] = 0, NULL_SLOT
             elif num_new == 1:  # a decode row: scalars, since a numpy call costs more than the arithmetic
                 block, rest = divmod(stop - 1, size)
