@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,46 +39,60 @@ def attention(
 ) -> Tensor:
     """See `reference.attention`."""
     options = {"scaling": scaling, "window": window, "sinks": sinks, "sink_query": sink_query}
-    first_prefill, num_rows = plan.num_decodes, len(plan.query_lens)
-    starts = [0]
-    for query_len in plan.query_lens:
-        starts.append(starts[-1] + query_len)
+    is_readable = sink_query is None and (key is not None or layer.k_scale is not None)  # by the library
 
-    def num_long(row: int) -> int:
-        """How many of the row's first queries are for the library."""
-        query_len, row_len = plan.query_lens[row], plan.row_lens[row]
-        is_plain = sink_query is None and (not window or row_len <= window) and plan.private_lens[row] == row_len
-        if plan.is_replayed or not is_plain or (key is None and layer.k_scale is None):
-            return 0  # what a graph holds knows bounds of the lengths alone
-        return library.num_queries(query_len, row_len - query_len, query)
-
-    def read_long(row: int, num_queries: int) -> Tensor:
-        own = slice(starts[row], starts[row] + num_queries)
-        past_len = plan.row_lens[row] - plan.query_lens[row]
+    def read_long(long: Long) -> Tensor:
+        own = slice(long.begin, long.begin + long.num_queries)
+        past_len = plan.row_lens[long.row] - plan.query_lens[long.row]
         own_kv = (None, None) if layer.k_scale is not None else (key[own], value[own])
-        return library.attention(query[own], *own_kv, layer, plan.block_tables[row], past_len, scaling)
+        return library.attention(query[own], *own_kv, layer, plan.block_tables[long.row], past_len, scaling)
 
-    if num_rows == 1 and 0 < num_long(0) == len(query):
-        return read_long(0, len(query))
+    what = ("who reads", is_readable, window, query.shape, query.dtype)
+    long_rows, stretches = plan.once(what, lambda: assign(plan, query, window, is_readable))
+    if long_rows and long_rows[0].num_queries == query.shape[0]:
+        return read_long(long_rows[0])
 
     out = query.new_empty(query.shape)
     if not window and sink_query is None:  # what a window hides is another part for each row
         options["shared"] = read_shared(query, layer, plan, scaling=scaling)
-    if first_prefill:
+    if plan.num_decodes:
         decode(query, layer, plan, out, **options)
-    for num_queries, rows in groupby(range(first_prefill, num_rows), num_long):
-        rows = list(rows)
-        if not num_queries:
-            if any(plan.query_lens[row] for row in rows):
-                prefill(query, layer, plan, out, rows[0], rows[-1] + 1, **options)
-            continue
-        for row in rows:
-            out[starts[row] : starts[row] + num_queries] = read_long(row, num_queries)
-            rest = plan.query_lens[row] - num_queries
-            if rest:
-                rest_plan = plan.once(("last queries", row), partial(last_queries, plan, row, rest))
-                prefill(query, layer, rest_plan, out, 0, 1, **options | {"shared": None})
+    for first_row, last_row in stretches:
+        prefill(query, layer, plan, out, first_row, last_row, **options)
+    for long in long_rows:
+        out[long.begin : long.begin + long.num_queries] = read_long(long)
+        rest = plan.query_lens[long.row] - long.num_queries
+        if rest:
+            rest_plan = plan.once(("last queries", long.row), partial(last_queries, plan, long.row, rest))
+            prefill(query, layer, rest_plan, out, 0, 1, **options | {"shared": None})
     return out
+
+
+class Long(NamedTuple):
+    """A row whose first queries are for the library."""
+
+    row: int
+    num_queries: int
+    begin: int  # where they begin among all queries
+
+
+def assign(plan: Plan, query: Tensor, window: int, is_readable: bool) -> tuple[list[Long], list[tuple[int, int]]]:
+    """Who reads the rows that have more than one query: the library, and in stretches first:last `triton_prefill`."""
+
+    def num_long(row: int) -> int:
+        query_len, row_len = plan.query_lens[row], plan.row_lens[row]
+        is_plain = (not window or row_len <= window) and plan.private_lens[row] == row_len
+        if plan.is_replayed or not is_plain or not is_readable:
+            return 0  # what a graph holds knows bounds of the lengths alone
+        return library.num_queries(query_len, row_len - query_len, query)
+
+    starts = [0, *accumulate(plan.query_lens)]
+    lens = {row: num_long(row) for row in range(plan.num_decodes, len(plan.query_lens))}
+    others = (list(rows) for is_long, rows in groupby(lens, lambda row: lens[row] > 0) if not is_long)
+    return (
+        [Long(row, num_queries, starts[row]) for row, num_queries in lens.items() if num_queries],
+        [(rows[0], rows[-1] + 1) for rows in others if any(plan.query_lens[row] for row in rows)],
+    )
 
 
 def last_queries(plan: Plan, row: int, num_queries: int) -> Plan:
