@@ -266,7 +266,7 @@ class StrategyCache(AttendingCache):
     def _stack(self) -> Callable[..., Tensor] | None:
         return self._step or self.strategy.seen.stack
 
-    def attend(
+    def attend_flat(
         self,
         layer_idx: int,
         query: Tensor,
@@ -276,15 +276,14 @@ class StrategyCache(AttendingCache):
         rotary: Rotary | None = None,
     ) -> Tensor:
         if self._packing is None:
-            return super().attend(layer_idx, query, key, value, scaling, rotary)
-        num_rows, num_heads, num_columns, head_dim = query.shape
+            return super().attend_flat(layer_idx, query, key, value, scaling, rotary)
         packing = self._packing.to(query.device)
-        packed = (states.transpose(1, 2).flatten(0, 1)[packing] for states in (query, key, value))
-        out = query.new_zeros(num_rows * num_columns, num_heads, head_dim)  # padding attends to nothing
+        packed = (states[packing] for states in (query, key, value))
+        out = query.new_zeros(query.shape)  # padding attends to nothing
         if rotary is not None:
             rotary = rotary._replace(cos=rotary.cos[packing], sin=rotary.sin[packing])
-        out[packing] = self.strategy.attend(layer_idx, *packed, self.plan.on(query.device), scaling, rotary)
-        return out.view(num_rows, num_columns, -1)
+        out[packing] = super().attend_flat(layer_idx, *packed, scaling, rotary)
+        return out
 
     @uninterrupted()
     def crop(self, tokens_to_remove: int) -> None:

@@ -92,7 +92,20 @@ class AttendingCache(Cache):
         """Called in place of `create_causal_mask`. The plan is there already; the model may have changed."""
         self.strategy.follow()
 
-    def attend(
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Store K and V of the new tokens and attend to all tokens of the row.
+
+        Args:
+            query: [B, Hq, n, D]; key, value: [B, Hkv, n, D], keys rotated.
+
+        Returns:
+            [B, n, Hq * D]
+        """
+        num_rows, _, num_columns, _ = query.shape
+        flat = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+        return self.attend_flat(layer_idx, *flat, scaling).reshape(num_rows, num_columns, -1)
+
+    def attend_flat(
         self,
         layer_idx: int,
         query: Tensor,
@@ -101,18 +114,15 @@ class AttendingCache(Cache):
         scaling: float,
         rotary: Rotary | None = None,
     ) -> Tensor:
-        """Store K and V of the new tokens and attend to all tokens of the row.
+        """The same for tokens one behind the other, row by row.
 
         Args:
-            query: [B, Hq, n, D]; key, value: [B, Hkv, n, D], keys rotated, unless `rotary` [B * n, D] comes with them.
+            query: [B * n, Hq, D]; key, value: [B * n, Hkv, D], keys rotated, unless `rotary` comes with them.
 
         Returns:
-            [B, n, Hq * D]
+            [B * n, Hq, D]
         """
-        num_rows, _, num_columns, _ = query.shape
-        packed = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # [B * n, H, D], views
-        out = self.strategy.attend(layer_idx, *packed, self.plan.on(query.device), scaling, rotary)
-        return out.reshape(num_rows, num_columns, -1)
+        return self.strategy.attend(layer_idx, query, key, value, self.plan.on(query.device), scaling, rotary)
 
     def update(self, *args, **kwargs):
         raise RuntimeError(

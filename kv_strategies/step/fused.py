@@ -60,7 +60,6 @@ class FusedStack:
         layers = _layers(model)
         attention = layers[0].self_attn
         self.device = attention.q_proj.weight.device  # of the first layer
-        self._head_dim = attention.head_dim
         self._ranks = ranks_of(model)
         self._layers = [_Layer(layer, self._ranks.is_first) for layer in layers]
         self._model = weakref.ref(model)
@@ -81,7 +80,7 @@ class FusedStack:
             position_embeddings: cos and sin, [B or 1, n, D] each.
             cache: one that attends.
         """
-        num_rows, num_columns, hidden = hidden_states.shape
+        num_rows, _, hidden = hidden_states.shape
         cos, sin = (part.expand(num_rows, -1, -1).flatten(0, 1) for part in position_embeddings)
         if not cos.is_cuda:
             cos, sin = cos.float(), sin.float()  # once, not once a layer
@@ -89,23 +88,20 @@ class FusedStack:
         for device, layers in groupby(self._layers, key=attrgetter("device")):
             with current(device):
                 x, cos, sin = (tensor.to(device) for tensor in (x, cos, sin))
-                x = self._run(layers, x, cos, sin, (num_rows, num_columns), cache)
+                x = self._run(layers, x, cos, sin, cache)
         return x.view(hidden_states.shape)
 
-    def _run(
-        self, layers: Iterable[_Layer], x: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, int], cache
-    ) -> Tensor:
+    def _run(self, layers: Iterable[_Layer], x: Tensor, cos: Tensor, sin: Tensor, cache) -> Tensor:
         """Layers of one device, one after the other, on x [T, hidden], which they may write over -> [T, hidden]."""
-        kernels, ranks, (num_rows, num_columns) = cache.strategy.kernels, self._ranks, shape
-        product = partial(kernels.linear, is_replayed=cache.plan.is_replayed)
+        kernels, ranks = cache.strategy.kernels, self._ranks
+        product, rotates_later = partial(kernels.linear, is_replayed=cache.plan.is_replayed), kernels.rotates_later(x)
         for layer in layers:
-            heads = [size // self._head_dim for size in layer.qkv_sizes]
-            rotary = Rotary(cos, sin, heads[0] + heads[1])
-            inside, later = (None, rotary) if kernels.rotates_later(x) else (rotary, None)
+            rotary = Rotary(cos, sin, layer.heads[0] + layer.heads[1])
+            inside, later = (None, rotary) if rotates_later else (rotary, None)
             qkv = product(x, *layer.qkv, norm=layer.input_norm, rotary=inside)
-            qkv = qkv.view(num_rows, num_columns, -1, self._head_dim).transpose(1, 2)  # [B, Hq + 2 Hkv, n, D]
-            out = cache.attend(layer.index, *qkv.split(heads, dim=1), layer.scaling, later)  # [B, n, Hq * D]
-            x = ranks.add(product(out.flatten(0, 1), *layer.o, residual=x if ranks.is_first else None))
+            qkv = qkv.view(x.shape[0], -1, cos.shape[1]).split_with_sizes(layer.heads, 1)  # 3 of [T, H, D]
+            out = cache.attend_flat(layer.index, *qkv, layer.scaling, later)  # [T, Hq, D]
+            x = ranks.add(product(out.flatten(1), *layer.o, residual=x if ranks.is_first else None))
             gated = product(x, *layer.gate_up, norm=layer.mlp_norm, gated=True)
             x = ranks.add(product(gated, *layer.down, residual=x if ranks.is_first else None))
         return x
@@ -119,7 +115,7 @@ class _Layer:
         qkv, gate_up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
         self.index, self.scaling = attention.layer_idx, attention.scaling
         self.device = attention.q_proj.weight.device
-        self.qkv_sizes = [len(local(module.weight)) for module in qkv]
+        self.heads = [len(local(module.weight)) // attention.head_dim for module in qkv]
         self.qkv, self.gate_up = _merge(qkv), _merge(gate_up)
         weights = [_weights(module) for module in (attention.o_proj, mlp.down_proj)]
         self.o, self.down = (pair if is_first else (pair[0], None) for pair in weights)
