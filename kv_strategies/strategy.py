@@ -497,10 +497,10 @@ class Strategy:
         """
         with self._current(query.device):
             layer = self.placement.open(layer_idx, plan)
-            self.kernels.store_kv(key, value, layer, plan.slot_mapping, query, rotary)
+            self.kernels.store_kv(key, value, layer, plan.slot_mapping, query, rotary, plan)
             if self.compaction.records(plan):
                 ring = self.compaction.rings.layer(layer_idx)
-                store_kv(query, query, ring, plan.query_slots)
+                store_kv(query, query, ring, plan.query_slots, plan=plan)
             own = {"key": key, "value": value} if self.codec.lossless else {}  # else what comes later reads other bytes
             out = self.placement.read(
                 layer_idx,

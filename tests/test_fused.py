@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from common import VOCAB, tiny_llama
@@ -20,6 +22,7 @@ from kv_strategies.kernels.linear.triton_one_row import Tuning
 from kv_strategies.step import fused, graphs
 from kv_strategies.step.fused import FusedStack
 from kv_strategies.step.graphs import StackGraphs, StackStep
+from kv_strategies.step.plan import Plan, PlanBuffer, Row
 from kv_strategies.step.upstream import with_cache
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
@@ -43,6 +46,12 @@ def forwards(monkeypatch) -> list[int]:
     seen, call = [], FusedStack.__call__
     monkeypatch.setattr(FusedStack, "__call__", lambda *args, **kwargs: seen.append(1) or call(*args, **kwargs))
     return seen
+
+
+def replayed(device) -> Plan:
+    """A step of one row that a CUDA graph holds."""
+    plan = PlanBuffer(device, 1, 1, 1, 16).fill([Row(np.zeros(1, np.int32), 1, 1)])
+    return replace(plan, is_replayed=True)
 
 
 def fused_strategy(model, name="paged"):
@@ -398,9 +407,9 @@ def test_gpu_products_of_a_7b_layer(num_rows, device):
         exact = plain.reference(x.float(), weight.float(), **wide).double()
         plainly = plain.reference(x, weight, **{name: cast(v, torch.bfloat16) for name, v in options.items()})
         error_plainly = (plainly.double() - exact).norm() / exact.norm()
-        for is_replayed in (False, True):
+        for plan in (None, replayed(device)):
             given = {name: cast(value, torch.bfloat16) for name, value in options.items()}
-            got = linear.linear(x, weight, **given, is_replayed=is_replayed)
+            got = linear.linear(x, weight, **given, plan=plan)
             error = (got.double() - exact).norm() / exact.norm()
             assert error < 1.05 * error_plainly + 1e-4, (num_rows, n, k, float(error), float(error_plainly))
 
@@ -419,7 +428,7 @@ def test_few_rows_suit_only_their_kernel(device, monkeypatch):
     residual = draw(4, 24)
     linear.many_rows(x, weight, None, norm=norm, residual=residual)
     assert not seen
-    linear.many_rows(x, weight, None, norm=norm, residual=residual, is_replayed=True)
+    linear.many_rows(x, weight, None, norm=norm, residual=residual, plan=replayed(device))
     ((args, options),) = seen
     assert torch.equal(args[0], triton_fused.rms_norm(x, norm)) and args[1] is weight
     assert options["residual"] is residual and not options["gated"]
@@ -527,14 +536,14 @@ def test_gpu_graphs_of_few_rows_share_memory(device):
     torch.manual_seed(5)
     memory, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
     weights = [torch.randn(n, 512, device=device, dtype=torch.bfloat16) for n in (640, 512, 9000)]
-    graph_of = {}
+    graph_of, plan = {}, replayed(device)
     for num_rows in (64, 48, 32, 20, 16, 5):
         x = torch.randn(num_rows, 512, device=device, dtype=torch.bfloat16)
 
         def work(x=x):
             noise = [torch.full((1 << 16,), -1, dtype=torch.int32, device=x.device) for _ in range(8)]
             del noise  # memory that the graphs use over and over
-            return [linear.linear(x, weight, is_replayed=True) for weight in weights]
+            return [linear.linear(x, weight, plan=plan) for weight in weights]
 
         if num_rows != 64:  # without a warm-up, a graph has what it needs to itself
             graphs._warm_up(work, stream)

@@ -5,6 +5,7 @@
     blocks/triton_*.py    the GPU: store, split-KV decode, prefill, cascade, compaction
     blocks/library.py     the GPU: long prompts, by cuDNN
     linear/               what a decoder layer has beside attention, in the same manner
+    triton_launch.py      what the layers of a step launch alike, decided once
     */invariant.py        both, so that no result depends on what is computed beside it
 
 Tensors choose by where they live. The reference serves anywhere, and can be handed to a caller in place of the two
@@ -38,6 +39,7 @@ def store_kv(
     slot_mapping: Tensor,
     query: Tensor | None = None,
     rotary: Rotary | None = None,
+    plan: Plan | None = None,
 ) -> None:
     """Write this step's K and V, [T, Hkv, D] each, into the slots [T]; slot -1 writes nothing. See `reference`.
 
@@ -46,7 +48,7 @@ def store_kv(
     store = cpu.store_kv
     if key.is_cuda:
         from .blocks.triton_store import store_kv as store  # Triton is there only where a GPU is
-    store(key, value, layer, slot_mapping, query, rotary)
+    store(key, value, layer, slot_mapping, query, rotary, plan)
 
 
 def attention(

@@ -44,6 +44,7 @@ def store_kv(
     slot_mapping: Tensor,
     query: Tensor | None = None,
     rotary: Rotary | None = None,
+    plan: Plan | None = None,
     *,
     encode: tuple[Encode, Encode] | None = None,
 ) -> None:
@@ -55,6 +56,7 @@ def store_kv(
         slot_mapping: [T] int64, block * block_size + offset; -1 (NULL_SLOT) writes nothing.
         query, rotary: given together where the product before has left rotary embedding to this: queries [T, Hq, D]
             and keys are rotated first, in place, whether or not they have a slot.
+        plan: of the step, which keeps what its layers have in common (`triton_launch.py`); needed for nothing else.
         encode: what is stored of K, and of V; unless told, what the store's dtypes say.
     """
     if rotary is not None:

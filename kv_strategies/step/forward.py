@@ -182,5 +182,5 @@ def forward(cache: AttendingCache, plan: Plan, input_ids: Tensor, last: Tensor |
     states = states if isinstance(last, int) else states[last.to(states.device)]
     states = states.to(tail.weight.device)
     with current(states.device):
-        logits = strategy.kernels.linear(states, tail.weight, tail.bias, norm=tail.norm, is_replayed=plan.is_replayed)
+        logits = strategy.kernels.linear(states, tail.weight, tail.bias, norm=tail.norm, plan=plan)
     return strategy.ranks.join(logits, model.config.vocab_size)

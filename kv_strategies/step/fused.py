@@ -94,7 +94,7 @@ class FusedStack:
     def _run(self, layers: Iterable[_Layer], x: Tensor, cos: Tensor, sin: Tensor, cache) -> Tensor:
         """Layers of one device, one after the other, on x [T, hidden], which they may write over -> [T, hidden]."""
         kernels, ranks = cache.strategy.kernels, self._ranks
-        product, rotates_later = partial(kernels.linear, is_replayed=cache.plan.is_replayed), kernels.rotates_later(x)
+        product, rotates_later = partial(kernels.linear, plan=cache.plan), kernels.rotates_later(x)
         for layer in layers:
             rotary = Rotary(cos, sin, layer.heads[0] + layer.heads[1])
             inside, later = (None, rotary) if rotates_later else (rotary, None)

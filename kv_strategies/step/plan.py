@@ -149,10 +149,11 @@ class Plan:
         """`make()`, kept for all layers. A graph capture makes its own, inside the graph, so that a replay computes it
         from that step's values.
         """
-        key = (name, torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-        if key not in self.scratch:
-            self.scratch[key] = make()
-        return self.scratch[key]
+        key = (name, self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        made = self.scratch.get(key)
+        if made is None:
+            made = self.scratch[key] = make()
+        return made
 
 
 class PlanBuffer:

@@ -88,6 +88,7 @@ def store_kv(
     slot_mapping: Tensor,
     query: Tensor | None = None,
     rotary: Rotary | None = None,
+    plan: Plan | None = None,
 ) -> None:
     """See `reference.store_kv`."""
     if rotary is not None:

@@ -28,7 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...step.plan import LayerStore, Plan
-from .triton_common import LOG2_E, LOWEST, VARYING, attend, fold_parts
+from ..triton_launch import Launch, launch
+from .triton_common import LOG2_E, LOWEST, VARYING, attend, fold_parts, planes
 
 #: Queries for which parts are kept (16 KiB each and split for 32 heads of 128 numbers). Beyond it, rows read what they
 #: share by themselves: so many queries are bound by arithmetic, which sharing does not spare.
@@ -81,34 +82,48 @@ def read_shared(
         return None
     _, num_heads, dim = query.shape
     num_kv_heads = layer.k.shape[1]
-    group = num_heads // num_kv_heads
-    tuned = tuned or tuning(num_queries * group, dim, query.element_size())
-    tile_queries = max(tuned.rows // group, 1)
-    tile_rows = max(tuned.rows, triton.next_power_of_2(group))
-    num_tiles = triton.cdiv(num_queries, tile_queries)
+    tuned = tuned or tuning(num_queries * (num_heads // num_kv_heads), dim, query.element_size())
+    shape = (num_queries, num_kv_heads, num_heads // num_kv_heads, dim)
+    shared = plan.once(("cascade", shape, tuned), lambda: shared_parts(plan, *shape, tuned))
+    launch(plan, prepare, (query, *planes(layer)), scaling=scaling, shared=shared, tuned=tuned)
+    return shared
+
+
+def shared_parts(plan: Plan, num_queries: int, num_kv_heads: int, group: int, dim: int, tuned: Tuning) -> SharedParts:
+    """Memory for the parts, one for all layers: they follow one another."""
+    num_tiles = triton.cdiv(num_queries, max(tuned.rows // group, 1))
     num_splits = min(tuned.programs // (num_tiles * num_kv_heads), triton.cdiv(max(plan.row_lens), tuned.split))
-    num_splits = max(num_splits, 1)
+    shape = (num_queries, num_kv_heads, max(num_splits, 1), group)
     dim_p2 = max(triton.next_power_of_2(dim), 16)
-    parts, lses = plan.once(
-        ("cascade", num_queries, num_kv_heads, num_splits, group, dim_p2),
-        lambda: (
-            torch.empty(num_queries, num_kv_heads, num_splits, group, dim_p2, dtype=torch.float32, device=plan.device),
-            torch.empty(num_queries, num_kv_heads, num_splits, group, dtype=torch.float32, device=plan.device),
-        ),
-    )
-    quantised = layer.k_scale is not None
-    k_scale, v_scale = (layer.k_scale, layer.v_scale) if quantised else (layer.k, layer.v)  # not read unless quantised
-    num_groups = plan.groups.shape[0]
-    cascade_kernel[(num_kv_heads, num_tiles, num_splits)](
-        query, layer.k, layer.v, k_scale, v_scale,
-        plan.block_tables, plan.cu_seqlens_q, plan.groups, parts, lses, scaling * LOG2_E, num_queries, num_groups,
-        *query.stride()[:2], *layer.k.stride()[:3], *layer.v.stride()[:3],
+    parts = torch.empty(*shape, dim_p2, dtype=torch.float32, device=plan.device)
+    return SharedParts(parts, torch.empty(*shape, dtype=torch.float32, device=plan.device), tuned.split)
+
+
+def prepare(
+    plan: Plan,
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    *,
+    scaling: float,
+    shared: SharedParts,
+    tuned: Tuning,
+) -> Launch:
+    """For `launch`."""
+    num_queries, num_kv_heads, num_splits, group, dim_p2 = shared.parts.shape
+    num_groups, tile_queries = plan.groups.shape[0], max(tuned.rows // group, 1)
+    return Launch(
+        cascade_kernel, (num_kv_heads, triton.cdiv(num_queries, tile_queries), num_splits),
+        plan.block_tables, plan.cu_seqlens_q, plan.groups, *shared[:2], scaling * LOG2_E, num_queries, num_groups,
+        *query.stride()[:2], *k.stride()[:3], *v.stride()[:3],
         *k_scale.stride()[:2], *v_scale.stride()[:2], plan.block_tables.stride(0),
-        BLOCK_SIZE=layer.block_size, GROUP=group, DIM=dim, DIM_P2=dim_p2, QUANTISED=quantised,
-        GROUPS_P2=max(64, triton.next_power_of_2(num_groups)), TILE_QUERIES=tile_queries, ROWS=tile_rows,
+        BLOCK_SIZE=k.shape[2], GROUP=group, DIM=query.shape[2], DIM_P2=dim_p2, QUANTISED=k_scale is not k,
+        GROUPS_P2=max(64, triton.next_power_of_2(num_groups)), TILE_QUERIES=tile_queries,
+        ROWS=max(tuned.rows, triton.next_power_of_2(group)),
         TILE=tuned.tile, STAGES=tuned.num_stages, SPLIT=tuned.split, num_warps=tuned.num_warps,
     )  # fmt: skip
-    return SharedParts(parts, lses, tuned.split)
 
 
 @triton.jit

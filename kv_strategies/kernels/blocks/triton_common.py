@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...step.plan import Plan
+from ...step.plan import LayerStore, Plan
 
 LOG2_E = 1.4426950408889634
 #: For `triton.jit`: numbers that differ from step to step, and where tables lie in the memory of a plan, are no reason
@@ -200,12 +200,16 @@ def workspace(
     zero. What a graph capture uses is its own, cleared inside the graph, so that it needs nothing from outside.
     """
     counters = rows if counters is None else counters
-    is_capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    key = (name, rows, parts, size, dim, counters, numbers, is_capturing)
-    if key not in plan.scratch:
-        plan.scratch[key] = (
+    return plan.once(
+        (name, rows, parts, size, dim, counters, numbers),
+        lambda: (
             torch.empty(rows, parts, size, dim, dtype=torch.float32, device=plan.device),
             torch.empty(numbers, rows, parts, size, dtype=torch.float32, device=plan.device),
             torch.zeros(counters, dtype=torch.int32, device=plan.device),
-        )
-    return plan.scratch[key]
+        ),
+    )
+
+
+def planes(layer: LayerStore) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """K, V and their scales as kernels take them: where there are none, K and V stand for them, and are not read."""
+    return (layer.k, layer.v, layer.k, layer.v) if layer.k_scale is None else layer

@@ -25,9 +25,10 @@ from torch import Tensor
 from ...step.plan import LayerStore, Plan
 from ..reference import HALF_BYTES
 from ..triton_device import num_multiprocessors
+from ..triton_launch import Launch, launch
 from ..triton_overlap import overlapping
 from .triton_cascade import SharedParts
-from .triton_common import LOG2_E, workspace
+from .triton_common import LOG2_E, planes, workspace
 from .triton_decode_any import decode_any
 from .triton_decode_codes import decode_codes
 from .triton_decode_groups import decode_groups, suits
@@ -81,13 +82,38 @@ def decode(
 
     Nothing here depends on host values but shapes and the bounds in plan.row_lens, so that a CUDA graph can hold it.
     """
+    launch(
+        plan, prepare, (query, query if sink_query is None else sink_query, out, *planes(layer)),
+        scaling=scaling, window=window, sinks=sinks if window or sink_query is not None else 0,  # else all is visible
+        shared=shared, tuned=tuned,
+    )  # fmt: skip
+
+
+def prepare(
+    plan: Plan,
+    query: Tensor,
+    sink_query: Tensor,
+    out: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    *,
+    scaling: float,
+    window: int,
+    sinks: int,
+    shared: SharedParts | None,
+    tuned: Tuning | None,
+) -> Launch:
+    """For `launch`."""
     _, num_heads, dim = query.shape
-    num_kv_heads = layer.k.shape[1]
+    num_kv_heads = k.shape[1]
+    quantised = k_scale is not k
+    layer = LayerStore(k, v, k_scale, v_scale) if quantised else LayerStore(k, v)
     group, rows = num_heads // num_kv_heads, plan.num_decodes
-    sinks = sinks if window or sink_query is not None else 0  # else all is visible anyhow
     num_pairs = rows * num_kv_heads
     is_plain = not window and not sinks and (suits(query, layer, tuned.tile) if tuned else suits(query, layer))
-    dtype = query.dtype if query.dtype == torch.float32 else layer.v.dtype
+    dtype = query.dtype if query.dtype == torch.float32 else v.dtype
     tuned = tuned or tuning(group, dtype, num_pairs, is_plain)
     longest = max((plan.row_lens if shared is None else plan.private_lens)[:rows])
     longest = min(longest, window + layer.block_size if window else longest)  # a window need not begin with a block
@@ -102,15 +128,13 @@ def decode(
         num_programs = min(wanted + num_pairs, num_pairs * triton.cdiv(longest, tuned.least))
     dim_p2, group_p2 = max(triton.next_power_of_2(dim), 16), triton.next_power_of_2(group)
     parts, part_lses, arrived = workspace(plan, "decode", num_programs, 1, group, dim_p2, counters=num_pairs)
-    quantised = layer.k_scale is not None
     shared_lens = plan.context_lens if shared is None else plan.shared_lens  # not read unless shared
     shared_parts, shared_lses, shared_split = shared or (parts, part_lses, 1)
-    sink_query = query if sink_query is None else sink_query
-    arguments = [
-        query, sink_query, out, layer.k, layer.v, plan.block_tables, plan.context_lens, parts, part_lses, arrived,
-        shared_lens, shared_parts, shared_lses, shared_parts.shape[2], scaling * LOG2_E, rows,
+    numbers = [
+        plan.block_tables, plan.context_lens, parts, part_lses, arrived, shared_lens, shared_parts, shared_lses,
+        shared_parts.shape[2], scaling * LOG2_E, rows,
         *query.stride()[:2], *sink_query.stride()[:2], *out.stride()[:2],
-        *layer.k.stride()[:3], *layer.v.stride()[:3], plan.block_tables.stride(0),
+        *k.stride()[:3], *v.stride()[:3], *k_scale.stride()[:2], *v_scale.stride()[:2], plan.block_tables.stride(0),
     ]  # fmt: skip
     sizes = {
         "BLOCK_SIZE": layer.block_size, "HEADS": num_kv_heads, "DIM": dim, "DIM_P2": dim_p2,
@@ -122,16 +146,11 @@ def decode(
         "WANTED": wanted, "PART": tuned.part, "MAX_PARTS": MAX_PARTS, "LEAST": tuned.least, "TILE": tuned.tile,
         "num_warps": tuned.num_warps,
     }  # fmt: skip
-    if quantised:
-        arguments += [layer.k_scale, layer.v_scale, *layer.k_scale.stride()[:2], *layer.v_scale.stride()[:2]]
-    else:  # not read
-        arguments += [layer.k, layer.v, 0, 0, 0, 0]
     grid, options = (num_programs,), overlapping(query.device)
     if query.is_cuda:
         options = options | {"maxnreg": tuned.registers}
     if is_plain and tuned.num_warps == 1:
-        decode_groups(grid, arguments, sizes, query, group, options)
-    elif layer.k.dtype == layer.v.dtype == torch.int8 and group == 1:
-        decode_codes(grid, arguments, sizes, query, layer, plan, tuned, longest, options)
-    else:
-        decode_any(grid, arguments, sizes, query, layer, tuned, options)
+        return decode_groups(grid, numbers, sizes, query, group, options)
+    if k.dtype == v.dtype == torch.int8 and group == 1:
+        return decode_codes(grid, numbers, sizes, query, layer, plan, tuned, longest, options)
+    return decode_any(grid, numbers, sizes, query, layer, tuned, options)

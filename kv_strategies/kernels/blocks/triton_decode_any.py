@@ -16,19 +16,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ...step.plan import LayerStore
+from ..triton_launch import Launch
 from ..triton_overlap import followed, waited
 from .triton_common import LOWEST, V_UNIT, VARYING, load_blocks, load_tokens
 from .triton_decode_parts import Tuning, finish_part, load_queries, own_part, token_of
 
 
 def decode_any(
-    grid: tuple[int], arguments: list, sizes: dict, query: Tensor, layer: LayerStore, tuned: Tuning, options: dict
-) -> None:
-    """Launch the kernel with what `decode` has prepared."""
+    grid: tuple[int], numbers: list, sizes: dict, query: Tensor, layer: LayerStore, tuned: Tuning, options: dict
+) -> Launch:
+    """The kernel, with what `triton_decode.py` has prepared."""
     group, quantised = query.shape[1] // layer.k.shape[1], layer.k_scale is not None
     group_p2 = triton.next_power_of_2(group)
-    decode_kernel[grid](
-        *arguments, GROUP=group, GROUP_P2=group_p2,
+    return Launch(
+        decode_kernel, grid, *numbers, GROUP=group, GROUP_P2=group_p2,
         QUANTISED=quantised, HALF=quantised and query.element_size() == 2, FAST=query.is_cuda,
         ROWS=1 if group == 1 else max(group_p2, 16), STAGES=tuned.num_stages, **sizes, **options,
     )  # fmt: skip
@@ -81,11 +82,12 @@ def widen(codes, HALF: tl.constexpr, FAST: tl.constexpr, PURE: tl.constexpr):
 
 @triton.jit(**VARYING)
 def decode_kernel(
-    query, sink_query, out, k_store, v_store, block_tables, context_lens, parts, part_lses, arrived,
+    query, sink_query, out, k_store, v_store, k_scale, v_scale,
+    block_tables, context_lens, parts, part_lses, arrived,
     shared_lens, shared_parts, shared_lses, shared_splits, scaling, num_rows,
     query_stride_row, query_stride_head, sink_query_stride_row, sink_query_stride_head, out_stride_row, out_stride_head,
-    k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token, table_stride,
-    k_scale, v_scale, k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head,
+    k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token,
+    k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head, table_stride,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr,
     GROUP_P2: tl.constexpr, ROWS: tl.constexpr, ROWS_P2: tl.constexpr, TILE_PARTS: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, SINK_PLACES: tl.constexpr, CASCADE: tl.constexpr, SHARED_SPLIT: tl.constexpr,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...step.plan import LayerStore, Plan
+from ..triton_launch import Launch
 from ..triton_overlap import followed, waited
 from .triton_common import LOWEST, VARYING
 from .triton_decode_parts import Tuning, finish_part, load_queries, own_part, token_of
@@ -26,7 +27,7 @@ from .triton_decode_parts import Tuning, finish_part, load_queries, own_part, to
 
 def decode_codes(
     grid: tuple[int],
-    arguments: list,
+    numbers: list,
     sizes: dict,
     query: Tensor,
     layer: LayerStore,
@@ -34,8 +35,8 @@ def decode_codes(
     tuned: Tuning,
     longest: int,
     options: dict,
-) -> None:
-    """Launch the kernel with what `decode` has prepared.
+) -> Launch:
+    """The kernel, with what `triton_decode.py` has prepared.
 
     Args:
         longest: most places of a row.
@@ -54,19 +55,20 @@ def decode_codes(
     scores = plan.once(
         ("scores", *grid, most), lambda: torch.empty(*grid, most, dtype=torch.float32, device=query.device)
     )
-    decode_codes_kernel[grid](
-        *arguments, scores, most, RUN=run, **sizes, **options,
+    return Launch(
+        decode_codes_kernel, grid, *numbers, scores, most, RUN=run, **sizes, **options,
         WORDS=query.is_cuda and query.element_size() == 2 and dim % 4 == 0,
     )  # fmt: skip
 
 
 @triton.jit(**VARYING)
 def decode_codes_kernel(
-    query, sink_query, out, k_store, v_store, block_tables, context_lens, parts, part_lses, arrived,
+    query, sink_query, out, k_store, v_store, k_scale, v_scale,
+    block_tables, context_lens, parts, part_lses, arrived,
     shared_lens, shared_parts, shared_lses, shared_splits, scaling, num_rows,
     query_stride_row, query_stride_head, sink_query_stride_row, sink_query_stride_head, out_stride_row, out_stride_head,
-    k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token, table_stride,
-    k_scale, v_scale, k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head,
+    k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token,
+    k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head, table_stride,
     scores, scores_stride,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, ROWS_P2: tl.constexpr,
     TILE_PARTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, SINK_PLACES: tl.constexpr,

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...step.plan import LayerStore
+from ..triton_launch import Launch
 from ..triton_overlap import followed, waited
 from . import triton_half_bytes as half_bytes
 from .triton_common import LOWEST, VARYING, opaque
@@ -56,21 +57,23 @@ def is_aligned(plane: Tensor, size: int) -> bool:
     return not any(n % size for n in (plane.data_ptr(), *(n * plane.element_size() for n in plane.stride()[:2])))
 
 
-def decode_groups(grid: tuple[int], arguments: list, sizes: dict, query: Tensor, group: int, options: dict) -> None:
-    """Launch the kernel with what `decode` has prepared."""
+def decode_groups(grid: tuple[int], numbers: list, sizes: dict, query: Tensor, group: int, options: dict) -> Launch:
+    """The kernel, with what `triton_decode.py` has prepared."""
     sizes = sizes | {"TILE_PARTS": 1}  # more at a time, merged by one warp, do not fit its registers
-    decode_groups_kernel[grid](
-        *arguments, GROUP=group, GROUP_P2=triton.next_power_of_2(group), FAST=query.is_cuda, **sizes, **options
-    )
+    return Launch(
+        decode_groups_kernel, grid, *numbers,
+        GROUP=group, GROUP_P2=triton.next_power_of_2(group), FAST=query.is_cuda, **sizes, **options,
+    )  # fmt: skip
 
 
 @triton.jit(**VARYING)
 def decode_groups_kernel(
-    query, sink_query, out, k_store, v_store, block_tables, context_lens, parts, part_lses, arrived,
+    query, sink_query, out, k_store, v_store, k_scale, v_scale,
+    block_tables, context_lens, parts, part_lses, arrived,
     shared_lens, shared_parts, shared_lses, shared_splits, scaling, num_rows,
     query_stride_row, query_stride_head, sink_query_stride_row, sink_query_stride_head, out_stride_row, out_stride_head,
-    k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token, table_stride,
-    k_scale, v_scale, k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head,
+    k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token,
+    k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head, table_stride,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P2: tl.constexpr, DIM: tl.constexpr,
     DIM_P2: tl.constexpr, ROWS_P2: tl.constexpr, TILE_PARTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     SINK_PLACES: tl.constexpr, CASCADE: tl.constexpr, SHARED_SPLIT: tl.constexpr, WANTED: tl.constexpr,

@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...step.plan import LayerStore, Plan
+from ..triton_launch import Launch, launch
 from .triton_cascade import SharedParts, Tuning, fold_shared
-from .triton_common import LOG2_E, LOWEST, VARYING, attend, merge_parts, workspace
+from .triton_common import LOG2_E, LOWEST, VARYING, attend, merge_parts, planes, workspace
 
 
 def tuning(rows: int, dim: int, itemsize: int) -> Tuning:
@@ -51,15 +52,42 @@ def prefill(
 
     `shared`, only without a window: what the tokens that rows share give, which are not read again.
     """
+    launch(
+        plan, prepare, (query, query if sink_query is None else sink_query, out, *planes(layer)),
+        first_row=first_row, last_row=last_row, scaling=scaling, window=window, sinks=sinks,
+        has_sink_query=sink_query is not None, shared=shared, tuned=tuned,
+    )  # fmt: skip
+
+
+def prepare(
+    plan: Plan,
+    query: Tensor,
+    sink_query: Tensor,
+    out: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    *,
+    first_row: int,
+    last_row: int,
+    scaling: float,
+    window: int,
+    sinks: int,
+    has_sink_query: bool,
+    shared: SharedParts | None,
+    tuned: Tuning | None,
+) -> Launch:
+    """For `launch`."""
     _, num_heads, dim = query.shape
-    num_kv_heads = layer.k.shape[1]
+    num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
     query_lens = plan.query_lens[first_row:last_row]
     row_lens = (plan.row_lens if shared is None else plan.private_lens)[first_row:last_row]
     tuned = tuned or tuning(max(query_lens) * group, dim, query.element_size())
     tile_queries = max(tuned.rows // group, 1)
     tile_rows = max(tuned.rows, triton.next_power_of_2(group))
-    sinks = sinks if window or sink_query is not None else 0  # else all is visible anyhow
+    sinks = sinks if window or has_sink_query else 0  # else all is visible anyhow
     # Each row of the batch owns the tiles from (queries before it) // tile_queries + (rows before it) on: enough for
     # its own queries, and a program finds its row by bisection.
     num_tiles = triton.cdiv(sum(query_lens), tile_queries) + len(query_lens) - 1
@@ -70,20 +98,16 @@ def prefill(
     parts, part_lses, arrived = workspace(
         plan, "prefill", num_tiles * num_kv_heads, num_splits if num_splits > 1 else 0, tile_rows, dim_p2
     )
-    quantised = layer.k_scale is not None
-    k_scale, v_scale = (layer.k_scale, layer.v_scale) if quantised else (layer.k, layer.v)  # not read unless quantised
     shared_lens = plan.context_lens if shared is None else plan.shared_lens  # not read unless shared
     shared_parts, shared_lses, shared_split = shared or (parts, part_lses, 1)
-    has_sink_query = sink_query is not None
-    sink_query = query if sink_query is None else sink_query
-    prefill_kernel[(num_kv_heads, num_tiles, num_splits)](
-        query, sink_query, out, layer.k, layer.v, k_scale, v_scale,
+    return Launch(
+        prefill_kernel, (num_kv_heads, num_tiles, num_splits),
         plan.block_tables, plan.cu_seqlens_q, plan.context_lens, parts, part_lses, arrived,
         shared_lens, shared_parts, shared_lses, shared_parts.shape[2], scaling * LOG2_E, first_row, last_row,
         *query.stride()[:2], *sink_query.stride()[:2], *out.stride()[:2],
-        *layer.k.stride()[:3], *layer.v.stride()[:3], *k_scale.stride()[:2], *v_scale.stride()[:2],
+        *k.stride()[:3], *v.stride()[:3], *k_scale.stride()[:2], *v_scale.stride()[:2],
         plan.block_tables.stride(0),
-        BLOCK_SIZE=layer.block_size, GROUP=group, DIM=dim, DIM_P2=dim_p2, QUANTISED=quantised,
+        BLOCK_SIZE=k.shape[2], GROUP=group, DIM=dim, DIM_P2=dim_p2, QUANTISED=k_scale is not k,
         WINDOW=window, SINKS=sinks, SINK_QUERY=has_sink_query,
         CASCADE=shared is not None, SHARED_SPLIT=shared_split,
         TILE_QUERIES=tile_queries, ROWS=tile_rows, TILE=tuned.tile, STAGES=tuned.num_stages,

@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...step.plan import LayerStore
+from ...step.plan import LayerStore, Plan
 from ..linear import Rotary
 from ..reference import CODE_MAX, HALF_BYTES
+from ..triton_launch import Launch, launch
 from ..triton_overlap import followed, overlapping, waited
-from .triton_common import VARYING
+from .triton_common import VARYING, planes
 from .triton_turn import half_p2, turn_halves
 
 
@@ -25,27 +26,46 @@ def store_kv(
     slot_mapping: Tensor,
     query: Tensor | None = None,
     rotary: Rotary | None = None,
+    plan: Plan | None = None,
 ) -> None:
     """See `reference.store_kv`. With `rotary`, queries [T, Hq, D] and keys are rotated in place first."""
-    num_tokens, num_heads, dim = key.shape
-    if not num_tokens:
+    if not key.shape[0]:
         return
-    quantised = layer.k_scale is not None
-    k_scale, v_scale = (layer.k_scale, layer.v_scale) if quantised else (layer.k, layer.v)  # not read unless quantised
     cos, sin, _ = (key, key, 0) if rotary is None else rotary  # key stands for what is not read
     query = key if query is None else query
-    is_turned = HALF_BYTES in (layer.k.dtype, layer.v.dtype)
+    tensors = (query, key, value, *planes(layer), slot_mapping, cos, sin)
+    launch(plan, prepare, tensors, rotates=rotary is not None)
+
+
+def prepare(
+    plan: Plan | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    rotates: bool,
+) -> Launch:
+    """For `launch`."""
+    num_tokens, num_heads, dim = key.shape
+    quantised, is_turned = k_scale is not k, HALF_BYTES in (k.dtype, v.dtype)
     heads_p2 = triton.next_power_of_2(num_heads)
-    store_kernel[(num_tokens,)](
-        query, key, value, layer.k, layer.v, k_scale, v_scale, slot_mapping, cos, sin,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *layer.k.stride()[:3], *layer.v.stride()[:3],
+    return Launch(
+        store_kernel, (num_tokens,),
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *k.stride()[:3], *v.stride()[:3],
         *k_scale.stride()[:2], *v_scale.stride()[:2], cos.stride(0), sin.stride(0),
-        ROTATE=rotary is not None, BLOCK_SIZE=layer.block_size,
+        ROTATE=rotates, BLOCK_SIZE=k.shape[2],
         QUERY_HEADS=query.shape[1], QUERY_HEADS_P2=triton.next_power_of_2(query.shape[1]),
         HEADS=num_heads, HEADS_P2=max(heads_p2, 16) if is_turned else heads_p2,  # a product takes 16 and more
         DIM=dim, DIM_P2=triton.next_power_of_2(dim),
         HALF=dim // 2, HALF_P2=half_p2(dim) if is_turned else triton.next_power_of_2(max(dim // 2, 1)),
-        K_MAX=CODE_MAX[layer.k.dtype] if quantised else 0.0, V_MAX=CODE_MAX[layer.v.dtype] if quantised else 0.0,
+        K_MAX=CODE_MAX[k.dtype] if quantised else 0.0, V_MAX=CODE_MAX[v.dtype] if quantised else 0.0,
         **overlapping(key.device),
     )  # fmt: skip
 

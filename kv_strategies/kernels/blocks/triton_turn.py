@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...step.plan import Plan
+from ..triton_launch import Launch, launch
 from ..triton_overlap import followed, overlapping, waited
 from .triton_common import VARYING
 
@@ -22,17 +24,22 @@ ROWS, MANY_ROWS = 16, 64
 MANY = 16384
 
 
-def turn(states: Tensor) -> Tensor:
-    """[T, H, D], any strides but the last -> the same, contiguous, in their type."""
-    num_tokens, num_heads, dim = states.shape
+def turn(states: Tensor, plan: Plan | None = None) -> Tensor:
+    """[T, H, D], any strides but the last -> the same, contiguous, in their type. The plan keeps the launch."""
     out = torch.empty_like(states, memory_format=torch.contiguous_format)
+    launch(plan, prepare, (states, out))
+    return out
+
+
+def prepare(plan: Plan | None, states: Tensor, out: Tensor) -> Launch:
+    """For `launch`."""
+    num_tokens, num_heads, dim = states.shape
     num_rows = num_tokens * num_heads
     rows = ROWS if num_rows < MANY else MANY_ROWS
-    turn_kernel[(triton.cdiv(num_rows, rows),)](
-        states, out, num_rows, *states.stride()[:2], HEADS=num_heads, DIM=dim, HALF_P2=half_p2(dim), ROWS=rows,
-        **overlapping(states.device),
+    return Launch(
+        turn_kernel, (triton.cdiv(num_rows, rows),), num_rows, *states.stride()[:2],
+        HEADS=num_heads, DIM=dim, HALF_P2=half_p2(dim), ROWS=rows, **overlapping(states.device),
     )  # fmt: skip
-    return out
 
 
 def half_p2(dim: int) -> int:

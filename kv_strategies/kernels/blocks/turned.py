@@ -22,19 +22,19 @@ def turned(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(attention)
     def attend(query: Tensor, layer: LayerStore, plan: Plan, *arguments, **options) -> Tensor:
         if layer.k.dtype == reference.HALF_BYTES:
-            query = turn(query)
+            query = turn(query, plan)
             if options.get("sink_query") is not None:
-                options["sink_query"] = turn(options["sink_query"])
+                options["sink_query"] = turn(options["sink_query"], plan)
         out = attention(query, layer, plan, *arguments, **options)
-        return turn(out) if layer.v.dtype == reference.HALF_BYTES else out
+        return turn(out, plan) if layer.v.dtype == reference.HALF_BYTES else out
 
     return attend
 
 
-def turn(states: Tensor) -> Tensor:
+def turn(states: Tensor, plan: Plan) -> Tensor:
     """As `reference.turn`, [T, H, D] in the type that they have."""
     if not states.is_cuda:
         return reference.turn(states).to(states.dtype)
     from .triton_turn import turn as on_gpu  # Triton is there only where a GPU is
 
-    return on_gpu(states)
+    return on_gpu(states, plan)

@@ -27,6 +27,7 @@ from types import ModuleType
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...step.plan import Plan
 from . import cpu
 from .plain import Norm, Rotary, reference, rms_norm, rotate_heads
 
@@ -42,7 +43,7 @@ def linear(
     rotary: Rotary | None = None,
     gated: bool = False,
     residual: Tensor | None = None,
-    is_replayed: bool = False,
+    plan: Plan | None = None,
 ) -> Tensor:
     """x [T, K], weight [N, K] -> [T, N], or [T, N / 2] if gated. At most one of rotary, gated and residual.
 
@@ -51,19 +52,19 @@ def linear(
         rotary: applied to the result, unless `rotates_later`.
         gated: the first half of the result is the gate, the second what it gates: silu(gate) * up.
         residual: [T, N], what the result is added to, in place; it is what is returned.
-        is_replayed: a CUDA graph holds the launch. That of `triton_few_rows.py` takes a host 70 us, five times that
-            of cuBLAS, and so longer than what it saves.
+        plan: of the step, which keeps what its layers have in common (`triton_launch.py`). Where a CUDA graph holds the
+            step, `triton_few_rows.py` serves: its launch takes a host 70 us, five times that of cuBLAS, and so longer
+            than what it saves.
     """
-    options = {"norm": norm, "rotary": rotary, "gated": gated, "residual": residual}
     if not x.is_cuda:
-        return cpu.linear(x, weight, bias, **options)
+        return cpu.linear(x, weight, bias, norm=norm, rotary=rotary, gated=gated, residual=residual)
     if rotates_later(x):
-        if options.pop("rotary") is not None:
+        if rotary is not None:
             raise ValueError(f"with {len(x)} rows on a GPU, `kernels.store_kv` rotates: give it the rotary embedding")
-        return many_rows(x, weight, bias, **options, is_replayed=is_replayed)
+        return many_rows(x, weight, bias, norm=norm, gated=gated, residual=residual, plan=plan)
     from . import triton_one_row  # Triton is there only where a GPU is
 
-    return triton_one_row.linear(x, weight, bias, **options)
+    return triton_one_row.linear(x, weight, bias, norm=norm, rotary=rotary, gated=gated, residual=residual)
 
 
 def rotates_later(x: Tensor) -> bool:
@@ -79,20 +80,20 @@ def many_rows(
     norm: Norm | None = None,
     gated: bool = False,
     residual: Tensor | None = None,
-    is_replayed: bool = False,
+    plan: Plan | None = None,
 ) -> Tensor:
     """See `linear`: the norm by itself, then the product by cuBLAS, or by our own kernel where that pays."""
     from . import triton_fused
 
     if norm is not None:
-        x = triton_fused.rms_norm(x, norm)
-    if is_replayed and suits_few_rows(x, weight):
+        x = triton_fused.rms_norm(x, norm, plan)
+    if plan is not None and plan.is_replayed and suits_few_rows(x, weight):
         return _rows_module().linear(x, weight, bias, gated=gated, residual=residual)
     if residual is not None and bias is None:
         return residual.addmm_(x, weight.mT)
     y = F.linear(x, weight, bias)
     if gated:
-        y = triton_fused.silu_mul(y)
+        y = triton_fused.silu_mul(y, plan)
     return y if residual is None else residual.add_(y)
 
 

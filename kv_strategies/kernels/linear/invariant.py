@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...step.plan import Plan
 from .plain import Norm, Rotary, rms_norm, rotate
 
 #: Rows of a product on a CPU: of few, those of a decode step cost least; of many, those of a prompt.
@@ -31,14 +32,14 @@ def linear(
     rotary: Rotary | None = None,
     gated: bool = False,
     residual: Tensor | None = None,
-    is_replayed: bool = False,
+    plan: Plan | None = None,
 ) -> Tensor:
     """See `linear.linear`. On a GPU rotary embedding is always for `kernels.store_kv`."""
     if x.is_cuda:
         from . import triton_fused, triton_invariant  # Triton is there only where a GPU is
 
         assert rotary is None
-        x = x if norm is None else triton_fused.rms_norm(x, norm)
+        x = x if norm is None else triton_fused.rms_norm(x, norm, plan)
         return triton_invariant.linear(x, weight, bias, gated=gated, residual=residual)
     dtype = x.dtype
     y = product(x if norm is None else rms_norm(x, norm), weight)

@@ -10,19 +10,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...step.plan import Plan
+from ..triton_launch import Launch, launch
 from ..triton_overlap import followed, overlapping, waited
 from .plain import Norm
 
 
-def rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    """[T, K] -> [T, K]"""
+def rms_norm(x: Tensor, norm: Norm, plan: Plan | None = None) -> Tensor:
+    """[T, K] -> [T, K]. The plan keeps the launch for other layers."""
     out = x.new_empty(x.shape)
+    launch(plan, prepare_norm, (x, norm.weight, out), eps=norm.eps)
+    return out
+
+
+def prepare_norm(plan: Plan | None, x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> Launch:
+    """For `launch`."""
     num_tokens, size = x.shape
-    rms_norm_kernel[(num_tokens,)](
-        x, norm.weight, out, norm.eps, x.stride(0), SIZE=size, SIZE_P2=triton.next_power_of_2(size),
+    return Launch(
+        rms_norm_kernel, (num_tokens,), eps, x.stride(0), SIZE=size, SIZE_P2=triton.next_power_of_2(size),
         num_warps=8 if size > 2048 else 4, **overlapping(x.device),
     )  # fmt: skip
-    return out
 
 
 @triton.jit
@@ -41,15 +48,19 @@ def rms_norm_kernel(
     tl.store(out + token * SIZE + columns, data.to(out.dtype.element_ty), mask=mask)
 
 
-def silu_mul(y: Tensor) -> Tensor:
-    """[T, 2 * I], gate beside up -> silu(gate) * up [T, I]"""
-    size = y.shape[1] // 2
-    out = y.new_empty(len(y), size)
-    tile = min(2048, triton.next_power_of_2(size))
-    silu_mul_kernel[(len(y), triton.cdiv(size, tile))](
-        y, out, y.stride(0), SIZE=size, TILE=tile, **overlapping(y.device)
-    )
+def silu_mul(y: Tensor, plan: Plan | None = None) -> Tensor:
+    """[T, 2 * I], gate beside up -> silu(gate) * up [T, I]. The plan keeps the launch for other layers."""
+    out = y.new_empty(y.shape[0], y.shape[1] // 2)
+    launch(plan, prepare_gate, (y, out))
     return out
+
+
+def prepare_gate(plan: Plan | None, y: Tensor, out: Tensor) -> Launch:
+    """For `launch`."""
+    num_tokens, size = out.shape
+    tile = min(2048, triton.next_power_of_2(size))
+    grid = (num_tokens, triton.cdiv(size, tile))
+    return Launch(silu_mul_kernel, grid, y.stride(0), SIZE=size, TILE=tile, **overlapping(y.device))
 
 
 @triton.jit
