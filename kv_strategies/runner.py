@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .baseline import Baseline
+from .kernels.triton_compile import can_compile_ahead, compiled_ahead
 from .launched import Found, LaunchedStep, start_copy
 from .models.load import load_tokenizer
 from .paged import BlockTable, OutOfBlocks
@@ -40,14 +41,14 @@ from .speculative import Proposer, Row
 from .step.budget import TokenBudget, Work
 from .step.checked import checked
 from .step.forward import AttendingCache, forward
-from .step.graphs import StepGraphs
+from .step.graphs import Rehearsal, StepGraphs
 from .step.interrupts import uninterrupted
 from .step.plan import PlanBuffer
 from .step.ranks import ranks_of
 from .step.requests import Event, Output, Request, Result, hash_of
 from .step.sampling import SamplingParams, sample, to_device, warp
 from .step.scores import Logprobs, Shaping, logprobs, shape
-from .step.warm_up import captures, forwards
+from .step.warm_up import FirstLayer, Step, captures, forwards
 from .strategy import Reservation, Strategy
 
 _RUNNERS = count()
@@ -143,6 +144,7 @@ class Runner:
         # The newest token of each sequence, by seat; one more seat for the padding rows of a graph.
         self._last_token = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self._graphs = self._verifying = None
+        self._compiled_for = 0  # tokens of the longest rows whose kernels are there
         can_capture = on_gpu and strategy.capturable and len(set(strategy.shape.layer_devices)) == 1
         if cuda_graphs and not can_capture:
             raise ValueError(
@@ -165,7 +167,9 @@ class Runner:
         self, max_context: int | None = None, progress: Callable[[int, int, str], object] = lambda *_: None
     ) -> None:
         """Run the steps that will occur, so that no request waits for a kernel to be compiled or a CUDA graph to be
-        captured (`step/warm_up.py`). Nothing that is cached changes, and a second call finds the graphs there.
+        captured (`step/warm_up.py`). Nothing that is cached changes, and a second call finds kernels and graphs there.
+
+        On a GPU the kernels are compiled first, side by side (`kernels/triton_compile.py`).
 
         Left out are steps whose rows share blocks, and forwards without a graph where `offload` streams or times them.
 
@@ -183,14 +187,43 @@ class Runner:
         if isinstance(self.strategy, Baseline):
             return
         strategy, max_context = self.strategy, max(1, min(max_context, self.max_context))
-        steps = list(captures(filter(None, (self._graphs, self._verifying)), max_context))
-        if strategy.placement.prefill_capturable:
-            sizes = {"max_num_seqs": self.max_num_seqs, "max_batch_tokens": self.max_batch_tokens}
-            steps += forwards(strategy, strategy.pool.num_blocks, strategy.block_size, **sizes, max_context=max_context)
+        graphs = [group for group in (self._graphs, self._verifying) if group is not None]
         self._in_turn("expect", [], lambda: strategy.compaction.expect(self.max_num_seqs))
+        if max_context > self._compiled_for and self._can_compile_ahead():
+            first = FirstLayer(strategy)
+            self._compile(self._steps([Rehearsal(group, first) for group in graphs], first, max_context))
+            self._compiled_for = max_context
+        steps = self._steps(graphs, strategy, max_context)
         for number, (what, run) in enumerate(steps, start=1):
             self._in_turn("warm up", [what], partial(self._together, run))
             progress(number, len(steps), what)
+
+    def _steps(self, graphs: Sequence[StepGraphs], strategy: Strategy | FirstLayer, max_context: int) -> list[Step]:
+        """Those of a warm-up."""
+        steps = list(captures(graphs, max_context))
+        if strategy.placement.prefill_capturable:
+            sizes = {"max_num_seqs": self.max_num_seqs, "max_batch_tokens": self.max_batch_tokens}
+            steps += forwards(strategy, strategy.pool.num_blocks, strategy.block_size, **sizes, max_context=max_context)
+        return steps
+
+    def _can_compile_ahead(self) -> bool:
+        """On a GPU, unless hooks would see what has not been computed."""
+        return self.device.type == "cuda" and not self.strategy.seen.is_opaque and can_compile_ahead()
+
+    def _compile(self, steps: Sequence[Step]) -> None:
+        """What these steps launch. Nobody else has to wait until all is compiled."""
+
+        def work() -> None:
+            for _, run in steps:
+                run()
+
+        try:
+            with compiled_ahead() as launch:
+                self._in_turn("compile", [len(steps)], partial(self._together, partial(launch, work)))
+        except Exception:
+            if self._ranks.size > 1:  # of which others are in the middle of this step
+                raise
+            # What fails here is told where it fails for good, and what Triton does otherwise than expected is no loss.
 
     def _together(self, run: Callable[[], object]) -> None:
         with self._ranks.together():

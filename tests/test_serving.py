@@ -201,8 +201,9 @@ def state(runner: Runner) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", [*STRATEGIES, "prefix+window+int8"])
-def test_a_warm_up_changes_nothing(name):
-    """Before requests and in the middle of them, without graphs."""
+def test_a_warm_up_changes_nothing(name, monkeypatch):
+    """Before requests and in the middle of them, without graphs; nor does what compiles ahead, though it runs here."""
+    monkeypatch.setattr(Runner, "_can_compile_ahead", lambda self: True)
     if name == "baseline":
         return Runner(MODEL, build(name, MODEL), warm_up=True).warm_up(7)
     options = {"window": 24, "sinks": 2} if "window" in name else {}
@@ -233,6 +234,7 @@ def test_a_warm_up_changes_nothing(name):
 def test_nothing_is_captured_after_a_warm_up(name, monkeypatch, device):
     monkeypatch.setattr(graphs, "PREFILL_SIZES", (8,))
     monkeypatch.setattr(graphs, "_SMALLEST_BUCKET", 32)
+    monkeypatch.setattr(Runner, "_can_compile_ahead", lambda self: True)
     if device.type == "cpu":
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     model = tiny_llama(num_layers=1).to(device)
@@ -254,6 +256,17 @@ def test_nothing_is_captured_after_a_warm_up(name, monkeypatch, device):
     runner.warm_up(60)
     assert tokens(runner) == expected
     assert runner._graphs._graphs == captured and None not in captured.values()
+
+
+def test_a_warm_up_goes_on_where_nothing_compiles_ahead(monkeypatch):
+    def another_triton():
+        raise TypeError("submit() missing 1 required positional argument")
+
+    monkeypatch.setattr(Runner, "_can_compile_ahead", lambda self: True)
+    monkeypatch.setattr("kv_strategies.runner.compiled_ahead", another_triton)
+    told = []
+    Runner(MODEL, build("paged", MODEL, num_blocks=8)).warm_up(20, lambda *said: told.append(said))
+    assert told[-1][0] == told[-1][1] == len(told)
 
 
 def test_a_warm_up_is_of_some_tokens():

@@ -7,6 +7,7 @@
     linear/               what a decoder layer has beside attention, in the same manner
     triton_launch.py      what the layers of a step launch alike, decided once
     */invariant.py        both, so that no result depends on what is computed beside it
+    triton_compile.py     many of the GPU's compiled at once, ahead of a warm-up
 
 Tensors choose by where they live. The reference serves anywhere, and can be handed to a caller in place of the two
 functions here. See `reference.py` for what the arguments mean.

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from copy import copy
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
@@ -70,6 +71,12 @@ class FusedStack:
         """Whether the layers are upstream's own and read what was merged."""
         model = self._model()
         return model is not None and supports(model) and _read(_layers(model)) == self._read
+
+    def first(self) -> FusedStack:
+        """Its first layer alone, which launches what each of them does."""
+        stack = copy(self)
+        stack._layers = self._layers[:1]
+        return stack
 
     @takes_cache
     def __call__(self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], cache, **kwargs) -> Tensor:

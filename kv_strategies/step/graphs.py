@@ -249,6 +249,15 @@ class StepGraphs:
         return graph.logits, graph.tokens
 
     def _capture(self, buffer: PlanBuffer, plan: Plan) -> _Graph:
+        step = self._step(buffer, plan)
+        logits, _ = _warm_up(step, self._stream)  # all is padding still, which reads and stores nothing
+        if self._logits is None:
+            num_rows = _MAX_VERIFIED if self._all_logits else self._sizes[-1] + MAX_PROMPTS
+            self._logits = logits.new_empty(num_rows, logits.shape[1])
+        replay, (logits, tokens) = _record(step, self._stream, self._memory)
+        return _Graph(replay, logits, tokens)
+
+    def _step(self, buffer: PlanBuffer, plan: Plan) -> Callable[[], tuple[Tensor, Tensor]]:
         cache = AttendingCache(self._strategy)  # of its own: the graph reads this plan
         inputs = buffer.tensors
 
@@ -262,12 +271,34 @@ class StepGraphs:
             self._last_token[seats] = tokens.clamp(min=0)  # no embedding is looked up for a row that has failed
             return logits if self._logits is None else self._logits[: len(logits)].copy_(logits), tokens
 
-        logits, _ = _warm_up(step, self._stream)  # all is padding still, which reads and stores nothing
-        if self._logits is None:
-            num_rows = _MAX_VERIFIED if self._all_logits else self._sizes[-1] + MAX_PROMPTS
-            self._logits = logits.new_empty(num_rows, logits.shape[1])
-        replay, (logits, tokens) = _record(step, self._stream, self._memory)
-        return _Graph(replay, logits, tokens)
+        return step
+
+
+class Rehearsal(StepGraphs):
+    """What `graphs` launch in their warm-up, and nothing captured or kept.
+
+    Args:
+        strategy: what serves in place of theirs.
+    """
+
+    def __init__(self, graphs: StepGraphs, strategy: Attends):
+        vars(self).update(vars(graphs))
+        self._strategy, self._last_token = strategy, graphs._last_token.clone()
+        self._met, self._buffers, self._graphs, self._logits = {}, {}, {}, None
+
+    def shapes(self, max_context: int) -> list[Shape]:
+        """Of those of the graphs enough to launch each kernel: what one is compiled for follows from how many rows and
+        tokens there are, and whether a row may be longer than a window; or from how long it may be, whatever there is.
+        """
+        shortest, longest, buckets = {}, {}, {}
+        for shape in super().shapes(max_context):  # the largest first
+            longest.setdefault(shape[:-1], shape)
+            shortest[shape[:-1]] = shape
+            buckets.setdefault(shape[-1], shape)
+        return list(dict.fromkeys([*longest.values(), *shortest.values(), *buckets.values()]))
+
+    def _capture(self, buffer: PlanBuffer, plan: Plan) -> _Graph:
+        return _Graph(lambda: None, *_warm_up(self._step(buffer, plan), self._stream))
 
 
 class StackGraphs:

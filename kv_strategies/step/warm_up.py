@@ -9,6 +9,9 @@ graph is captured for each kind of step. So ahead of all requests run
         [ decoding rows ][ chunk of a prompt ]    [ chunk of a prompt ]    [ short one ]    [ decoding rows ]    [ one ]
 
 Forwards read blocks of the pool, whatever these hold, and store nothing. What they compute nobody looks at.
+
+Compiling takes the most of it, so it is done ahead and in threads (`kernels/triton_compile.py`): the same steps through
+`FirstLayer`, of graphs those of a `Rehearsal`, launch the same kernels.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from .forward import AttendingCache, Attends, forward
+from .forward import AttendingCache, Attends, Seen, forward
 from .graphs import StepGraphs
 from .plan import NULL_SLOT, PlanBuffer, Row
 
@@ -56,6 +59,21 @@ def forwards(
         for rows in dict.fromkeys((mixed, chunk, short, max_num_seqs * (decoding,), (decoding,))):
             what = f"forward of {sum(num_new for _, num_new in rows)} tokens in {len(rows)} rows, behind {past} each"
             yield what, partial(_run, strategy, num_blocks, block_size, rows)
+
+
+class FirstLayer:
+    """A strategy, but that its stack is one layer."""
+
+    def __init__(self, strategy: Attends):
+        self._strategy = strategy
+
+    @property
+    def seen(self) -> Seen:
+        seen = self._strategy.seen
+        return seen._replace(stack=seen.stack and seen.stack.first())
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._strategy, name)
 
 
 def _run(strategy: Attends, num_blocks: int, block_size: int, rows: Sequence[tuple[int, int]]) -> None:

@@ -1,0 +1,90 @@
+"""Many kernels compiled at once, before anybody waits for one.
+
+Triton compiles a kernel when it is first launched, and launches follow each other. Yet of the seconds that each takes
+most are spent in LLVM and ptxas, where threads do not wait for each other. So who knows what is going to be launched
+does it twice:
+
+    first    launches run nothing: what they lack is compiled by a pool of threads
+    then     for good, when all of it is there
+
+What a launch that runs nothing should have written is left as the allocator gave it: any numbers. Code around launches
+that is run so must bear that, and must not keep any of it.
+
+Triton's `AsyncCompileMode` hands what is to be compiled to a pool, and `JITFunction.run` runs nothing where it is told
+`warmup`. Neither is documented: `can_compile_ahead` looks first.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from operator import contains
+
+#: Held while `JITFunction.run` is replaced.
+_REPLACING = threading.Lock()
+
+
+def can_compile_ahead() -> bool:
+    """Whether this Triton compiles in threads, and does not already."""
+    try:
+        from triton.runtime._async_compile import FutureKernel, active_mode
+        from triton.runtime.jit import JITFunction
+    except ImportError:
+        return False
+    takes = (inspect.signature(function).parameters for function in (JITFunction.run, FutureKernel.result))
+    return all(map(contains, takes, ("warmup", "ignore_errors"))) and active_mode.get() is None
+
+
+@contextmanager
+def compiled_ahead() -> Iterator[Callable[[Callable[[], object]], None]]:
+    """Gives `launch(work)`, for one call: it calls `work()`, whose launches run nothing. Behind the block, the kernels
+    that they are of are compiled.
+
+    What other threads launch meanwhile runs. A kernel that cannot be compiled is left to its first launch for good,
+    which says why.
+    """
+    from triton.runtime._async_compile import AsyncCompileMode, active_mode
+
+    # `work` first: for the interpreter's lock it would stand in line behind all the others, at every operation.
+    is_launched = threading.Event()
+    num_threads = max(1, len(os.sched_getaffinity(0)) - 1)
+    pool = ThreadPoolExecutor(num_threads, initializer=is_launched.wait)
+    mode = AsyncCompileMode(pool)
+
+    def launch(work: Callable[[], object]) -> None:
+        token = active_mode.set(mode)
+        try:
+            with _running_nothing():
+                work()
+        finally:
+            active_mode.reset(token)
+            is_launched.set()
+
+    try:
+        yield launch
+        for kernel in list(mode.future_kernels.values()):
+            kernel.result(ignore_errors=True)
+    finally:
+        pool.shutdown(wait=False)
+
+
+@contextmanager
+def _running_nothing() -> Iterator[None]:
+    """Launches of this thread do what they have to do ahead, and no more."""
+    from triton.runtime.jit import JITFunction
+
+    thread = threading.get_ident()
+
+    def run(self: JITFunction, *arguments, warmup: bool, **options):
+        return original(self, *arguments, warmup=warmup or threading.get_ident() == thread, **options)
+
+    with _REPLACING:
+        original, JITFunction.run = JITFunction.run, run
+        try:
+            yield
+        finally:
+            JITFunction.run = original
