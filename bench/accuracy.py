@@ -118,7 +118,7 @@ def needle_rate(
     seeds: Sequence[int] = (0, 1, 2, 3),
 ) -> dict[float, float]:
     """Depth -> share of the hidden facts that were found again, in chat prompts of `length` tokens, greedily."""
-    runner = Runner(model, strategy, max_num_seqs=len(seeds))
+    runner = Runner(model, strategy, max_num_seqs=len(seeds), warm_up=False)
     found = {}
     for depth in depths:
         needles = [needle(tokenizer, length, depth=depth, seed=seed) for seed in seeds]

@@ -256,13 +256,13 @@ class NativeBatch:
 
 
 class Ours:
-    """This project's `Runner`."""
+    """This project's `Runner`, which is not warmed up unless `options` say so: a case runs what it measures before."""
 
-    def __init__(self, model, strategy, capacity: Capacity, **options) -> None:
+    def __init__(self, model, strategy, capacity: Capacity, *, warm_up: bool = False, **options) -> None:
         from kv_strategies import Runner
 
         self.strategy = strategy
-        self.runner = Runner(model, strategy, max_num_seqs=capacity.max_requests, **options)
+        self.runner = Runner(model, strategy, max_num_seqs=capacity.max_requests, warm_up=warm_up, **options)
 
     def __call__(self, prompts: Sequence[Sequence[int]], new_tokens: int | Sequence[int]) -> Run:
         """`new_tokens` of each prompt, or its own number for every one."""

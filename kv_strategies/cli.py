@@ -147,7 +147,7 @@ def _generate(options: argparse.Namespace) -> int:
         else:
             ids = tokenizer(text).input_ids
         requests.append(Request(ids, options.max_new_tokens, options.temperature, seed=options.seed))
-    results = Runner(model, strategy).generate(requests)
+    results = Runner(model, strategy, warm_up=False).generate(requests)
     answers = [tokenizer.decode(result.token_ids, skip_special_tokens=True) for result in results]
     if options.json:
         rows = [

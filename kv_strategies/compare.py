@@ -48,7 +48,8 @@ def first_difference(
 ) -> Difference | None:
     """Run the prompts through both, greedily; None where all tokens are the same."""
     requests = [Request(prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
-    ours, theirs = ([result.token_ids for result in Runner(s.model, s).generate(requests)] for s in (a, b))
+    runners = [Runner(s.model, s, warm_up=False) for s in (a, b)]
+    ours, theirs = ([result.token_ids for result in runner.generate(requests)] for runner in runners)
     for index, (prompt, left, right) in enumerate(zip(prompts, ours, theirs, strict=True)):
         if left == right:
             continue

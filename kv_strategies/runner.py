@@ -70,7 +70,8 @@ class Runner:
         tokenizer: for requests with stop strings; unless given the one in the model's folder.
         speculate: who guesses the next tokens of a row, for several a step (`speculative.py`); rows with logits
             processors, which must see one token after the other, do without.
-        warm_up: see the method of that name.
+        warm_up: see the method of that name; None for yes where CUDA graphs are replayed. It takes seconds, and more
+            where no process before has compiled the kernels: say no for a few requests that come once.
 
     As `generate()` does, a request stops at the end-of-sequence tokens of `model.generation_config` unless its
     `stop_token_ids` say otherwise; `stop_token_ids=()` never stops.
@@ -87,7 +88,7 @@ class Runner:
         cuda_graphs: bool | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         speculate: Proposer | None = None,
-        warm_up: bool = False,
+        warm_up: bool | None = None,
     ):
         if strategy.model is not model:
             raise ValueError("the strategy was built for another model")
@@ -154,7 +155,12 @@ class Runner:
         if can_capture if cuda_graphs is None else cuda_graphs:
             self._graphs = self._capture()
             self._verifying = None if speculate is None else self._capture(all_logits=True)
-        if checked("warm_up", warm_up, bool):
+        warm_up = checked("warm_up", warm_up, bool | None)
+        if warm_up is None and self._graphs is not None:
+            with strategy.lock:
+                strategy.follow()
+            warm_up = not strategy.seen.is_opaque  # hooks are not called with what nobody has asked for
+        if warm_up:
             self.warm_up()
 
     def _capture(self, **options: bool) -> StepGraphs:

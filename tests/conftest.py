@@ -59,6 +59,14 @@ def streams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr("kv_strategies.offload.computes_on_host", lambda device: False)
 
 
+@pytest.fixture(autouse=True)
+def cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runners are warmed up where a test says so, and not by themselves on a GPU: tests make many."""
+    from kv_strategies import Runner
+
+    monkeypatch.setitem(Runner.__init__.__kwdefaults__, "warm_up", False)
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if ON_GPU else "cpu")

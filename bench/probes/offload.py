@@ -222,7 +222,7 @@ def steps(model, context: int, new_tokens: int) -> dict:
         begin = time.perf_counter()
         strategy = build(name, model, num_blocks=num_blocks, block_size=BLOCK_SIZE, **options)
         built = time.perf_counter() - begin
-        runner = Runner(model, strategy, max_num_seqs=1, max_batch_tokens=2048)
+        runner = Runner(model, strategy, max_num_seqs=1, max_batch_tokens=2048, warm_up=False)
         runner.generate([Request(prompt[:3000], max_new_tokens=4)])  # compile, capture
         before = strategy.stats()
         (result,) = runner.generate([Request(prompt, max_new_tokens=new_tokens)])
@@ -272,7 +272,7 @@ def tiers(model, context: int) -> dict:
                 host += block // 2 * num_blocks if options["resident"] == "k" else 0
                 disk = {"disk_bytes": 3 * num_blocks * block} if "disk_path" in options else {}
                 strategy = build("prefix+offload", model, num_blocks=num_blocks, host_bytes=host, **options, **disk)
-            runner = Runner(model, strategy, max_num_seqs=1, max_batch_tokens=8192)
+            runner = Runner(model, strategy, max_num_seqs=1, max_batch_tokens=8192, warm_up=False)
             times, tokens = [], []
             for turn in range(6):
                 (result,) = runner.generate([Request(prompts[turn % 2], max_new_tokens=2)])

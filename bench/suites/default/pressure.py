@@ -26,7 +26,7 @@ def run_pressure(bench: Bench) -> dict:
     tight = Capacity([[n + 1 for n in lengths]]).blocks(16) + 1
     num_blocks = min(tight, needed - 1) if needed > len(lengths) else max(1, needed // 2)
     strategy = build_strategy(bench.case.system, bench.model, roomy, num_blocks=num_blocks)
-    runner = Runner(bench.model, strategy, max_num_seqs=len(lengths))
+    runner = Runner(bench.model, strategy, max_num_seqs=len(lengths), warm_up=False)
     results = runner.generate([Request(prompt, max_new_tokens=new_tokens) for prompt in prompts])
     strategy.check_integrity()
     return {
