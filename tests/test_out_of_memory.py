@@ -54,8 +54,9 @@ def test_a_step_that_cannot_be_captured_runs_without_a_graph(at, monkeypatch, de
     for name in ("_warm_up", "_record"):
         monkeypatch.setattr(graphs, name, flagged(getattr(graphs, name), capturing))
     step = RunsOut(monkeypatch, graphs, "forward", at, lambda: bool(capturing))
-    with pytest.warns(UserWarning, match="no memory left to capture a step of . tokens as a CUDA graph"):
-        assert tokens_of(runner.generate(REQUESTS)) == expected
+    with pytest.warns(UserWarning, match="no memory left to capture a step of [0-9]+ tokens as a CUDA graph"):
+        for _ in range(3):  # what is captured when it was met twice among them
+            assert tokens_of(runner.generate(REQUESTS)) == expected
     num_calls = step.calls
     with warnings.catch_warnings():  # what runs without is tried no more, and what is captured is replayed
         warnings.simplefilter("error")
