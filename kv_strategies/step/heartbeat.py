@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import os
 import signal
 import threading
@@ -25,6 +24,7 @@ import torch.distributed as dist
 #: Seconds without a sign of life after which a rank is gone.
 PATIENCE = 10.0
 _INTERVAL = 0.5  # between two beats
+_ENDING = 20  # seconds that an interpreter has to end, however busy its machine is
 _LEFT = b"left"  # in place of the number, by a rank that ends as it should
 
 _holder = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
@@ -146,7 +146,7 @@ class Heartbeat:
         self._ended.set()
         if self._failure is not None:  # gloo ends with the process, and waits for a peer that stands still, alive
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(math.ceil(PATIENCE))
+            signal.alarm(_ENDING)
         self._thread.join(PATIENCE)
         with suppress(RuntimeError):
             self._beat(_LEFT.decode())
