@@ -157,7 +157,8 @@ class StepGraphs:
         if self._all_logits:
             num_rows, last = shape.num_tokens, range(len(token_ids))
         seats = self._padded(self._padded(seats[: len(decoding)], num_places) + seats[len(decoding) :], num_rows)
-        inputs = {"seats": seats, "input_ids": [*[0] * num_places, *token_ids], "last": last}
+        input_ids = np.concatenate((np.zeros(num_places, token_ids.dtype), token_ids))
+        inputs = {"seats": seats, "input_ids": input_ids, "last": last}
         found = self._run(shape, rows, inputs, may_capture=False)
         return found and tuple(
             torch.cat((part[: len(decoding)], part[num_places : len(last)])) if decoding else part[: len(last)]
