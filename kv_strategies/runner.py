@@ -53,6 +53,7 @@ from .strategy import Reservation, Strategy
 
 _RUNNERS = count()
 _WARM_CONTEXT = 8192  # tokens
+_GLANCE = 0.0003  # seconds between two looks at whether it is time to launch a step
 _SCORED_TOKENS = 256  # of a prompt at once, where it wants log probabilities: they take rows of the vocabulary's size
 
 
@@ -116,6 +117,7 @@ class Runner:
         self._waiting: list[ActiveSequence] = []  # by priority, then as they came
         self._next_deadline = math.inf  # no request ends by its deadline before it
         self._running: list[ActiveSequence] = []  # oldest first; at most the last one is still prefilling
+        self._launches: deque[float] = deque(maxlen=8)  # seconds that recent ones took, their schedule included
         self._in_flight: deque[LaunchedStep] = deque()  # launched, their tokens not yet read; the oldest first
         self._events: deque[Event] = deque()  # of requests that `submit` queued, for `step`
         self._boxes: dict[int, deque[Event]] = {}  # id() of a request -> where the call that holds it finds its events
@@ -374,9 +376,25 @@ class Runner:
         self._check_batches()
         self._ranks.pause()
         with uninterrupted() as interrupts, self.strategy.lock:
-            self._advance()
+            if not (is_early := self._is_early()):
+                self._advance()
             interrupts.check()
-            return [self._events.popleft() for _ in range(len(self._events))]
+            events = [self._events.popleft() for _ in range(len(self._events))]
+        if is_early:  # not with the lock in hand, which others want
+            time.sleep(_GLANCE)
+        return events
+
+    def _is_early(self) -> bool:
+        """Whether the next step need not be launched yet: the device is busy for longer than a launch takes, and who
+        comes meanwhile can still be part of it, where one launched now would stand before him.
+        """
+        if self._ranks.size > 1 or len(self._in_flight) != 1 or self._waiting or self._events or self._in_prompt():
+            return False
+        (step,) = self._in_flight
+        if step.work.num_tokens or step.is_awaited or step.has_first:
+            return False
+        margin = max(self._launches, default=math.inf) + 2 * _GLANCE
+        return time.perf_counter() < self._budget.end_of(step.work) - margin
 
     def _advance(self) -> None:
         if self._is_stepping:
@@ -405,11 +423,13 @@ class Runner:
         if any(map(self._is_due, self._in_flight)):
             self._collect()
             return
+        begun = time.perf_counter()
         try:
             scheduled = self._schedule()
             self._ranks.agree(lambda: (self._number, _digest(*scheduled)))
             with self._ranks.together():
                 is_launched = self._launch(*scheduled)
+            self._launches.append(time.perf_counter() - begun)
         except BaseException:
             self._has_failed = True
             self._recover()

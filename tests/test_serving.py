@@ -44,6 +44,9 @@ class Device:
     def perf_counter(self) -> float:
         return self.now
 
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
 
 class Ready:
     def __init__(self, device: Device, end: float):
@@ -87,6 +90,39 @@ def test_a_first_token_is_told_when_it_is_there(is_host_slow, monkeypatch):
     while runner.num_running:
         step()
     assert [tokens[i] for i in range(2)] == baseline_tokens(MODEL, requests)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 10_000), decode=st.floats(2e-3, 0.05), is_steady=st.booleans())
+def test_who_comes_while_a_step_runs_is_part_of_the_next(seed, decode, is_steady):
+    """A step is launched right before the device needs it: where steps take as long as before, never later."""
+    rng = random.Random(seed)
+    requests = [Request([1, 2, i], max_new_tokens=rng.randint(2, 40), request_id=i) for i in range(6)]
+    runner = Runner(MODEL, build("paged", MODEL, num_blocks=100), max_num_seqs=6)
+
+    def seconds(num_decoding, num_tokens):
+        return decode * (1 if is_steady else rng.uniform(0.7, 1.5)) + num_tokens * 1e-4
+
+    tokens, waited, joined = {}, 0, []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        device = Device(runner, monkeypatch, seconds)
+        pending = sorted((rng.uniform(0, 30 * decode), i) for i in range(len(requests)))
+        while pending or runner.num_running or runner.num_waiting:
+            if not (runner.num_running or runner.num_waiting):
+                device.now = max(device.now, pending[0][0])
+            came = [pending.pop(0)[1] for at, _ in pending[:] if at <= device.now]
+            runner.submit([requests[i] for i in came])
+            num_steps, was_early, waited = len(device.steps), waited and device.now < device.end, 0
+            before = device.now
+            for event in runner.step():
+                tokens.setdefault(event.request_id, []).append(event.token_id)
+            if len(device.steps) == num_steps and device.now == before + runner_module._GLANCE:
+                waited = 1
+                assert not came and (device.now < device.end or not is_steady)
+            elif came and was_early:
+                joined.append(device.steps[num_steps][1] == sum(len(requests[i].token_ids) for i in came))
+    assert [tokens[i] for i in range(len(requests))] == baseline_tokens(MODEL, requests)
+    assert all(joined)
 
 
 def test_no_capture_stands_before_a_first_token(monkeypatch, device):

@@ -17,6 +17,7 @@ sets such a budget once, by profiling.)
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from statistics import median
 from typing import NamedTuple
@@ -53,14 +54,18 @@ class TokenBudget:
 
     def learn(self, work: Work, read: float) -> None:
         """The tokens of a step were read; steps in the order of their launches."""
-        if self.target_itl is None:
-            return
         seconds = read - max(work.launched, self._last_read)
         self._last_read = read
         if work.num_tokens:
             self._prefilling.append((work, seconds))
         else:
             self._decoding.append(seconds)
+
+    def end_of(self, work: Work) -> float:
+        """When the tokens of a step without prompts that was launched last can be there at the earliest: of the recent
+        ones the shortest is the guide. Its launch, where nothing is known.
+        """
+        return max(work.launched, self._last_read) + min(self._decoding, default=-math.inf)
 
     def within(self, num_tokens: int) -> int:
         """Of so many tokens of prompts that a step has room for, how many are to go beside decoding rows."""
