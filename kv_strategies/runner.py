@@ -166,10 +166,11 @@ class Runner:
             self.warm_up()
 
     def _capture(self, **options: bool) -> StepGraphs:
-        prefills = self.strategy.placement.prefill_capturable
-        return StepGraphs(
-            self.strategy, self.strategy.block_size, self._last_token, self.max_num_seqs, prefills=prefills, **options
-        )
+        strategy, max_batch_tokens = self.strategy, self.max_batch_tokens
+        if not strategy.placement.prefill_capturable:
+            max_batch_tokens = 0
+        sizes = {"max_num_seqs": self.max_num_seqs, "max_batch_tokens": max_batch_tokens}
+        return StepGraphs(strategy, strategy.block_size, self._last_token, **sizes, **options)
 
     def warm_up(
         self, max_context: int | None = None, progress: Callable[[int, int, str], object] = lambda *_: None
@@ -370,6 +371,9 @@ class Runner:
     def step(self) -> list[Event]:
         """One forward, if there is work. Returns the tokens of submitted requests that became known.
 
+        Where none is needed yet, since the device is busy for longer than a launch takes, it waits a moment and
+        returns: who comes meanwhile is part of the next one.
+
         A step is done or it is not: where it raises, no token is lost and none counts as computed that was not, and the
         next call tries again. Ctrl-C comes when it is done, and its tokens with the next.
         """
@@ -550,6 +554,8 @@ class Runner:
         budget = self.max_batch_tokens - len(decoding) - sum(num_tokens for _, num_tokens in prefilling)
         if decoding or prefilling:
             budget = self._budget.within(budget)
+        if self._graphs is not None and not prefilling:
+            budget = self._graphs.num_fitting(len(decoding), budget)
         while budget > 0:
             seq = self._in_prompt() or self._admit()
             if seq is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 from common import VOCAB, baseline_tokens, random_requests, tiny_llama
@@ -188,6 +189,35 @@ def test_prompts_beside_decoding_rows_replay_a_graph(name, monkeypatch, device):
     strategies[1].reset()
     assert tokens(runner) == expected and not eager
     strategies[1].check_integrity()
+
+
+@settings(max_examples=100, deadline=None)
+@given(num_decoding=st.integers(0, 300), num_tokens=st.integers(0, 9000), max_batch_tokens=st.integers(301, 9000))
+def test_a_cut_prompt_leaves_a_graph_no_padding(num_decoding, num_tokens, max_batch_tokens):
+    """Where that costs the step little: as much as it may have, and no graph between."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        sizes = {"max_num_seqs": 300, "max_batch_tokens": max_batch_tokens}
+        held = replaying_runner(MODEL, build("paged", MODEL, num_blocks=8), monkeypatch, **sizes)._graphs
+        found, places = held.num_fitting(num_decoding, num_tokens), held._places(num_decoding)
+        largest = max(shape.num_tokens for shape in held.shapes(512) if shape.num_prompts)
+    assert places >= num_decoding and 9 * num_tokens <= 10 * found <= 10 * num_tokens
+    within = [size - places for size in graphs.PREFILL_SIZES if 0.9 * num_tokens <= size - places <= num_tokens]
+    assert found == max((size for size in within if size + places <= largest), default=num_tokens)
+    assert largest == next((size for size in graphs.PREFILL_SIZES if size >= max_batch_tokens), 2048)
+
+
+def test_long_prompts_keep_the_librarys_attention(monkeypatch):
+    """In steps of many tokens; how long rows are that decode beside them makes no difference."""
+    held = replaying_runner(MODEL, build("paged", MODEL, num_blocks=8), monkeypatch)._graphs
+
+    def shape_of(num_new: int, past: int, decoding: int = 0) -> graphs.Shape | None:
+        blocks, rows = np.zeros(1, np.int32), [(decoding, 1)] * bool(decoding) + [(past + num_new, num_new)]
+        *beside, prompt = [graphs.Row(blocks, num_tokens, new) for num_tokens, new in rows]
+        return held._shape_of(beside, [prompt], num_new)
+
+    assert shape_of(1000, 30_000) == (0, 1, 1024, 32768) and shape_of(1100, 2000) == (0, 1, 1280, 8192)
+    assert shape_of(1100, 2000, 30_000) == (8, 4, 1280, 32768)
+    assert shape_of(1100, 3000) is shape_of(2049, 0) is None
 
 
 def test_prefills_that_stream_or_are_timed_are_not_captured(monkeypatch, device):

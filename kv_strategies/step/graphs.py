@@ -6,13 +6,14 @@ which rows share blocks have graphs of their own, whatever the groups are: the k
 one more bucket bounds what each row reads by itself.
 
 Steps that decode are for graphs, and so are those with up to `PREFILL_SIZES[-1]` tokens, of prompts as well: what is
-behind a prefix hit, or a short prompt while others decode. A slow host launches the kernels of a layer one by one in
-some 0.8 ms, in which a GPU computes 1000 tokens. The rows that decode come first, in as many places as there may be:
+behind a prefix hit, or prompts while others decode. A slow host launches the kernels of a layer one by one in some
+0.8 ms, in which a GPU computes 1000 tokens. The rows that decode come first, in as many places as there may be:
 
     [ decoding rows | padding ][ tokens of prompts, at most MAX_PROMPTS | padding ]
 
-Longer ones hide what launching them costs, and have the library's attention. Nobody who waits for a first token waits
-for a capture: steps with prompts are captured where a decode step comes next.
+Longer ones, and above `_FEW` tokens those of long prompts, hide what launching them costs, and have the library's
+attention. A prompt that has to be cut is cut where a graph is full (`num_fitting`). Nobody who waits for a first token
+waits for a capture: steps with prompts are captured where a decode step comes next.
 
 A capture takes memory of its own. Where there is none left, steps of that kind run without a graph, after one warning.
 
@@ -23,6 +24,7 @@ is around it to itself.
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,7 +43,9 @@ from .sampling import greedy
 from .upstream import takes_cache
 
 #: Tokens of the steps with prompts that are for graphs: whole tiles of products, from 128 on.
-PREFILL_SIZES = (16, 32, 64, *range(128, 1025, 128))
+PREFILL_SIZES = (16, 32, 64, *range(128, 1024, 128), *range(1024, 2049, 256))
+_FEW = 1024  # tokens of a step that a GPU is done with sooner than a host with launching them: graphs at any rate
+_SHORT = 4096  # tokens of a prompt's row, over which our attention for graphs loses less than launching costs
 _MAX_VERIFIED = 256  # tokens of a step that gives the logits of all of them
 #: Prompts in a step that a graph holds, where it is not one alone.
 MAX_PROMPTS = 4
@@ -75,7 +79,7 @@ class StepGraphs:
         last_token: [S + 1] the newest token of each seat, written by every step and read by those that decode; the last
             seat belongs to padding rows.
         max_num_seqs: rows of a step at most.
-        prefills: whether prompts may be replayed as well.
+        max_batch_tokens: tokens of a step with prompts at most; 0 where these may not be replayed.
         all_logits: for steps of one prompt alone, of which they give the logits of all tokens rather than of the last.
     """
 
@@ -86,13 +90,14 @@ class StepGraphs:
         last_token: Tensor,
         max_num_seqs: int,
         *,
-        prefills: bool,
+        max_batch_tokens: int,
         all_logits: bool = False,
     ):
         self._strategy, self._block_size, self._last_token = strategy, block_size, last_token
-        self._prefills, self._all_logits = prefills, all_logits
+        self._all_logits = all_logits
         self._sizes = sorted({size for size in _batch_sizes() if size < max_num_seqs} | {max_num_seqs})
-        self._prefill_sizes = [size for size in PREFILL_SIZES if size <= _MAX_VERIFIED or not all_logits]
+        most = min(max_batch_tokens, _MAX_VERIFIED) if all_logits else max_batch_tokens
+        self._prefill_sizes = PREFILL_SIZES[: bisect_left(PREFILL_SIZES, most) + 1] if most else ()
         self._sizes_beside = [0, *(size for size in self._sizes if size in (8, 32, 128, 512, max_num_seqs))]
         self._met: dict[Shape, bool] = {}  # shapes with prompts -> whether they were met more than once
         self._buffers: dict[Shape, PlanBuffer] = {}  # the graphs read their memory
@@ -165,11 +170,24 @@ class StepGraphs:
             for part in found
         )
 
+    def num_fitting(self, num_decoding: int, num_tokens: int) -> int:
+        """Of so many tokens of prompts that a step has room for beside decoding rows, those that fill a graph to its
+        end; all of them where that would cost it more than a tenth.
+        """
+        places = self._places(num_decoding)
+        fitting = max((size - places for size in self._prefill_sizes if size - places <= num_tokens), default=0)
+        return fitting if 10 * fitting >= 9 * num_tokens else num_tokens
+
+    def _places(self, num_decoding: int) -> int:
+        """For the rows that decode, where prompts are in the step."""
+        return next(size for size in self._sizes_beside if size >= num_decoding)
+
     def _shape_of(self, decoding: Sequence[Row], prompts: Sequence[Row], num_tokens: int) -> Shape | None:
-        places = next(size for size in self._sizes_beside if size >= len(decoding))
-        num_prompts = 1 if len(prompts) == 1 and not decoding else MAX_PROMPTS
+        places, num_prompts = self._places(len(decoding)), 1 if len(prompts) == 1 and not decoding else MAX_PROMPTS
         total = next((size for size in self._prefill_sizes if size >= places + num_tokens), None)
-        if not self._prefills or total is None or len(prompts) > num_prompts:
+        if total is None or len(prompts) > num_prompts:
+            return None
+        if total > _FEW and max(row.num_tokens for row in prompts) > _SHORT:
             return None
         *_, bucket = _buckets(max(row.num_tokens for row in (*decoding, *prompts)), has_prompts=True)
         return Shape(places, num_prompts, total, bucket)
@@ -199,12 +217,12 @@ class StepGraphs:
         found: list[Shape] = []
         if not self._all_logits:
             found += [Shape(size, 0, size, bucket) for size in self._sizes for bucket in _buckets(max_context)]
-        if self._prefills:
-            kinds = [(0, 1)]
-            if not self._all_logits:
-                kinds += [(places, MAX_PROMPTS) for places in self._sizes_beside]
-            sizes = [(*kind, size) for size in self._prefill_sizes for kind in kinds if kind[0] < size]
-            found += [Shape(*size, bucket) for size in sizes for bucket in _buckets(max_context, has_prompts=True)]
+        kinds = [(0, 1)]
+        if not self._all_logits:
+            kinds += [(places, MAX_PROMPTS) for places in self._sizes_beside]
+        for size in self._prefill_sizes:
+            buckets = _buckets(max_context, has_prompts=True)
+            found += [Shape(*kind, size, bucket) for kind in kinds if kind[0] < size for bucket in buckets]
         return sorted(found, key=lambda shape: (shape.num_tokens, shape.bucket, shape), reverse=True)
 
     def warm_up(self, shape: Shape) -> None:
