@@ -49,10 +49,7 @@ def compiled_ahead() -> Iterator[Callable[[Callable[[], object]], None]]:
     """
     from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
-    # `work` first: for the interpreter's lock it would stand in line behind all the others, at every operation.
-    is_launched = threading.Event()
-    num_threads = max(1, len(os.sched_getaffinity(0)) - 1)
-    pool = ThreadPoolExecutor(num_threads, initializer=is_launched.wait)
+    pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1))
     mode = AsyncCompileMode(pool)
 
     def launch(work: Callable[[], object]) -> None:
@@ -62,7 +59,6 @@ def compiled_ahead() -> Iterator[Callable[[Callable[[], object]], None]]:
                 work()
         finally:
             active_mode.reset(token)
-            is_launched.set()
 
     try:
         yield launch
