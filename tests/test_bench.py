@@ -13,7 +13,9 @@ import bench.suites.all  # noqa: F401  registers the workloads
 from bench import machine, measure, report
 from bench.accuracy import cost, judge
 from bench.case import Bench, Case, ragged
+from bench.lines import Found
 from bench.probes.limits import limits
+from bench.report import comparison as comparisons
 from bench.report import page as pages
 from bench.report import readme as readmes
 from bench.suites.cost import gpu_share
@@ -22,7 +24,7 @@ from bench.suites.limit.attention import ATTENTION
 from bench.suites.limit.table import GQA, MHA
 from bench.suites.strategies.fan_out import without_cascade
 from bench.systems import DOOR, PEERS, Capacity, filled, open_system
-from bench.workload import WORKLOADS, in_words, suite, suites
+from bench.workload import WORKLOADS, Target, in_words, suite, suites
 
 CONDITIONS = {
     "versions": {"python": "3.11.7", "torch": "2.13.0", "cuda": None},
@@ -126,6 +128,21 @@ def test_the_latest_run_of_a_case_counts(lines):
     again = throughput("paged", 111.1, 1_000_000_000, time="2026-01-03T00:00:00+00:00")
     page = pages.render([again, *lines], "title")
     assert "111.1" in page and "98.7" not in page
+
+
+def test_systems_stand_in_one_order_whenever_they_ran():
+    ran = ["an own one", "static", "paged" + DOOR, "int8", "paged", "baseline"]
+    found = Found([throughput(system, 10, 1e9) for system in ran])
+    order = ["baseline", "paged", "int8", "paged" + DOOR, "static", "an own one"]
+    assert list(found.of("throughput", "some-model")) == order
+    assert [row[0] for row in comparisons.rows(found, "some-model", "float32")] == order
+
+
+@pytest.mark.parametrize("model", [MHA, GQA, "a-folder"])
+def test_a_shape_that_is_named_has_its_own_points(model):
+    cases = decode.cases(Target("limit", "cuda", model))
+    own = next(case for case in cases if case.system == "paged")
+    assert own.model == model and own.params["points"] == decode.POINTS.get(model, decode.POINTS[MHA])
 
 
 def test_limits_are_positive():

@@ -574,6 +574,7 @@ LONG = {
     "a window that hides": Shape((24, 24), (24, 32), window=10),
     "a window that does not": Shape((24, 24), (24, 32), window=40, sinks=4),
     "shared tokens": Shape((16, 16, 8), (48, 48, 8), groups=((0, 2, 32),)),
+    "shared tokens, a window that does not": Shape((1, 8), (48, 40), window=48, sinks=2, groups=((0, 2, 32),)),
     "int8": Shape((1, 16, 24), (9, 24, 24), codes="int8"),
     "int4, chunks with ends": Shape((1, 19, 9), (9, 51, 9), 1, 3, codes="int4"),
     "a size without fused kernels": Shape((16,), (24,), dim=20),
@@ -588,6 +589,15 @@ def test_gpu_attention_gives_each_row_to_its_kernel(device, monkeypatch, name):
     case = build(replace(LONG[name], dtype=torch.float16), device)
     out = gpu.attention(case.query, case.layer, case.plan, key=case.key, value=case.value, **case.options)
     assert_close(out, reference.attention(case.query, case.layer, case.plan, **case.options))
+
+
+@pytest.mark.parametrize("longest, masks", [(40, (0, 0)), (41, (40, 3))])
+def test_no_kernel_looks_for_a_window_that_hides_nothing(longest, masks, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu, "decode", lambda *_, window, sinks, **options: asked.append((window, sinks)))
+    case = build(Shape((1, 1), (longest, 9), window=40, sinks=3))
+    gpu.attention(case.query, case.layer, case.plan, **case.options)
+    assert asked == [masks]
 
 
 def test_what_the_library_gets(device, monkeypatch):

@@ -82,7 +82,7 @@ def cases(to: Target) -> Iterable[Case]:
         yield to.case("int8", "float32", {"points": points, "new_tokens": 24, "repeats": 2}, timeout=300)
         return
     steps = {"new_tokens": 48, "native_tokens": 12}
-    by_model = {to.model: POINTS["llama-2-7b-random"]} if to.model else POINTS
+    by_model = {to.model: POINTS.get(to.model, POINTS[SHAPE])} if to.model else POINTS
     for model, points in by_model.items():
         yield to.case("paged", "bfloat16", {"points": points} | steps, timeout=300, model=model)
     compiled = {"points": [["static", 1, 4096]], "warm_up": True, "new_tokens": 48, "native_tokens": 24}
