@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.markdown import unique
-from bench.systems import EVERYTHING, expand
+from bench.systems import in_order
 
 SCHEMA = 1
 _TEXTS = ("suite", "workload", "system", "model", "dtype", "device", "time", "status", "commit")
@@ -130,8 +130,7 @@ class Found:
         """System -> its line, those that every suite knows first, in one order."""
         found = [line for line in self.lines if line["workload"] == workload and line["model"] == model]
         by_system = {line["system"]: line for line in found if dtype is None or line["dtype"] == dtype}
-        known = expand(EVERYTHING)
-        return {name: by_system[name] for name in unique([*filter(by_system.__contains__, known), *by_system])}
+        return {name: by_system[name] for name in in_order(by_system)}
 
     def share(self, line: dict, rate: float) -> float | None:
         """Of a rate in bytes/s: what it is of the read bandwidth measured last before this line."""

@@ -20,7 +20,7 @@ import importlib.util
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -71,6 +71,11 @@ def expand(names: Iterable[str]) -> list[str]:
         EVERY_GENERATE: [name for name in own if name.endswith(DOOR)],
     }
     return list(dict.fromkeys(system for name in names for system in groups.get(name, [name])))
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """Each of these once, as EVERYTHING has them; behind those the others as they come."""
+    return list(dict.fromkeys([*filter(set(names).__contains__, expand(EVERYTHING)), *names]))
 
 
 def missing(name: str, device: str) -> str | None:

@@ -66,6 +66,10 @@ class Runner:
         target_itl: seconds from one token of a row to its next. While rows decode, prompts get as many tokens of a
             forward as recent ones say it has time for (`step/budget.py`), and at least a sixteenth of
             `max_batch_tokens`. None for all that there is room for.
+        shortest_first: seconds a token. A prompt waits as if it had come so much later for each token of it that is
+            not yet computed, so that short ones go ahead of long ones, in the middle of these as well, and none waits
+            for ever: some 0.0001, which is several times what a token takes. None: prompts go in the order in which
+            they came. A higher priority comes first in any case.
         cuda_graphs: replay decode steps, and those with some hundred tokens of prompts, as CUDA graphs; None for yes
             where the strategy allows it.
         tokenizer: for requests with stop strings; unless given the one in the model's folder.
@@ -86,6 +90,7 @@ class Runner:
         max_num_seqs: int = 64,
         max_batch_tokens: int = 2048,
         target_itl: float | None = None,
+        shortest_first: float | None = None,
         cuda_graphs: bool | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         speculate: Proposer | None = None,
@@ -96,6 +101,9 @@ class Runner:
         max_num_seqs = checked("max_num_seqs", max_num_seqs, int)
         max_batch_tokens = checked("max_batch_tokens", max_batch_tokens, int)
         cuda_graphs = checked("cuda_graphs", cuda_graphs, bool | None)
+        shortest_first = checked("shortest_first", shortest_first, float | None)
+        if shortest_first is not None and not 0 < shortest_first < math.inf:
+            raise ValueError(f"shortest_first must be more than 0 seconds a token, and finite, got {shortest_first}")
         if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
             raise ValueError(f"tokenizer takes a tokenizer, which decodes tokens, got {tokenizer!r}")
         if max_num_seqs < 1 or max_batch_tokens <= max_num_seqs:
@@ -110,13 +118,14 @@ class Runner:
         self.device = model.device
         self.num_preemptions = 0
         self._budget = TokenBudget(target_itl, least=-(-max_batch_tokens // 16))
+        self._shortest_first = shortest_first
         self._tokenizer = tokenizer
         self._speculate = speculate
         self.num_proposed = self.num_accepted = 0  # guessed tokens, and those that were right
         self._ranks, self._number = ranks_of(model), next(_RUNNERS)
-        self._waiting: list[ActiveSequence] = []  # by priority, then as they came
+        self._waiting: list[ActiveSequence] = []  # by `_turn`, then as they came
         self._next_deadline = math.inf  # no request ends by its deadline before it
-        self._running: list[ActiveSequence] = []  # oldest first; at most the last one is still prefilling
+        self._running: list[ActiveSequence] = []  # oldest first; the last may be prefilling, see `_in_prompt`
         self._launches: deque[float] = deque(maxlen=8)  # seconds that recent ones took, their schedule included
         self._in_flight: deque[LaunchedStep] = deque()  # launched, their tokens not yet read; the oldest first
         self._events: deque[Event] = deque()  # of requests that `submit` queued, for `step`
@@ -126,16 +135,18 @@ class Runner:
         if isinstance(strategy, Baseline):
             if speculate is not None:
                 raise ValueError("the baseline decodes one token after the other: speculate with a strategy")
-            if target_itl is not None:
-                raise ValueError("the baseline runs one request after the other: target_itl is for a strategy")
+            for name, value in {"target_itl": target_itl, "shortest_first": shortest_first}.items():
+                if value is not None:
+                    raise ValueError(f"the baseline runs one request after the other: {name} is for a strategy")
             return
         if speculate is not None and strategy.placement.reads_some:
             raise ValueError(
                 "top_n and mass read some of V for a token that decodes alone and all of it for several at once: what "
                 "guesses are verified by is not what plain decoding draws from. Speculate with exact reads"
             )
-        if target_itl is not None and self._ranks.size > 1:
-            raise ValueError("target_itl goes by the clock of this process, and ranks have to decide alike")
+        for name, value in {"target_itl": target_itl, "shortest_first": shortest_first}.items():
+            if value is not None and self._ranks.size > 1:
+                raise ValueError(f"{name} goes by the clock of this process, and ranks have to decide alike")
         on_gpu = self.device.type == "cuda"
         self._lookahead = on_gpu  # launch a step before reading the last one; on a CPU a launch is the work itself
         weakref.finalize(self, _abandon, strategy, self._running)
@@ -355,7 +366,7 @@ class Runner:
             if box is not None:
                 self._boxes[id(request)] = box
         for seq in [ActiveSequence(request, 0, now) for request in requests]:
-            insort_right(self._waiting, seq, key=_urgency)
+            insort_right(self._waiting, seq, key=self._turn)
             self._next_deadline = min(self._next_deadline, seq.deadline)
         self._promise()
 
@@ -557,7 +568,7 @@ class Runner:
         if self._graphs is not None and not prefilling:
             budget = self._graphs.num_fitting(len(decoding), budget)
         while budget > 0:
-            seq = self._in_prompt() or self._admit()
+            seq = self._next_prompt(budget)
             if seq is None:
                 break
             try:
@@ -602,9 +613,27 @@ class Runner:
                 raise ValueError(f"{type(self._speculate).__name__} guesses tokens outside the vocabulary: {proposal}")
             seq.proposal = proposal
 
+    def _next_prompt(self, budget: int) -> ActiveSequence | None:
+        """Whose prompt is to be computed: one that has begun goes on, unless a whole one is to go ahead of it."""
+        begun = self._in_prompt()
+        if begun is not None:
+            first = self._waiting[0] if self._shortest_first and self._waiting else None
+            if first is None or len(first.prompt) > budget or self._turn(first) >= self._turn(begun):
+                return begun
+        return self._admit() or begun
+
     def _in_prompt(self) -> ActiveSequence | None:
-        """The sequence that is in the middle of its prompt."""
-        return self._running[-1] if self._running and not self._running[-1].is_decoding else None
+        """The sequence that is in the middle of its prompt; of several that whose turn it is."""
+        running = self._running[-1:] if self._shortest_first is None else self._running
+        return min((seq for seq in running if not seq.is_decoding), key=self._turn, default=None)
+
+    def _turn(self, seq: ActiveSequence) -> tuple[int, float]:
+        """Among those whose prompts are to be computed, the lower, the sooner."""
+        if self._shortest_first is None:
+            return _urgency(seq), 0.0
+        num_computed = 0 if seq.table is None else seq.table.num_seen
+        num_tokens = len(seq.prompt) + len(seq.output.token_ids) - num_computed
+        return _urgency(seq), seq.submitted + self._shortest_first * num_tokens
 
     def _admit(self) -> ActiveSequence | None:
         """Start the next waiting sequence, if there is room for it."""
@@ -640,7 +669,7 @@ class Runner:
 
     def _requeue(self, seq: ActiveSequence) -> None:
         self._leave(seq)
-        insort_left(self._waiting, seq, key=_urgency)
+        insort_left(self._waiting, seq, key=self._turn)
 
     def _leave(self, seq: ActiveSequence) -> None:
         seq.table.release()

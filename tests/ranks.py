@@ -125,6 +125,7 @@ def equal(folder: Path) -> dict[str, object]:
         lambda: load_model(folder / "tiny", device="meta"),
         lambda: Runner(model, build("baseline", model)).generate([Request([1], 1, deadline=1.0)]),
         lambda: Runner(model, strategy, target_itl=1.0),
+        lambda: Runner(model, strategy, shortest_first=1.0),
     )
     for name, argv in {
         "cli": ["generate", "one two", "--max-new-tokens", "4"],

@@ -28,14 +28,18 @@ MODEL = tiny_llama(num_layers=1)
     spare_tokens=st.integers(0, 150),
     max_num_seqs=st.integers(3, 9),
     chunk=st.integers(1, 60),
+    shortest_first=st.sampled_from([None, 1e-4, 1.0]),
 )
-def test_any_schedule_gives_the_tokens_of_the_native_cache(seed, block_size, spare_tokens, max_num_seqs, chunk):
+def test_any_schedule_gives_the_tokens_of_the_native_cache(
+    seed, block_size, spare_tokens, max_num_seqs, chunk, shortest_first
+):
     """Small pools preempt, small chunks split prompts, arrivals and cancellations come between steps."""
     rng = random.Random(seed)
     requests = random_requests(rng, rng.randint(1, 6), longest=30, max_new=8)
     longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
     strategy = build("paged", MODEL, num_blocks=-(-(longest + spare_tokens) // block_size), block_size=block_size)
-    runner = Runner(MODEL, strategy, max_num_seqs=max_num_seqs, max_batch_tokens=max_num_seqs + chunk)
+    sizes = {"max_num_seqs": max_num_seqs, "max_batch_tokens": max_num_seqs + chunk}
+    runner = Runner(MODEL, strategy, **sizes, shortest_first=shortest_first)
     for index, request in enumerate(requests):
         request.request_id = index
     cancelled = rng.randrange(len(requests)) if rng.random() < 0.3 else None

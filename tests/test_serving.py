@@ -212,13 +212,51 @@ def test_the_budget_is_used(monkeypatch):
     assert set(chunks[:-1]) == {16, 32, 50} and chunks[:-1] == sorted(chunks[:-1]) and chunks.count(50) > 5
 
 
-def test_targets_that_cannot_be_followed_are_refused():
+@pytest.mark.parametrize("option", ["target_itl", "shortest_first"])
+def test_targets_that_cannot_be_followed_are_refused(option):
     strategy = build("paged", MODEL, num_blocks=8)
     for target in (0, -1.0, float("inf"), float("nan"), "fast", True):
-        with pytest.raises(ValueError, match="target_itl"):
-            Runner(MODEL, strategy, target_itl=target)
-    with pytest.raises(ValueError, match="target_itl is for a strategy"):
-        Runner(MODEL, build("baseline", MODEL), target_itl=0.1)
+        with pytest.raises(ValueError, match=option):
+            Runner(MODEL, strategy, **{option: target})
+    with pytest.raises(ValueError, match=f"{option} is for a strategy"):
+        Runner(MODEL, build("baseline", MODEL), **{option: 0.1})
+
+
+#: Seconds a token -> whose first tokens come in which order. Steps of a second have 50 tokens; "long" has 200 and came
+#: at 0, the others come when a quarter of it is computed, but for the urgent one.
+ORDERS = {
+    None: ["urgent", "long", "medium", "short"],
+    0.001: ["urgent", "long", "short", "medium"],  # 1 s of lead is more than all of it counts for
+    0.01: ["urgent", "short", "long", "medium"],  # 1.5 s for what is left of it, and 1 + 0.1; then 1.1 s, and 1 + 0.45
+    1.0: ["urgent", "short", "medium", "long"],
+}
+
+
+@pytest.mark.parametrize("shortest_first, order", ORDERS.items())
+def test_short_prompts_go_ahead_of_long_ones(shortest_first, order, monkeypatch):
+    lengths = {"long": 200, "medium": 45, "short": 10, "urgent": 5}
+    requests = {
+        name: Request([i] * length, max_new_tokens=4, request_id=name, priority=int(name == "urgent"))
+        for i, (name, length) in enumerate(lengths.items(), start=1)
+    }
+    runner = Runner(
+        MODEL, build("paged", MODEL, num_blocks=100), max_num_seqs=4, max_batch_tokens=50, shortest_first=shortest_first
+    )
+    device = Device(runner, monkeypatch, lambda rows, tokens: 1.0, is_ahead=False)
+    tokens = {}
+    runner.submit([requests["urgent"]])
+    while runner.num_running or runner.num_waiting:
+        if len(device.steps) == 1 and "long" not in tokens:
+            runner.submit([requests["long"]])
+            tokens["long"] = []
+        if len(device.steps) == 2 and "medium" not in tokens:
+            runner.submit([requests["medium"], requests["short"]])
+            tokens |= {"medium": [], "short": []}
+        for event in runner.step():
+            tokens.setdefault(event.request_id, []).append((device.now, event.token_id))
+    assert sorted(tokens, key=lambda name: tokens[name][0][0]) == order
+    found = [[token for _, token in tokens[name]] for name in requests]
+    assert found == baseline_tokens(MODEL, list(requests.values()))
 
 
 def state(runner: Runner) -> dict[str, object]:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from bench.case import is_random
 from bench.lines import Found
-from bench.markdown import cell, spread, table, unique
-from bench.systems import NATIVE_CACHES
+from bench.markdown import cell, spread, table
+from bench.systems import NATIVE_CACHES, in_order
 
 GENERATE_BATCH_NOTE = (
     "`generate_batch` runs on torch's SDPA here. With the flash-attn package it is several times faster upstream "
@@ -33,7 +33,7 @@ def rows(found: Found, model: str, dtype: str) -> list[list[str]]:
         if "hit_rate" in line.get("result", {})
     }
     rows = []
-    for system in unique([*throughput, *context]) if throughput else ():
+    for system in in_order([*throughput, *context]) if throughput else ():
         line = throughput.get(system)
         rows.append(
             [

@@ -24,6 +24,7 @@ PROMPTS, ANSWERS = (6.6, 0.9, 32, 6000), (5.0, 0.6, 16, 600)
 SYSTEMS: dict[str, dict] = {
     "paged": {"warm_up": True},
     "paged, target ITL 36 ms": {"warm_up": True, "target_itl": 0.036},
+    "paged, short prompts first": {"warm_up": True, "shortest_first": 0.0001},
     "generate_batch": {},
 }
 
