@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 
 import hypothesis
 import pytest
@@ -14,6 +15,9 @@ import torch
 hypothesis.settings.register_profile("ci", derandomize=True, print_blob=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+
+# A shell that starts tests in the background has them ignore Ctrl-C, and some are about what it does.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
