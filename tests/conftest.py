@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -54,6 +56,15 @@ def pytest_report_header() -> list[str]:
     if not has_tensorflow():
         said.append("no tensorflow (an extra of that name): tests marked tensorflow are deselected")
     return said
+
+
+@pytest.fixture(autouse=True)
+def grad_mode() -> Iterator[None]:
+    """What is interrupted in the middle of `torch.no_grad` or `inference_mode` leaves later tests without gradients."""
+    yield
+    torch.set_grad_enabled(True)
+    if torch.is_inference_mode_enabled():
+        gc.collect()  # the guard of who was interrupted restores what was before when it goes
 
 
 @pytest.fixture(autouse=True)
