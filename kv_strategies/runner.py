@@ -70,8 +70,8 @@ class Runner:
             not yet computed, so that short ones go ahead of long ones, in the middle of these as well, and none waits
             for ever: some 0.0001, which is several times what a token takes. None: prompts go in the order in which
             they came. A higher priority comes first in any case.
-        cuda_graphs: replay decode steps, and those with some hundred tokens of prompts, as CUDA graphs; None for yes
-            where the strategy allows it.
+        cuda_graphs: replay decode steps, and those with up to 2048 tokens of which some are of prompts, as CUDA graphs
+            (`step/graphs.py`); None for yes where the strategy allows it.
         tokenizer: for requests with stop strings; unless given the one in the model's folder.
         speculate: who guesses the next tokens of a row, for several a step (`speculative.py`); rows with logits
             processors, which must see one token after the other, do without.
