@@ -125,6 +125,20 @@ def test_who_comes_while_a_step_runs_is_part_of_the_next(seed, decode, is_steady
     assert all(joined)
 
 
+def test_a_step_is_launched_right_before_the_device_needs_it(monkeypatch):
+    """Once it is known how long steps take; not later, and not as soon as there is nothing else to do."""
+    runner = Runner(MODEL, build("paged", MODEL, num_blocks=40))
+    device = Device(runner, monkeypatch, lambda num_decoding, num_tokens: 0.01)
+    runner.submit([Request([1, 2, 3], max_new_tokens=30, request_id=0)])
+    leads = []
+    while runner.num_running or runner.num_waiting:
+        num_steps, lead = len(device.steps), device.end - device.now
+        runner.step()
+        if len(device.steps) > num_steps:
+            leads.append(lead)
+    assert len(leads) == 30 and all(0 <= lead <= 2 * runner_module._GLANCE for lead in leads[4:])
+
+
 def test_no_capture_stands_before_a_first_token(monkeypatch, device):
     """The step that is launched behind it runs without a graph, as do those with prompts; later ones of their kinds are
     captured.
