@@ -210,6 +210,28 @@ def test_a_cut_prompt_leaves_a_graph_no_padding(num_decoding, num_tokens, max_ba
     assert largest == next((size for size in graphs.PREFILL_SIZES if size >= max_batch_tokens), 2048)
 
 
+def test_chunks_fill_graphs(monkeypatch, device):
+    """Of 32 tokens, two of them places for the row that decodes beside; the last has what is left."""
+    monkeypatch.setattr(graphs, "PREFILL_SIZES", (8, 32))
+    model = tiny_llama(num_layers=1).to(device)
+    runner = replaying_runner(
+        model, build("paged", model, num_blocks=40), monkeypatch, max_num_seqs=2, max_batch_tokens=33
+    )
+    chunks, schedule = [], runner._schedule
+    monkeypatch.setattr(runner, "_schedule", lambda: chunks.append(schedule()) or chunks[-1])
+    runner.submit([Request([1, 2], max_new_tokens=20)])
+    runner.step()
+    runner.submit([Request([3] * 100, max_new_tokens=1, request_id="long")])
+    while runner.num_running or runner.num_waiting:
+        runner.step()
+    assert [sum(n for _, n in prefilling) for decoding, prefilling in chunks if decoding and prefilling] == [
+        30,
+        30,
+        30,
+        10,
+    ]
+
+
 def test_long_prompts_keep_the_librarys_attention(monkeypatch):
     """In steps of many tokens; how long rows are that decode beside them makes no difference."""
     held = replaying_runner(MODEL, build("paged", MODEL, num_blocks=8), monkeypatch)._graphs
