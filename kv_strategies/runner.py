@@ -21,7 +21,7 @@ import weakref
 from bisect import insort_left, insort_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from itertools import accumulate, count
 from typing import NamedTuple
@@ -189,7 +189,7 @@ class Runner:
         """Run the steps that will occur, so that no request waits for a kernel to be compiled or a CUDA graph to be
         captured (`step/warm_up.py`). Nothing that is cached changes, and a second call finds kernels and graphs there.
 
-        On a GPU the kernels are compiled first, side by side (`kernels/triton_compile.py`).
+        On a GPU the kernels are compiled side by side, and a step waits for its own (`kernels/triton_compile.py`).
 
         Left out are steps whose rows share blocks, and forwards without a graph where `offload` streams or times them.
 
@@ -209,14 +209,11 @@ class Runner:
         strategy, max_context = self.strategy, max(1, min(max_context, self.max_context))
         graphs = [group for group in (self._graphs, self._verifying) if group is not None]
         self._in_turn("expect", [], lambda: strategy.compaction.expect(self.max_num_seqs))
-        if max_context > self._compiled_for and self._can_compile_ahead():
-            first = FirstLayer(strategy)
-            self._compile(self._steps([Rehearsal(group, first) for group in graphs], first, max_context))
-            self._compiled_for = max_context
         steps = self._steps(graphs, strategy, max_context)
-        for number, (what, run) in enumerate(steps, start=1):
-            self._in_turn("warm up", [what], partial(self._together, run))
-            progress(number, len(steps), what)
+        with self._compiling(graphs, max_context):
+            for number, (what, run) in enumerate(steps, start=1):
+                self._in_turn("warm up", [what], partial(self._together, run))
+                progress(number, len(steps), what)
 
     def _steps(self, graphs: Sequence[StepGraphs], strategy: Strategy | FirstLayer, max_context: int) -> list[Step]:
         """Those of a warm-up."""
@@ -230,20 +227,23 @@ class Runner:
         """On a GPU, unless hooks would see what has not been computed."""
         return self.device.type == "cuda" and not self.strategy.seen.is_opaque and can_compile_ahead()
 
-    def _compile(self, steps: Sequence[Step]) -> None:
-        """What these steps launch. Nobody else has to wait until all is compiled."""
-
-        def work() -> None:
-            for _, run in steps:
-                run()
-
-        try:
-            with compiled_ahead() as launch:
-                self._in_turn("compile", [len(steps)], partial(self._together, partial(launch, work)))
-        except Exception:
-            if self._ranks.size > 1:  # of which others are in the middle of this step
-                raise
-            # What fails here is told where it fails for good, and what Triton does otherwise than expected is no loss.
+    @contextmanager
+    def _compiling(self, graphs: Sequence[StepGraphs], max_context: int) -> Iterator[None]:
+        """Within, threads compile what the steps of a warm-up launch."""
+        with ExitStack() as stack:
+            if max_context > self._compiled_for and self._can_compile_ahead():
+                first = FirstLayer(self.strategy)
+                steps = self._steps([Rehearsal(group, first) for group in graphs], first, max_context)
+                try:
+                    launch = stack.enter_context(compiled_ahead())
+                    work = partial(launch, lambda: [run() for _, run in steps])
+                    self._in_turn("compile", [len(steps)], partial(self._together, work))
+                except Exception:
+                    if self._ranks.size > 1:  # of which others are in the middle of this step
+                        raise
+                    # What fails here is told where it fails for good; where Triton does otherwise, nothing is lost.
+                self._compiled_for = max_context
+            yield
 
     def _together(self, run: Callable[[], object]) -> None:
         with self._ranks.together():

@@ -39,7 +39,7 @@ def test_what_is_compiled_ahead_is_what_a_warm_up_launches(tmp_path):
 def test_kernels_compile_in_threads_and_run_nothing(tmp_path):
     said = found("threads", tmp_path)
     assert said["launched"] == ["other"] and said["then"] == ["MainThread"] * 4
-    assert said["compiled again"] == [] and "ThreadPoolExecutor" in said["compiled in"]
+    assert sorted(said["compiled in"]) == ["ThreadPoolExecutor"] * 4 + ["other"]
     assert "wrong_kernel" in said["error"] or "as it was written" in said["error"]
     assert said["restored"] and said["restored then"] and said["from work"] == "from work"
 

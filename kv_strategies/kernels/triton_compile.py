@@ -5,7 +5,7 @@ most are spent in LLVM and ptxas, where threads do not wait for each other. So w
 does it twice:
 
     first    launches run nothing: what they lack is compiled by a pool of threads
-    then     for good, when all of it is there
+    then     for good: a launch waits for its kernel, while threads compile those of later ones
 
 What a launch that runs nothing should have written is left as the allocator gave it: any numbers. Code around launches
 that is run so must bear that, and must not keep any of it.
@@ -41,30 +41,26 @@ def can_compile_ahead() -> bool:
 
 @contextmanager
 def compiled_ahead() -> Iterator[Callable[[Callable[[], object]], None]]:
-    """Gives `launch(work)`, for one call: it calls `work()`, whose launches run nothing. Behind the block, the kernels
-    that they are of are compiled.
+    """Gives `launch(work)`, which calls `work()`, whose launches run nothing, and has threads compile the kernels that
+    they are of. A later launch within the block waits until its kernel is there; behind the block, all are.
 
-    What other threads launch meanwhile runs. A kernel that cannot be compiled is left to its first launch for good,
-    which says why.
+    What other threads launch meanwhile runs. A kernel that cannot be compiled says why at its first launch for good.
     """
     from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
+    def launch(work: Callable[[], object]) -> None:
+        with _running_nothing():
+            work()
+
     pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1))
     mode = AsyncCompileMode(pool)
-
-    def launch(work: Callable[[], object]) -> None:
-        token = active_mode.set(mode)
-        try:
-            with _running_nothing():
-                work()
-        finally:
-            active_mode.reset(token)
-
+    token = active_mode.set(mode)
     try:
         yield launch
         for kernel in list(mode.future_kernels.values()):
             kernel.result(ignore_errors=True)
     finally:
+        active_mode.reset(token)
         pool.shutdown(wait=False)
 
 

@@ -10,8 +10,8 @@ graph is captured for each kind of step. So ahead of all requests run
 
 Forwards read blocks of the pool, whatever these hold, and store nothing. What they compute nobody looks at.
 
-Compiling takes the most of it, so it is done ahead and in threads (`kernels/triton_compile.py`): the same steps through
-`FirstLayer`, of graphs those of a `Rehearsal`, launch the same kernels.
+Compiling takes the most of it, so threads do it, and begin before the first step (`kernels/triton_compile.py`): the
+same steps through `FirstLayer`, of graphs those of a `Rehearsal`, launch the same kernels.
 """
 
 from __future__ import annotations
