@@ -312,6 +312,16 @@ def bytes_per_token(system, model) -> float:
     return strategy.stats()["bytes_per_token"] if strategy else kv_bytes_per_token(model)
 
 
+def bytes_read(system, model, prompt: int, new: int = 0) -> float:
+    """Bytes of K and V that a decode step reads of a row, so many tokens behind its prompt, as the system stores them.
+    Where V is offloaded, whatever of it a step takes.
+    """
+    strategy, seen = getattr(system, "strategy", None), prompt + new
+    if strategy:
+        seen = strategy.retention.num_visible(min(prompt, strategy.selection.cap(prompt)) + new)
+    return seen * bytes_per_token(system, model)
+
+
 def bytes_per_block(strategy) -> int:
     return round(strategy.stats()["bytes_per_token"] * strategy.block_size)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from common import tiny_llama
 
 import bench.suites.all  # noqa: F401  registers the workloads
 from bench import machine, measure, report
@@ -23,8 +25,10 @@ from bench.suites.limit import batching, decode, profile
 from bench.suites.limit.attention import ATTENTION
 from bench.suites.limit.table import GQA, MHA
 from bench.suites.strategies.fan_out import without_cascade
-from bench.systems import DOOR, PEERS, Capacity, filled, open_system
+from bench.systems import DOOR, PEERS, Capacity, bytes_read, filled, open_system
 from bench.workload import WORKLOADS, Target, in_words, suite, suites
+from kv_strategies import build
+from kv_strategies.step.upstream import with_cache
 
 CONDITIONS = {
     "versions": {"python": "3.11.7", "torch": "2.13.0", "cuda": None},
@@ -349,6 +353,28 @@ def test_what_is_reached_and_what_is_missed():
 # --- the suite limit
 
 SMALLER = {"rows": 2, "context": 20, "shared": 32, "new": 4, "prefill": 5, "beside": 60}
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"),
+    [("contiguous", 43), ("paged", 43), ("int8", 43), ("offload", 43), ("window", 18), ("evict", 23), ("native", 43)],
+)
+def test_a_step_reads_what_its_row_still_sees(name, seen):
+    """40 tokens of a prompt, half of which `evict` drops, and 3 that came since."""
+    model = tiny_llama(max_position_embeddings=128)
+    if name == "native":
+        assert bytes_read(object(), model, 40, 3) == seen * measure.kv_bytes_per_token(model)
+        return
+    options = {"window": {"window": 16, "sinks": 2}, "contiguous": {"max_length": 80}}.get(name, {})
+    strategy = build(name, model, num_blocks=2 if name == "contiguous" else 16, **options)
+    system = SimpleNamespace(strategy=strategy)
+    assert bytes_read(system, model, 40, 3) == seen * strategy.stats()["bytes_per_token"]
+    if name != "window":  # which keeps the rest of a block
+        cache = strategy.cache()
+        model.generate(torch.arange(1, 41)[None], **with_cache(cache), max_new_tokens=4, pad_token_id=0)
+        assert strategy.stats()["tokens_stored"] == seen
+
+
 PROFILED = [entry | {name: value for name, value in SMALLER.items() if name in entry} for entry in profile.PROFILED]
 BATCH = {"systems": ["paged", "generate_batch", "baseline"], "lengths": [5, 30, 9], "new_tokens": 4}
 FEW_SLOTS = {"systems": ["paged"], "lengths": [5, 30, 9], "new_tokens": [4, 7, 20], "slots": 2, "places": 96}
@@ -556,7 +582,6 @@ def test_cost_of_lossy_settings(tiny, tmp_path):
 
 
 def test_logits_kept_and_logits_in_lockstep_give_the_same_cost(tiny):
-    from kv_strategies import build
     from kv_strategies.models import load_model
 
     model, _ = load_model(tiny, dtype=torch.float32, device="cpu")

@@ -11,7 +11,7 @@ from bench.case import Bench, Case, is_random
 from bench.lines import Found
 from bench.markdown import NONE, cell, table, unique
 from bench.suites.default import speed_models
-from bench.systems import CHUNK, EVERY, EVERYTHING, Capacity, bytes_per_token
+from bench.systems import CHUNK, EVERY, EVERYTHING, Capacity, bytes_read
 from bench.workload import Target, Workload, register
 
 
@@ -46,8 +46,7 @@ def _latency_point(bench: Bench, system, batch: int, context: int, new_tokens: i
         run = system(bench.prompts([context] * batch, seed=100 + repeat), new_tokens)
         ttfts.append(max(row[0] for row in run.times))
         steps += measure.steady_steps(run.times)
-    per_token = bytes_per_token(system, bench.model)
-    read = measure.weight_bytes(bench.model) + batch * (context + new_tokens // 2) * per_token
+    read = measure.weight_bytes(bench.model) + batch * bytes_read(system, bench.model, context, new_tokens // 2)
     return {
         "batch": batch,
         "context": context,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from bench import measure
 from bench.case import Bench, Case
 from bench.suites.limit import SHAPE, table
-from bench.systems import DOOR, NATIVE_CACHES, Capacity, Ours, bytes_per_token, filled, open_system
+from bench.systems import DOOR, NATIVE_CACHES, Capacity, Ours, bytes_read, filled, open_system
 from bench.workload import Target, Workload, register
 
 NUM_UNSTEADY = 3  # steps of a run in which kernels compile and graphs are captured
@@ -55,11 +55,11 @@ def _decode(bench: Bench, name: str, batch: int, context: int) -> dict:
         run = system(prompts, new_tokens)
     steps = measure.steady_steps(run.times)
     unsteady, steady = steps[:NUM_UNSTEADY], steps[NUM_UNSTEADY:]
-    tokens = batch * (context + NUM_UNSTEADY + len(steady) // 2)  # in the middle of what is measured
+    new = NUM_UNSTEADY + len(steady) // 2  # in the middle of what is measured
     return {
         "steps": steady,
         "unsteady": sum(unsteady) - len(unsteady) * measure.spread(steady)["median"],
-        "step_bytes": int(measure.weight_bytes(bench.model) + tokens * bytes_per_token(system, bench.model)),
+        "step_bytes": int(measure.weight_bytes(bench.model) + batch * bytes_read(system, bench.model, context, new)),
     }
 
 
