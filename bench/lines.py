@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.markdown import unique
 from bench.systems import in_order
 
 SCHEMA = 1
@@ -120,11 +119,13 @@ class Found:
         return any("gpu" in line["machine"] for line in self.lines)
 
     def models(self) -> list[str]:
-        return unique(line["model"] for line in self.lines if line["workload"] != "machine")
+        """By their names, whichever was measured first."""
+        return sorted({line["model"] for line in self.lines if line["workload"] != "machine"}, key=str.casefold)
 
     def dtypes(self, workload: str, model: str) -> list[str]:
+        """float32 first."""
         own = [line for line in self.lines if line["workload"] == workload and line["model"] == model]
-        return unique(line["dtype"] for line in own)
+        return sorted({line["dtype"] for line in own}, reverse=True)
 
     def of(self, workload: str, model: str, dtype: str | None = None) -> dict[str, dict]:
         """System -> its line, those that every suite knows first, in one order."""

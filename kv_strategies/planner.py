@@ -33,9 +33,11 @@ from .strategy import planes_of
 
 LIBRARY_BYTES = 32 << 20  # what torch sets aside for cuBLAS on a GPU of compute capability 9
 
-# Of this code, as measured (bench/results: limit, strategies, default, one H100), the same on every card.
+# Of this code, as measured (bench/results: limit, strategies, default; an H100, an H200), the same on every card.
 KERNEL_GAP = 2.5e-6  # seconds from one kernel to the next
 KERNELS_PER_LAYER = 7
+KERNELS_OF_A_MASK = 4  # beside those, in a decode step: the queries are turned for the sinks
+CHOOSING = 40e-6  # seconds in which a layer says which of V a decode step reads
 PRODUCTS_READ = 0.95  # share of a card's read bandwidth that matrix products over few rows reach
 # Likewise, of its host.
 FIRST_TOKEN_GAP = 5e-3  # seconds before a prompt's first token: admission, and launches outside a graph
@@ -44,7 +46,9 @@ STREAM_GAP = 0.7e-3  # seconds to launch a layer and the copies that bring it an
 
 @dataclass(frozen=True)
 class Attention:
-    """What attention over blocks reaches: of the bandwidth in a decode step, of the rate in a chunk of a prompt."""
+    """What attention over blocks reaches: of the bandwidth in a decode step, of the rate in a chunk of a prompt whose
+    row is short.
+    """
 
     read: float
     rate: float
@@ -55,6 +59,8 @@ ATTENTION = {
     "codes": Attention(0.72, 0.28),
     "codes of query groups": Attention(0.92, 0.28),  # a decode kernel of their own (`triton_decode_groups.py`)
 }
+SHORT_ROW = 4096  # tokens; chunks of longer ones are for the library, to which codes are decoded once a chunk
+LIBRARY_RATE = 0.58
 MASKED_RATE = 0.17  # in a chunk of which some is out of sight: not by the library (`kernels/blocks/gpu.py`)
 
 
@@ -229,9 +235,12 @@ class Ours:
         seen = min(before + num_tokens, visible(before + num_tokens) + num_tokens - 1)
         read, link = placement.read_bytes(seen, planes, site, is_decode=is_decode)
         pairs = num_tokens * (visible(before + 1) + visible(before + num_tokens)) / 2
-        gaps = KERNEL_GAP * KERNELS_PER_LAYER * model.num_layers
+        gaps = KERNEL_GAP * (KERNELS_PER_LAYER + KERNELS_OF_A_MASK * (is_masked and is_decode)) * model.num_layers
+        if is_decode and placement.reads_some:
+            gaps += CHOOSING * model.num_layers
         memory = (model.read / PRODUCTS_READ + rows * read / reached.read) / card.bandwidth + gaps
-        attention = model.attention(pairs) / (MASKED_RATE if is_masked else reached.rate)
+        rate = reached.rate if before + num_tokens <= SHORT_ROW else LIBRARY_RATE
+        attention = model.attention(pairs) / (MASKED_RATE if is_masked else rate)
         compute = rows * (model.products(num_tokens) + attention) / card.rate + gaps
         streams = link != 0 and (placement.prefetches or not is_decode)
         if link is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from bench import measure
 from bench.case import Bench, Case, is_random, ragged
 from bench.lines import Found
-from bench.markdown import NONE, of_points, points_in_words, spread, table
+from bench.markdown import of_points, points_in_words, spread, table
 from bench.measure import num_same
 from bench.suites.default import speed_models
 from bench.systems import BLOCK_SIZE, Capacity, Ours, bytes_per_block, ours
@@ -92,7 +92,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "tokens/s": lambda point: spread(point["tokens_per_second"], 1, 1),
     "preemptions": lambda point: f"{point['preemptions']:g}",
     "tokens computed again": lambda point: f"{point['computed_again']:g}",
-    "blocks brought back": lambda point: NONE if point["way"] == AGAIN else f"{point['brought_back']:g}",
+    "blocks brought back": lambda point: "none" if point["way"] == AGAIN else f"{point['brought_back']:g}",
     "requests with the same tokens": lambda point: str(point.get("identical", "told in float32 only")),
 }
 

@@ -90,8 +90,10 @@ def equality_cases(to: Target) -> Iterable[Case]:
 
 def tables(found: Found, model: str) -> str:
     rows = []
-    for line in found.lines:
-        if line["workload"] == "accuracy" and line["model"] == model and line["status"] == "ok":
+    for dtype in found.dtypes("accuracy", model):
+        for line in found.of("accuracy", model, dtype).values():
+            if line["status"] != "ok":
+                continue
             result = line["result"]
             parts = result["divergence"]
             first = f"prompt of {parts['prompt_length']} tokens, new token {parts['token']}" if parts else NONE
