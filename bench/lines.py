@@ -90,7 +90,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def machine_of(line: dict) -> str:
     about = line["machine"]
-    return about.get("gpu") or f"CPU: {about['cpu']}, {about['cores']} cores"
+    if "gpu" in about:
+        return about["gpu"]
+    kind = [about["instructions"]] if "instructions" in about else []  # older lines do not name them
+    return ", ".join([f"CPU: {about['cpu']}", *kind, f"{about['cores']} cores"])
 
 
 @dataclass(frozen=True)

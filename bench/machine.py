@@ -30,6 +30,7 @@ def cpu_name() -> str:
 def describe(device: str) -> dict:
     """Names of the processor and the device, without the host's."""
     about = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    about["instructions"] = torch.backends.cpu.get_cpu_capability()  # processors of one name differ in these
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         about |= {"gpu": properties.name, "gpu_memory": properties.total_memory}

@@ -15,7 +15,7 @@ import bench.suites.all  # noqa: F401  registers the workloads
 from bench import machine, measure, report
 from bench.accuracy import cost, judge
 from bench.case import Bench, Case, ragged
-from bench.lines import Found
+from bench.lines import Found, machine_of
 from bench.probes.limits import limits
 from bench.report import comparison as comparisons
 from bench.report import page as pages
@@ -594,3 +594,11 @@ def test_logits_kept_and_logits_in_lockstep_give_the_same_cost(tiny):
     assert gpu_share(strategy, 1600) == 3 / 100  # the sinks, and a window that begins anywhere in a block
     assert gpu_share(build("int8", model, num_blocks=4), 1600) == (8 + 2) / 16
     assert gpu_share(build("offload", model, num_blocks=4, top_n=4), 1600) == 3 / 4  # K, and V of one layer of two
+
+
+def test_processors_of_one_name_that_differ_in_their_instructions_are_two_machines():
+    about = [CPU, CPU | {"instructions": "AVX2"}, CPU | {"instructions": "AVX512"}]
+    names = [machine_of(line("context", "paged", about=one)) for one in about]
+    assert names == [f"CPU: A processor, {kind}2 cores" for kind in ("", "AVX2, ", "AVX512, ")]
+    assert machine_of(line("context", "paged", about=GPU | {"instructions": "AVX2"})) == "A card"
+    assert machine.describe("cpu")["instructions"] == torch.backends.cpu.get_cpu_capability()
