@@ -32,6 +32,7 @@ from bench.measure import kv_bytes_per_token
 DOOR = ", generate()"  # marks a strategy that is run through plain `model.generate()`
 NATIVE_CACHES = {"baseline": None, "static": "static", "offloaded": "offloaded", "quantized": "quantized"}
 PEERS = ["static", "offloaded", "quantized", "generate_batch"]
+NATIVE = ["baseline", *PEERS]
 TENSORFLOW = [f"tensorflow, {way}" for way in ("eager", "variable", "two graphs", "while loop", "xla")]
 BLOCK_SIZE = 16
 CHUNK = 2048  # tokens that a runner prefills at a time
@@ -65,7 +66,7 @@ def known_systems() -> list[str]:
 
 def expand(names: Iterable[str]) -> list[str]:
     """The names with EVERY and EVERY_GENERATE spelt out, each once."""
-    own = [name for name in known_systems() if name != "baseline" and name not in PEERS]
+    own = [name for name in known_systems() if name not in NATIVE]
     groups = {
         EVERY: [name for name in own if not name.endswith(DOOR)],
         EVERY_GENERATE: [name for name in own if name.endswith(DOOR)],

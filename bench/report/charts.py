@@ -6,18 +6,21 @@ of a theme of its own: the page gives it both. See https://vega.github.io/vega-l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.lines import Found, machine_of
 from bench.markdown import unique
 from bench.records import command
+from bench.systems import NATIVE, in_order
 
 #: Distinct on light and on dark, for as many systems as there are.
 COLOURS = (
-    "#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#9d755d", "#72b7b2", "#d6a400",
-    "#ff9da6", "#8e8e8e", "#79706e", "#6f8fff", "#2ca02c", "#c56cf0", "#00a8a8", "#bc5090",
+    "#54a24b", "#e45756", "#4c78a8", "#f58518", "#b279a2", "#d6a400", "#72b7b2", "#ff9da6",
+    "#6f8fff", "#9d755d", "#00a8a8", "#c56cf0", "#2ca02c", "#bc5090", "#a0c000", "#c06040",
 )  # fmt: skip
+#: Of the native ones, which stand back.
+NATIVE_COLOURS = ("#8e8e8e", "#a89880", "#7c8c98", "#a890a0", "#6a6a6a")
 LIMIT = "limit of the machine"
 
 
@@ -53,12 +56,19 @@ def charts(found: Sequence[Found], frontier: Sequence[dict] = ()) -> list[Chart]
     return [chart for chart in drawn if chart.spec["data"]["values"]]
 
 
-def colours(charts: Sequence[Chart]) -> dict[str, str]:
+def systems_of(charts: Sequence[Chart]) -> list[str]:
+    return unique(row["system"] for chart in charts for row in chart.spec["data"]["values"] if row["system"] != LIMIT)
+
+
+def colours(systems: Collection[str]) -> dict[str, str]:
     """A colour a system, the same in every plot."""
-    systems = unique(
-        row["system"] for chart in charts for row in chart.spec["data"]["values"] if row["system"] != LIMIT
-    )
-    return {system: COLOURS[index % len(COLOURS)] for index, system in enumerate(systems)}
+    native = [system for system in in_order(systems) if system in NATIVE]
+    own = [system for system in in_order(systems) if system not in NATIVE]
+    return {
+        system: palette[index % len(palette)]
+        for some, palette in ((native, NATIVE_COLOURS), (own, COLOURS))
+        for index, system in enumerate(some)
+    }
 
 
 def with_rows(chart: Chart, rows: Sequence[dict], colours: dict[str, str]) -> dict:
@@ -186,7 +196,9 @@ _STEP = _POINT | {"step_ms": "decode step, ms", "range": "smallest to largest", 
 
 
 def _spec(values: Sequence[dict], **parts: object) -> dict:
-    return {"data": {"values": list(values)}, "width": "container", "height": 300, **parts}
+    order = {system: place for place, system in enumerate(in_order(unique(row["system"] for row in values)))}
+    values = sorted(values, key=lambda row: order[row["system"]])  # a legend is as its rows are
+    return {"data": {"values": values}, "width": "container", "height": 300, **parts}
 
 
 def _against(name: str, title: str, x: str, y: str, what: str, points: Sequence[dict], workload: str) -> Chart:
@@ -265,8 +277,8 @@ def _roofline(points: Sequence[dict], limits: Sequence[dict]) -> Chart:
         ],
     )
     note = (
-        "The dashed line is the measured read bandwidth, over the weights and all K and V. On it, a step is all "
-        "reading; under it is only what reads less of K and V."
+        "The dashed line is the measured read bandwidth, over the weights and the K and V that a step has to read. On "
+        "it, a step is all reading."
     )
     return Chart("roofline", "How near to the limit: time against bytes", note, spec)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench.lines import Found, machine_of, write_whole
 from bench.markdown import unique
+from bench.report import charts
 
 
 def comparison(lines: list[dict], folder: Path) -> list[Path]:
@@ -45,7 +46,7 @@ def _compared(found: Found, model: str, dtype: str, title: str, path: Path) -> b
     }
     if not throughput:
         return False
-    colours = {system: f"C{i % 10}" for i, system in enumerate(unique([*throughput, *context]))}
+    colours = charts.colours(unique([*throughput, *context]))
     figure, (speed, memory, steps) = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     names = list(throughput)[::-1]
     speed.barh(names, [throughput[n]["tokens_per_second"]["median"] for n in names], color=[colours[n] for n in names])
@@ -54,14 +55,13 @@ def _compared(found: Found, model: str, dtype: str, title: str, path: Path) -> b
     memory.set(xlabel="peak memory, GB", yticklabels=[])
     for system, points in context.items():
         lengths = [point["context"] for point in points]
-        steps.plot(lengths, [p["step"]["median"] * 1e3 for p in points], "o-", color=colours[system], label=system)
+        steps.plot(lengths, [p["step"]["median"] * 1e3 for p in points], "o-", color=colours[system])
     if context and "read" in found.limits:
         points = next(iter(context.values()))
         floor = [point["step_bytes"] / found.limits["read"] * 1e3 for point in points]
-        steps.plot([point["context"] for point in points], floor, "k--", label="bytes / read bandwidth")
-    if context:
+        steps.plot([point["context"] for point in points], floor, "k--", label="all bytes / read bandwidth")
         steps.legend(fontsize="small")
-    steps.set(xlabel="context, tokens", ylabel="decode step, ms", ylim=(0, None))
+    steps.set(xlabel="context, tokens (colours as beside)", ylabel="decode step, ms", yscale="log")
     figure.suptitle(title, fontsize="medium")
     _save(figure, path)
     return True

@@ -22,7 +22,7 @@ from bench.lines import Found, machine_of
 from bench.markdown import NONE, spread, unique
 from bench.records import command
 from bench.report import comparison, predictions, questions
-from bench.report.charts import Chart, charts, colours, with_rows
+from bench.report.charts import Chart, charts, colours, systems_of, with_rows
 from bench.report.page import blame
 
 WEB = Path(__file__).parent / "web"
@@ -50,7 +50,7 @@ def _render(lines: Sequence[dict], frontier: Sequence[dict]) -> str:
     first = _headline(found)
     data = {
         "charts": {chart.name: chart.spec for chart in drawn},
-        "colours": colours(drawn),
+        "colours": colours(systems_of(drawn)),
         "first": first,
         "replays": _replays(found),
     }

@@ -9,7 +9,7 @@ from bench.case import RAGGED_SEED, Bench, Case, ragged
 from bench.lines import Found
 from bench.markdown import NONE, table
 from bench.suites.default import speed_models
-from bench.systems import EVERY, EVERYTHING, PAGED_GENERATE, PEERS, Capacity
+from bench.systems import EVERY, EVERYTHING, NATIVE, PAGED_GENERATE, Capacity
 from bench.workload import Target, Workload, register
 
 
@@ -49,9 +49,9 @@ def cases(to: Target) -> Iterable[Case]:
         return
     params = {"lengths": ragged(64, 100, 1024), "new_tokens": 256}
     for model in speed_models(to):
-        own, native = [EVERY, PAGED_GENERATE], ["baseline", *PEERS]
+        own = [EVERY, PAGED_GENERATE]
         yield from to.each(own, "bfloat16", params | {"repeats": 3}, timeout=500, model=model)
-        yield from to.each(native, "bfloat16", params | {"repeats": 1}, timeout=500, model=model)
+        yield from to.each(NATIVE, "bfloat16", params | {"repeats": 1}, timeout=500, model=model)
 
 
 def tables(found: Found, model: str) -> str:
