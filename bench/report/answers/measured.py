@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.lines import Found, machine_of
+from bench.systems import in_order
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Answer:
 
 
 class Measured:
-    """The lines of one machine that are done, those of its largest model first."""
+    """The lines of one machine that are done, those of its largest model first; systems in their one order."""
 
     def __init__(self, found: Found) -> None:
         self.found, self.name = found, machine_of(found.lines[0])
@@ -28,7 +29,8 @@ class Measured:
         sizes: dict[str, int] = {}
         for line in self._done:
             sizes[line["model"]] = max(sizes.get(line["model"], 0), line["result"].get("parameter_bytes", 0))
-        self._done.sort(key=lambda line: -sizes[line["model"]])
+        place = {system: place for place, system in enumerate(in_order([line["system"] for line in self._done]))}
+        self._done.sort(key=lambda line: (-sizes[line["model"]], place[line["system"]]))
 
     def all(self, workload: str) -> list[dict]:
         """Of all models and dtypes."""

@@ -92,10 +92,11 @@ def tables(found: Found, model: str) -> str:
             continue
         is_compared = found.on_gpu and model == GQA and line["system"] != "generate_batch"
         whole = f"the first {line['params']['requests']} requests"
+        system = "paged, `warm_up=False`" if line["system"] == "paged" else line["system"]
         for name, what in (("ready", "from a start to ready"), ("all", whole)):
             most, vllm = REACH[name] if is_compared else (None, "")
             time = f"TTFT p50 {result['ttft']['p50']:.2f} s" if name == "all" else ""
-            rows.append(Row(f"{line['system']}: {what}", most, result[name], "{:.1f} s", True, time, vllm=vllm))
+            rows.append(Row(f"{system}: {what}", most, result[name], "{:.1f} s", True, time, vllm=vllm))
     note = "No kernel is compiled when it starts. All requests are sent at once."
     return f"**The first minute**\n\n{note}\n\n{rows_table(rows)}" if rows else ""
 
