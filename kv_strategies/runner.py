@@ -230,18 +230,18 @@ class Runner:
     @contextmanager
     def _compiling(self, graphs: Sequence[StepGraphs], max_context: int) -> Iterator[None]:
         """Within, threads compile what the steps of a warm-up launch."""
-        with ExitStack() as stack:
+        with ExitStack() as compiling:
             if max_context > self._compiled_for and self._can_compile_ahead():
                 first = FirstLayer(self.strategy)
                 steps = self._steps([Rehearsal(group, first) for group in graphs], first, max_context)
                 try:
-                    launch = stack.enter_context(compiled_ahead())
+                    launch = compiling.enter_context(compiled_ahead())
                     work = partial(launch, lambda: [run() for _, run in steps])
                     self._in_turn("compile", [len(steps)], partial(self._together, work))
                 except Exception:
                     if self._ranks.size > 1:  # of which others are in the middle of this step
                         raise
-                    # What fails here is told where it fails for good; where Triton does otherwise, nothing is lost.
+                    compiling.close()  # each kernel at its launch, which says what is wrong if it is not this Triton
                 self._compiled_for = max_context
             yield
 

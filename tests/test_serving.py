@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -346,15 +348,28 @@ def test_nothing_is_captured_after_a_warm_up(name, monkeypatch, device):
     assert runner._graphs._graphs == captured and None not in captured.values()
 
 
-def test_a_warm_up_goes_on_where_nothing_compiles_ahead(monkeypatch):
-    def another_triton():
+@pytest.mark.parametrize("fails", ["at once", "at a launch"])
+def test_a_warm_up_goes_on_where_nothing_compiles_ahead(fails, monkeypatch):
+    """Its steps run as without, or they would fail as well."""
+    active = []
+
+    def launch(work: Callable) -> None:
         raise TypeError("submit() missing 1 required positional argument")
+
+    @contextmanager
+    def another_triton():
+        if fails == "at once":
+            launch(print)
+        active.append(fails)
+        yield launch
+        active.clear()
 
     monkeypatch.setattr(Runner, "_can_compile_ahead", lambda self: True)
     monkeypatch.setattr("kv_strategies.runner.compiled_ahead", another_triton)
     told = []
-    Runner(MODEL, build("paged", MODEL, num_blocks=8)).warm_up(20, lambda *said: told.append(said))
-    assert told[-1][0] == told[-1][1] == len(told)
+    Runner(MODEL, build("paged", MODEL, num_blocks=8)).warm_up(20, lambda *said: told.append((*said, *active)))
+    assert [said[:2] for said in told] == [(i + 1, len(told)) for i in range(len(told))] and told
+    assert all(len(said) == 3 for said in told)
 
 
 def test_a_warm_up_is_of_some_tokens():

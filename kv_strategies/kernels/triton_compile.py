@@ -42,7 +42,7 @@ def can_compile_ahead() -> bool:
 @contextmanager
 def compiled_ahead() -> Iterator[Callable[[Callable[[], object]], None]]:
     """Gives `launch(work)`, which calls `work()`, whose launches run nothing, and has threads compile the kernels that
-    they are of. A later launch within the block waits until its kernel is there; behind the block, all are.
+    they are of. A later launch within the block waits until its kernel is there. Leaving the block waits for nothing.
 
     What other threads launch meanwhile runs. A kernel that cannot be compiled says why at its first launch for good.
     """
@@ -53,12 +53,9 @@ def compiled_ahead() -> Iterator[Callable[[Callable[[], object]], None]]:
             work()
 
     pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1))
-    mode = AsyncCompileMode(pool)
-    token = active_mode.set(mode)
+    token = active_mode.set(AsyncCompileMode(pool))
     try:
         yield launch
-        for kernel in list(mode.future_kernels.values()):
-            kernel.result(ignore_errors=True)
     finally:
         active_mode.reset(token)
         pool.shutdown(wait=False)
