@@ -27,6 +27,7 @@ from transformers import LlamaForCausalLM
 
 from .base import KeepAllTokens, NoSharing, Policies, Site
 from .registry import STRATEGIES, bytes_per_block, outline, parts_of
+from .step.graphs import SHORT_ROW
 from .step.rings import ring_bytes
 from .step.store import Planes
 from .strategy import planes_of
@@ -36,7 +37,7 @@ LIBRARY_BYTES = 32 << 20  # what torch sets aside for cuBLAS on a GPU of compute
 # Of this code, as measured (bench/results: limit, strategies, default; an H100, an H200), the same on every card.
 KERNEL_GAP = 2.5e-6  # seconds from one kernel to the next
 KERNELS_PER_LAYER = 7
-KERNELS_OF_A_MASK = 4  # beside those, in a decode step: the queries are turned for the sinks
+KERNELS_OF_SINKS = 4  # beside those, in a decode step that does not see all: the queries are turned for the sinks
 CHOOSING = 40e-6  # seconds in which a layer says which of V a decode step reads
 PRODUCTS_READ = 0.95  # share of a card's read bandwidth that matrix products over few rows reach
 # Likewise, of its host.
@@ -46,21 +47,20 @@ STREAM_GAP = 0.7e-3  # seconds to launch a layer and the copies that bring it an
 
 @dataclass(frozen=True)
 class Attention:
-    """What attention over blocks reaches: of the bandwidth in a decode step, of the rate in a chunk of a prompt whose
-    row is short.
+    """What attention over blocks reaches: of the bandwidth in a decode step, of the rate in a chunk of a prompt that
+    belongs to a row of `SHORT_ROW` tokens at most.
     """
 
     read: float
     rate: float
 
 
+LIBRARY_RATE = 0.58  # in a chunk of a longer row, whose codes are decoded once for the library
 ATTENTION = {
-    "numbers": Attention(0.95, 0.58),
+    "numbers": Attention(0.95, LIBRARY_RATE),
     "codes": Attention(0.72, 0.28),
     "codes of query groups": Attention(0.92, 0.28),  # a decode kernel of their own (`triton_decode_groups.py`)
 }
-SHORT_ROW = 4096  # tokens; chunks of longer ones are for the library, to which codes are decoded once a chunk
-LIBRARY_RATE = 0.58
 MASKED_RATE = 0.17  # in a chunk of which some is out of sight: not by the library (`kernels/blocks/gpu.py`)
 
 
@@ -235,9 +235,12 @@ class Ours:
         seen = min(before + num_tokens, visible(before + num_tokens) + num_tokens - 1)
         read, link = placement.read_bytes(seen, planes, site, is_decode=is_decode)
         pairs = num_tokens * (visible(before + 1) + visible(before + num_tokens)) / 2
-        gaps = KERNEL_GAP * (KERNELS_PER_LAYER + KERNELS_OF_A_MASK * (is_masked and is_decode)) * model.num_layers
+        gap = KERNEL_GAP * KERNELS_PER_LAYER
+        if is_decode and is_masked and policies.retention.sinks:
+            gap += KERNEL_GAP * KERNELS_OF_SINKS
         if is_decode and placement.reads_some:
-            gaps += CHOOSING * model.num_layers
+            gap += CHOOSING
+        gaps = gap * model.num_layers
         memory = (model.read / PRODUCTS_READ + rows * read / reached.read) / card.bandwidth + gaps
         rate = reached.rate if before + num_tokens <= SHORT_ROW else LIBRARY_RATE
         attention = model.attention(pairs) / (MASKED_RATE if is_masked else rate)

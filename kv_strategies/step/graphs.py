@@ -45,7 +45,7 @@ from .upstream import takes_cache
 #: Tokens of the steps with prompts that are for graphs: whole tiles of products, from 128 on.
 PREFILL_SIZES = (16, 32, 64, *range(128, 1024, 128), *range(1024, 2049, 256))
 _FEW = 1024  # tokens of a step that a GPU is done with sooner than a host with launching them: graphs at any rate
-_SHORT = 4096  # tokens of a prompt's row, over which our attention for graphs loses less than launching costs
+SHORT_ROW = 4096  # tokens of a prompt's row, over which our attention for graphs loses less than launching costs
 _MAX_VERIFIED = 256  # tokens of a step that gives the logits of all of them
 #: Prompts in a step that a graph holds, where it is not one alone.
 MAX_PROMPTS = 4
@@ -187,7 +187,7 @@ class StepGraphs:
         total = next((size for size in self._prefill_sizes if size >= places + num_tokens), None)
         if total is None or len(prompts) > num_prompts:
             return None
-        if total > _FEW and max(row.num_tokens for row in prompts) > _SHORT:
+        if total > _FEW and max(row.num_tokens for row in prompts) > SHORT_ROW:
             return None
         *_, bucket = _buckets(max(row.num_tokens for row in (*decoding, *prompts)), has_prompts=True)
         return Shape(places, num_prompts, total, bucket)
