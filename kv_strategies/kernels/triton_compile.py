@@ -22,7 +22,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from operator import contains
 
 #: Held while `JITFunction.run` is replaced.
 _REPLACING = threading.Lock()
@@ -31,12 +30,11 @@ _REPLACING = threading.Lock()
 def can_compile_ahead() -> bool:
     """Whether this Triton compiles in threads, and does not already."""
     try:
-        from triton.runtime._async_compile import FutureKernel, active_mode
+        from triton.runtime._async_compile import AsyncCompileMode, active_mode  # noqa: F401
         from triton.runtime.jit import JITFunction
     except ImportError:
         return False
-    takes = (inspect.signature(function).parameters for function in (JITFunction.run, FutureKernel.result))
-    return all(map(contains, takes, ("warmup", "ignore_errors"))) and active_mode.get() is None
+    return "warmup" in inspect.signature(JITFunction.run).parameters and active_mode.get() is None
 
 
 @contextmanager
