@@ -314,8 +314,8 @@ def bytes_per_token(system, model) -> float:
 
 
 def bytes_read(system, model, prompt: int, new: int = 0) -> float:
-    """Bytes of K and V that a decode step reads of a row, so many tokens behind its prompt, as the system stores them.
-    Where V is offloaded, whatever of it a step takes.
+    """Bytes of K and V that a decode step reads of a row, so many tokens behind its prompt, as the system stores them;
+    all of V where `offload` fetches a part.
     """
     strategy, seen = getattr(system, "strategy", None), prompt + new
     if strategy:

@@ -62,13 +62,9 @@ def systems_of(charts: Sequence[Chart]) -> list[str]:
 
 def colours(systems: Collection[str]) -> dict[str, str]:
     """A colour a system, the same in every plot."""
-    native = [system for system in in_order(systems) if system in NATIVE]
     own = [system for system in in_order(systems) if system not in NATIVE]
-    return {
-        system: palette[index % len(palette)]
-        for some, palette in ((native, NATIVE_COLOURS), (own, COLOURS))
-        for index, system in enumerate(some)
-    }
+    found = {system: COLOURS[index % len(COLOURS)] for index, system in enumerate(own)}
+    return dict(zip(NATIVE, NATIVE_COLOURS, strict=True)) | found
 
 
 def with_rows(chart: Chart, rows: Sequence[dict], colours: dict[str, str]) -> dict:
@@ -196,8 +192,8 @@ _STEP = _POINT | {"step_ms": "decode step, ms", "range": "smallest to largest", 
 
 
 def _spec(values: Sequence[dict], **parts: object) -> dict:
-    order = {system: place for place, system in enumerate(in_order(unique(row["system"] for row in values)))}
-    values = sorted(values, key=lambda row: order[row["system"]])  # a legend is as its rows are
+    order = in_order([row["system"] for row in values])
+    values = sorted(values, key=lambda row: order.index(row["system"]))  # a legend is as its rows are
     return {"data": {"values": values}, "width": "container", "height": 300, **parts}
 
 

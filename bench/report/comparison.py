@@ -70,7 +70,8 @@ def comparison(found: Found, model: str, dtype: str) -> str:
     if judged != model:
         text += f" Equality and sharing are those of {judged} in float32 here: tokens of random weights mean nothing."
     text += " Margin: by how much the logits of two tokens differ where they first part. Tokens as baseline: behind"
-    text += f" more than 4k tokens they are the same, in {dtype} as well, where rounding alone may part them."
+    text += " more than 4k tokens they are the native cache's too"
+    text += "." if dtype == "float32" else f"; where it is not said, rounding in {dtype} may have parted them."
     if any(line["status"] == "ok" for system, line in throughput.items() if system == "generate_batch"):
         text += " " + GENERATE_BATCH_NOTE
     return f"**All systems, {dtype}**\n\n{text}\n\n" + table(HEAD, rows(found, model, dtype))

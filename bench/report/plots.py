@@ -46,7 +46,7 @@ def _compared(found: Found, model: str, dtype: str, title: str, path: Path) -> b
     }
     if not throughput:
         return False
-    colours = charts.colours(unique([*throughput, *context]))
+    colours = charts.colours([*throughput, *context])
     figure, (speed, memory, steps) = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     names = list(throughput)[::-1]
     speed.barh(names, [throughput[n]["tokens_per_second"]["median"] for n in names], color=[colours[n] for n in names])

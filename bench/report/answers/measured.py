@@ -29,8 +29,8 @@ class Measured:
         sizes: dict[str, int] = {}
         for line in self._done:
             sizes[line["model"]] = max(sizes.get(line["model"], 0), line["result"].get("parameter_bytes", 0))
-        place = {system: place for place, system in enumerate(in_order([line["system"] for line in self._done]))}
-        self._done.sort(key=lambda line: (-sizes[line["model"]], place[line["system"]]))
+        order = in_order([line["system"] for line in self._done])
+        self._done.sort(key=lambda line: (-sizes[line["model"]], order.index(line["system"])))
 
     def all(self, workload: str) -> list[dict]:
         """Of all models and dtypes."""
