@@ -23,6 +23,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+#: Compiling threads at most: they take turns at Python with the thread that launches, which more of them hold up.
+MAX_THREADS = 15
+
 #: Held while `JITFunction.run` is replaced.
 _REPLACING = threading.Lock()
 
@@ -50,7 +53,7 @@ def compiled_ahead() -> Iterator[Callable[[Callable[[], object]], None]]:
         with _running_nothing():
             work()
 
-    pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1))
+    pool = ThreadPoolExecutor(min(max(1, len(os.sched_getaffinity(0)) - 1), MAX_THREADS))
     token = active_mode.set(AsyncCompileMode(pool))
     try:
         yield launch

@@ -46,15 +46,18 @@ def tuning(group: int, dtype: torch.dtype, num_pairs: int, in_registers: bool = 
     Float32 is for float32 queries on any store: they take the most registers, and their results are compared.
 
     Args:
-        num_pairs: rows times KV heads. Few have many parts each, which one warp is long to merge; and few rows follow
-            kernels that need little shared memory: a change of it takes as long as it may spare.
+        num_pairs: rows times KV heads. Few have many parts each, which one warp is long to merge: only 4 bits gain more
+            than that. And few rows follow kernels that need little shared memory: a change of it takes as long as it
+            may spare.
         in_registers: whether `triton_decode_groups.py` can do it.
     """
     if dtype == torch.float32:
         return Tuning(tile=32, num_warps=4, part=256)
-    if in_registers and num_pairs >= FEW_PAIRS and (group > 1 or dtype == HALF_BYTES):
-        return Tuning(tile=16, num_warps=1, programs=16, registers=128, least=128)
-    if group > 1 and num_pairs < FEW_PAIRS:
+    few = num_pairs < FEW_PAIRS
+    if in_registers and (dtype == HALF_BYTES or (group > 1 and not few)):
+        programs, least = (8, 64) if few else (16, 128)
+        return Tuning(tile=16, num_warps=1, programs=programs, registers=128, least=least)
+    if group > 1 and few:
         return Tuning(tile=64, num_warps=2, num_stages=2, programs=4)
     if group > 1:
         return Tuning(tile=64, num_warps=4, num_stages=5, programs=2)
