@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -147,6 +148,23 @@ def test_links_and_names_of_files_lead_somewhere(page):
         assert (page.parent / target).exists(), target
     for name in set(re.findall(r"`([\w/]+\.py)`", text)) if page.name != "upstream.md" else ():  # it names upstream's
         assert any(next(folder.glob(f"**/{name}"), None) for folder in SOURCES) or (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("recent", [1, 6, 24, 64, 256])
+def test_the_strategy_that_a_page_has_one_install_serves(recent, monkeypatch, tmp_path):
+    from common import tiny_llama
+
+    from kv_strategies import STRATEGIES, Request, Runner, build
+
+    page = ROOT / "docs/adding-a-strategy.md"
+    (source,) = (block.source for block in blocks(page) if block.file_name == "kv_every_fourth.py")
+    (tmp_path / "kv_every_fourth.py").write_text(source)
+    preset = runpy.run_path(str(tmp_path / "kv_every_fourth.py"))["EVERY_FOURTH"]
+    monkeypatch.setitem(STRATEGIES, "installed", preset)
+    model = tiny_llama()
+    strategy = build("installed", model, num_blocks=40, recent=recent)
+    (result,) = Runner(model, strategy).generate([Request(range(1, 51), max_new_tokens=300)])
+    assert len(result.token_ids) == 300
 
 
 def test_every_figure_key_is_explained(tmp_path):
