@@ -1,4 +1,4 @@
-"""What a lossy strategy costs: perplexity, distance of its logits from the baseline's, facts found in a long text.
+"""What a lossy strategy costs: perplexity, and the distance of its logits from the baseline's.
 
 Teacher forcing: the text is fed as it stands, and the logits before each of its tokens are judged. Two ways in:
 
@@ -19,15 +19,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM
 
-from kv_strategies import Request, Runner
 from kv_strategies.baseline import Baseline
-from kv_strategies.models.text import needle
 from kv_strategies.step.forward import AttendingCache, forward
 from kv_strategies.step.plan import PlanBuffer
 from kv_strategies.step.upstream import with_cache
 from kv_strategies.strategy import Strategy
+
+
+MIN_JUDGED = 200  # tokens; the perplexity of fewer moves by more than what most settings lose
 
 
 @dataclass
@@ -105,29 +106,6 @@ def _pieces(model, strategy, token_ids: Tensor, num_prompt: int, chunk: int) -> 
     for piece in rest.split(chunk, dim=1):
         yield begin, model(input_ids=piece, **with_cache(cache), use_cache=True).logits
         begin += piece.shape[1]
-
-
-@torch.inference_mode()
-def needle_rate(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    strategy: Strategy | Baseline,
-    length: int,
-    *,
-    depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
-    seeds: Sequence[int] = (0, 1, 2, 3),
-) -> dict[float, float]:
-    """Depth -> share of the hidden facts that were found again, in chat prompts of `length` tokens, greedily."""
-    runner = Runner(model, strategy, max_num_seqs=len(seeds), warm_up=False)
-    found = {}
-    for depth in depths:
-        needles = [needle(tokenizer, length, depth=depth, seed=seed) for seed in seeds]
-        results = runner.generate([Request(each.token_ids, max_new_tokens=12) for each in needles])
-        hits = [
-            each.is_found(tokenizer.decode(result.token_ids)) for each, result in zip(needles, results, strict=True)
-        ]
-        found[depth] = sum(hits) / len(hits)
-    return found
 
 
 @torch.inference_mode()

@@ -33,6 +33,7 @@ class Loss:
         value, exact: of the strategy, and of the exact cache on the same texts.
         low, high: the 95 % interval of `value`, of a share.
         samples: tokens that were judged, or tasks.
+        tasks: their kinds.
     """
 
     strategy: str
@@ -46,6 +47,7 @@ class Loss:
     samples: int
     low: float | None = None
     high: float | None = None
+    tasks: Sequence[str] = ()
 
     @property
     def where(self) -> str:
@@ -54,7 +56,9 @@ class Loss:
     def __str__(self) -> str:
         if self.measure == PERPLEXITY:
             return f"{self.value / self.exact - 1:+.2%} perplexity"
-        return f"{self.value:.0%} of {self.measure} ({self.low:.0%} to {self.high:.0%}; exact {self.exact:.0%})"
+        kinds = self.tasks[0] if len(self.tasks) == 1 else f"{len(self.tasks)} kinds"
+        interval = f"{self.low:.0%} to {self.high:.0%}; exact {self.exact:.0%}"
+        return f"{self.value:.0%} of {self.measure} ({kinds}: {interval})"
 
 
 @cache

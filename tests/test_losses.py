@@ -51,11 +51,11 @@ def test_a_figure_belongs_to_its_setting(strategy, options, model, context, foun
 
 
 def test_words_say_where():
-    solved = Loss("evict", {}, "b", "bfloat16", 512, SOLVED["hidden"], 0.5, 0.9, 20, 0.3, 0.7)
+    solved = Loss("evict", {}, "b", "bfloat16", 512, SOLVED["hidden"], 0.5, 0.9, 20, 0.3, 0.7, tasks=["needle"])
     assert in_words(None) == "none" and in_words([]) == "not measured"
     assert in_words([loss("int8", value=10.2), solved]) == (
-        "+2.00% perplexity, with a in float32 at 1024 tokens; 50% of tasks solved, question hidden (30% to 70%; exact "
-        "90%), with b in bfloat16 at 512 tokens"
+        "+2.00% perplexity, with a in float32 at 1024 tokens; 50% of tasks solved, question hidden (needle: 30% to "
+        "70%; exact 90%), with b in bfloat16 at 512 tokens"
     )
 
 
@@ -84,7 +84,7 @@ def test_what_the_results_give():
     )
     told = [(one.strategy, one.length, one.measure, one.value, one.exact, one.samples) for one in found]
     assert told == [("int8", 1000, PERPLEXITY, 11.0, 10.0, 400), ("k8v4", 512, SOLVED["shown"], 0.7, 0.9, 10)]
-    assert found[1].low < 0.7 < found[1].high
+    assert found[1].low < 0.7 < found[1].high and found[1].tasks == ["x", "y"] and "(2 kinds: " in str(found[1])
 
 
 def test_the_package_holds_what_the_results_say(tmp_path):

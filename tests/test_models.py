@@ -438,27 +438,6 @@ class TestText:
         with pytest.raises(ValueError, match="at least one token"):
             text.prompts(tokenizer, [5, 0])
 
-    @pytest.mark.parametrize("depth", [0, 0.3, 1])
-    def test_needle(self, tokenizer, depth):
-        hidden = text.needle(tokenizer, 777, depth=depth, seed=5)
-        assert len(hidden.token_ids) == 777
-        words = tokenizer.decode(hidden.token_ids)
-        assert words.count(hidden.answer) == 2 and words.endswith("assistant\nThe pass key is")
-        assert abs(hidden.position - depth * 777) < 150
-        assert tokenizer.decode(hidden.token_ids[hidden.position :]).startswith(" The pass key is")
-
-    def test_needle_is_found(self, default_model):
-        model, tokenizer = default_model
-        hidden = text.needle(tokenizer, 300)
-        output = model.generate(torch.tensor([hidden.token_ids]), max_new_tokens=7, do_sample=False)
-        assert hidden.is_found(tokenizer.decode(output[0, 300:]))
-
-    def test_needle_that_cannot_be(self, tokenizer):
-        with pytest.raises(ValueError, match="a needle needs"):
-            text.needle(tokenizer, 20)
-        with pytest.raises(ValueError, match="depth"):
-            text.needle(tokenizer, 500, depth=50)
-
 
 class TestFetch:
     """The flow, on archives of a few bytes; the real ones are what `make model` has brought for the tests above."""

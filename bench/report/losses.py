@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from bench.accuracy import MIN_JUDGED
 from bench.lines import write_whole
 from bench.tasks import power
 from kv_strategies import STRATEGIES
 from kv_strategies.losses import PERPLEXITY, SOLVED, Loss, lossy_parts
-
-MIN_JUDGED = 200  # tokens; the perplexity of fewer moves by more than what most settings lose
-
 
 def losses(lines: Sequence[dict]) -> list[Loss]:
     """Of every setting, model, dtype, length and measure the figure of most samples, of as many the newest."""
@@ -55,4 +53,5 @@ def _of(line: dict) -> Iterator[Loss]:
             marks, exact = "".join(right.values()), "".join(asked[task]["right"] for task in right)
             if marks:
                 shares = marks.count("1") / len(marks), exact.count("1") / len(exact)
-                yield Loss(*about, SOLVED[form], *shares, len(marks), *power.interval(marks.count("1"), len(marks)))
+                interval = power.interval(marks.count("1"), len(marks))
+                yield Loss(*about, SOLVED[form], *shares, len(marks), *interval, tasks=sorted(right))

@@ -1,12 +1,12 @@
 """What the lossy strategies cost, and what they save: `python -m bench --suite cost`.
 
 Every setting of one option is a row of one case: perplexity and distance from the native cache's logits over the end of
-natural texts, and facts found again in long chat prompts (`accuracy.py`). Beside them stands what a context of that
-length takes on the GPU, as a share of the plain block pool in bfloat16.
+natural texts (`accuracy.py`). Beside them stands what a context of that length takes on the GPU, as a share of the
+plain block pool in bfloat16. What is found again in long texts: `quality.py`.
 
 The end of a text is fed one token at a time to top-N and mass, which are defined for decode steps and read all of V
-while they prefill; so all of a text but its end, and the prompt of a needle up to its first new token, is computed
-exactly there. Window and codes are lossy token by token from the start, and any chunk gives the same.
+while they prefill; so all of a text but its end is computed exactly there. Window and codes are lossy token by token
+from the start, and any chunk gives the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.case import Bench, Case
 from bench.lines import Found
-from bench.markdown import NONE, cell, table, unique
+from bench.markdown import NONE, cell, table
 from bench.systems import BLOCK_SIZE
 from bench.workload import Target, Workload, register
 from kv_strategies.base import Codec, Placement
@@ -48,15 +48,8 @@ SETTINGS_ON_CPU = {
     "mass": [("mass 0.99", "offload", {"mass": 0.99})],
     "window": [(f"window 128, {sinks} sinks", "window", {"window": 128, "sinks": sinks}) for sinks in (0, 4)],
 }
-ON_GPU = {
-    "texts": 8,
-    "prompt": 5888,
-    "judged": 256,
-    "needles": [4096, 6144],
-    "depths": [0.1, 0.3, 0.5, 0.7, 0.9],
-    "seeds": [0, 1, 2, 3],
-}
-ON_CPU = {"texts": 1, "prompt": 480, "judged": 32, "needles": [512], "depths": [0.2, 0.8], "seeds": [0]}
+ON_GPU = {"texts": 8, "prompt": 5888, "judged": 256}
+ON_CPU = {"texts": 1, "prompt": 480, "judged": 32}
 
 
 def run_cost(bench: Bench) -> dict:
@@ -69,9 +62,7 @@ def run_cost(bench: Bench) -> dict:
     texts = torch.tensor(bench.prompts([length] * num_texts, seed=11))
     bench.say("the native cache's logits")
     reference = judge(bench.model, build("baseline", bench.model), texts, num_prompt=num_prompt)
-    longest = max([length, *(tokens + 16 for tokens in bench.params["needles"])])
-    rows = max(num_texts, len(bench.params["seeds"]))
-    num_blocks = rows * (-(-longest // BLOCK_SIZE) + 1)
+    num_blocks = num_texts * (-(-length // BLOCK_SIZE) + 1)
     found = []
     for index, (label, name, options) in enumerate(bench.params["settings"]):
         bench.say(f"{label}, {index + 1} of {len(bench.params['settings'])}")
@@ -90,18 +81,12 @@ def run_cost(bench: Bench) -> dict:
 
 
 def _cost(bench: Bench, strategy, texts: Tensor, reference, *, decode: bool) -> dict:
-    from bench.accuracy import cost, needle_rate
+    from bench.accuracy import cost
 
-    model, tokenizer = bench.loaded
     chunk = 1 if decode else 512
-    row = cost(model, strategy, reference, texts, num_prompt=bench.params["prompt"], chunk=chunk)
+    row = cost(bench.model, strategy, reference, texts, num_prompt=bench.params["prompt"], chunk=chunk)
     stats = strategy.stats()
-    row |= {name: stats.get(name) for name in ("kept_tokens_mean", "dropped_mass_mean", "dropped_mass_worst")}
-    needles = {}
-    for tokens in bench.params["needles"] if tokenizer else ():
-        options = {"depths": bench.params["depths"], "seeds": bench.params["seeds"]}
-        needles[str(tokens)] = needle_rate(model, tokenizer, strategy, tokens, **options)
-    return row | {"needles": needles}
+    return row | {name: stats.get(name) for name in ("kept_tokens_mean", "dropped_mass_mean", "dropped_mass_worst")}
 
 
 def gpu_share(strategy, num_tokens: int) -> float:
@@ -127,12 +112,9 @@ def _bytes_per_block(shape, codec: Codec, placement: Placement, dtype: torch.dty
 
 
 def cases(to: Target) -> Iterable[Case]:
-    """A case for each kind of setting; on a CPU in full, what a GPU would find, but for the hidden facts: these are
-    four fifths of the tokens."""
+    """A case for each kind of setting; on a CPU in full, what a GPU would find."""
     in_full = to.full and not to.on_gpu
     sizes, kinds = (ON_GPU, SETTINGS_ON_GPU) if to.on_gpu or in_full else (ON_CPU, SETTINGS_ON_CPU)
-    if in_full:
-        sizes = sizes | {"needles": []}
     for kind, settings in kinds.items():
         yield to.case(kind, "float32", sizes | {"settings": settings}, timeout=3 * 3600 if in_full else 550)
 
@@ -140,30 +122,21 @@ def cases(to: Target) -> Iterable[Case]:
 def tables(found: Found, model: str) -> str:
     cases = [*found.of("cost", model).values()]
     done = [line for line in cases if line["status"] == "ok"]
-    lengths = unique(tokens for line in done for row in line["result"]["rows"] for tokens in row.get("needles", ()))
     rows = [
         row
         for line in cases
         for row in (
-            [_row(row, lengths) for row in line["result"]["rows"]]
-            if line["status"] == "ok"
-            else [[line["system"], cell(line, str)]]
+            map(_row, line["result"]["rows"]) if line["status"] == "ok" else [[line["system"], cell(line, str)]]
         )
     ]
     head = ["setting", "perplexity", "of the baseline", "mean KL, nats", "same likeliest token"]
-    head += [f"needles found, {tokens} tokens" for tokens in lengths]
     head += ["tokens read", "mass dropped: mean", "worst", "KV on the GPU, of paged bf16"]
     return f"**Cost of the lossy strategies, {cases[0]['dtype']}**\n\n{_note(done)}\n\n" + table(head, rows)
 
 
-def _row(row: dict, lengths: Sequence[str]) -> list[str]:
+def _row(row: dict) -> list[str]:
     if "error" in row:
         return [row["label"], row["error"]]
-    needles = []
-    for tokens in lengths:
-        rates = row["needles"].get(tokens)
-        worst = f" (worst depth {min(rates.values()):.0%})" if rates else ""
-        needles.append(f"{sum(rates.values()) / len(rates):.0%}{worst}" if rates else NONE)
     kept, mean, worst = (row[name] for name in ("kept_tokens_mean", "dropped_mass_mean", "dropped_mass_worst"))
     return [
         row["label"],
@@ -171,7 +144,6 @@ def _row(row: dict, lengths: Sequence[str]) -> list[str]:
         f"{row['perplexity'] / row['baseline_perplexity'] - 1:+.2%}",
         f"{row['mean_kl']:.2e}" if row["mean_kl"] > ROUNDING else "0 (rounding)",
         f"{row['top1_agreement']:.1%}",
-        *needles,
         f"{kept:.0f}" if kept else "all",
         f"{mean:.2e}" if kept else NONE,
         f"{worst:.2e}" if kept else NONE,
@@ -182,17 +154,16 @@ def _row(row: dict, lengths: Sequence[str]) -> list[str]:
 def _note(done: Sequence[dict]) -> str:
     if not done:
         return ""
-    result, params = done[-1]["result"], done[-1]["params"]
+    result = done[-1]["result"]
     length = result["prompt"] + result["judged"] // result["texts"]
     return (
         f"Natural text, {result['texts']} stretches of {length + 1} tokens; judged are the last {result['judged']}, "
         f"each behind at least {result['prompt']} others, against the native cache's logits. Top-N and mass are for "
-        "decode steps: the judged tokens were fed one at a time, and what is before them, like a needle's prompt, was "
-        "computed exactly. Window, int8 and fp8 are lossy from the first token on. KL: of the native cache's "
-        "next-token distribution from the strategy's. Needles: "
-        f"{len(params['depths'])} depths x {len(params['seeds'])} seeds, chat form, greedy. Tokens read: those whose V "
-        "a head reads in a step, on average; the mass is that of the softmax. KV on the GPU: bytes of a context of "
-        "this length in bfloat16, as a share of the plain block pool's; V on the host not counted."
+        "decode steps: the judged tokens were fed one at a time, and what is before them was computed exactly. Windows "
+        "and codes are lossy from the first token on. KL: of the native cache's next-token distribution from the "
+        "strategy's. Tokens read: those whose V a head reads in a step, on average; the mass is that of the softmax. "
+        "KV on the GPU: bytes of a context of this length in bfloat16, as a share of the plain block pool's; V on the "
+        "host not counted. What is found again in long texts: quality_table.md."
     )
 
 
@@ -205,7 +176,7 @@ register(
     Workload(
         "cost",
         run_cost,
-        "what lossy settings cost in perplexity, logits and facts found",
+        "what lossy settings cost in perplexity and logits",
         cases={"cost": cases},
         tables=tables,
         words=_words,

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from bench import measure
-from bench.accuracy import Reference, cost, judge
+from bench.accuracy import MIN_JUDGED, Reference, cost, judge
 from bench.case import Bench, Case, is_random
 from bench.lines import Found
 from bench.markdown import NONE, table
@@ -68,8 +68,8 @@ ON_GPU = {
     "samples": 25,
     "rows": 25,
     "tasks": list(TASKS),
-    "texts": 4,
-    "judged": 64,
+    "texts": 8,
+    "judged": 256,
     "batch": 8,
     "new_tokens": 24,
 }
@@ -78,8 +78,8 @@ ON_CPU = {
     "samples": 10,
     "rows": 10,
     "tasks": ["needle, single", "needle, multikey", "prefix-suffix, shared context"],
-    "texts": 1,
-    "judged": 16,
+    "texts": 4,
+    "judged": 64,
     "batch": 2,
     "new_tokens": 12,
 }
@@ -244,8 +244,10 @@ def _table(lines: Sequence[dict], length: int) -> str:
         for form in (row["forms"] if "error" not in row else ["shown"])
     ]
     head = ["setting", "all tasks", *counted, "perplexity, of baseline", "mean KL", "KV, MB", "step, ms", "shared"]
+    num_judged = max((row.get("num_judged", 0) for line in lines for row in line["result"]["rows"]), default=0)
+    of_text = f"; perplexity and KL of {num_judged} tokens" * (num_judged >= MIN_JUDGED)
     return (
-        f"**{length} tokens, {lines[-1]['dtype']}**\n\n"
+        f"**{length} tokens, {lines[-1]['dtype']}**{of_text}\n\n"
         + table(["task", "level", "exact baseline", ""], chosen)
         + "\n\n"
         + table(head, rows)
@@ -274,7 +276,7 @@ def _cells(row: dict, form: str, counted: Sequence[str]) -> list[str]:
         return [row["label"], row["error"]]
     right = row["right"][form]
     judged = [NONE, NONE]
-    if "mean_kl" in row:
+    if row.get("num_judged", 0) >= MIN_JUDGED:
         judged = [f"{row['perplexity'] / row['baseline_perplexity'] - 1:+.2%}", f"{row['mean_kl']:.1e}"]
     return [
         row["label"] + (", question hidden" if form == "hidden" else ""),

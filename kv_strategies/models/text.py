@@ -1,13 +1,11 @@
-"""Natural English for prompts, perplexity and retrieval: the King James text, about a million tokens.
+"""Natural English for prompts and perplexity: the King James text, about a million tokens.
 
 Random token ids make attention unlike that of real text (and greedy output degenerate), so every workload on a model
 with a tokenizer is cut from one real text. `make model` brings it (`fetch.py`).
 
-    corpus(tokenizer)                    all of it as token ids
-    prompts(tokenizer, [17, 2048])       natural prompts of exactly these lengths
-    passage(tokenizer, 2048, rng)        one of them, and where in it sentences begin
-    needle(tokenizer, 2048, depth=0.5)   a fact hidden in a long text, and the question for it (needle in a haystack,
-                                         G. Kamradt 2023; in the short form of Mohtashami and Jaggi's passkey, 2023)
+    corpus(tokenizer)                all of it as token ids
+    prompts(tokenizer, [17, 2048])   natural prompts of exactly these lengths
+    passage(tokenizer, 2048, rng)    one of them, and where in it sentences begin
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import random
 import tempfile
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,18 +25,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .load import TEXT
-
-
-@dataclass(frozen=True)
-class Needle:
-    """A prompt that ends where the model is to say `answer`. It was found where the output begins with `answer`."""
-
-    token_ids: list[int]
-    answer: str
-    position: int  # token index at which the hidden fact begins
-
-    def is_found(self, output: str) -> bool:
-        return output.strip().startswith(self.answer)
 
 
 def corpus(tokenizer: PreTrainedTokenizerBase, path: Path = TEXT) -> Tensor:
@@ -99,51 +84,6 @@ def passage(tokenizer: PreTrainedTokenizerBase, length: int, rng: random.Random)
     start = starts[first]
     borders = [border - start for border in starts[first : bisect_left(starts, start + length)]]
     return ids[start : start + length], borders
-
-
-def needle(tokenizer: PreTrainedTokenizerBase, length: int, *, depth: float = 0.5, seed: int = 0) -> Needle:
-    """A chat prompt of exactly `length` tokens: text, a number hidden at `depth` (0 start, 1 end) of it, the question.
-
-    The assistant's turn is begun for it, up to the number. The digits are tokens of their own in most tokenizers, so
-    that nothing but attention to the hidden sentence gives all of them.
-
-    Raises:
-        ValueError: `length` leaves no room for any text, or `depth` is not in [0, 1].
-    """
-    if not 0 <= depth <= 1:
-        raise ValueError(f"depth is a share of the text, 0 to 1; asked for {depth}")
-    rng = random.Random(seed)
-    answer = str(rng.randrange(10_000, 100_000))
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    head, tail = _needle_form(tokenizer)
-    fact = encode(f" The pass key is {answer}. Remember it: {answer} is the pass key.")
-    head, tail = encode(head), encode(tail)
-    room = length - len(head) - len(fact) - len(tail)
-    if room < 1:
-        raise ValueError(f"a needle needs {length - room + 1} tokens with this tokenizer; asked for {length}")
-    hay, borders = passage(tokenizer, room, rng)
-    # At the sentence border next to the depth; at the very end of the text where that is nearer.
-    at = min([*borders, room], key=lambda border: abs(border - depth * room))
-    return Needle([*head, *hay[:at], *fact, *hay[at:], *tail], answer, len(head) + at)
-
-
-def _needle_form(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    mark = "<<text>>"
-    ask = (
-        "There is a pass key hidden in the text below. Find it and remember it.\n\n"
-        f"{mark}\n\nWhat is the pass key? Answer with the pass key."
-    )
-    if tokenizer.chat_template:
-        ask = tokenizer.apply_chat_template(
-            [{"role": "user", "content": ask}], add_generation_prompt=True, tokenize=False
-        )
-    else:
-        ask += "\n"
-    head, tail = (ask + "The pass key is").split(mark)
-    return head, tail
 
 
 @lru_cache(maxsize=4)
