@@ -26,6 +26,7 @@ from itertools import combinations
 from transformers import LlamaForCausalLM
 
 from .base import KeepAllTokens, NoSharing, Policies, Site
+from .kernels.reference import HALF_BYTES
 from .registry import STRATEGIES, bytes_per_block, outline, parts_of
 from .step.graphs import SHORT_ROW
 from .step.rings import ring_bytes
@@ -59,7 +60,7 @@ LIBRARY_RATE = 0.58  # in a chunk of a longer row, whose codes are decoded once 
 ATTENTION = {
     "numbers": Attention(0.95, LIBRARY_RATE),
     "codes": Attention(0.72, 0.28),
-    "codes of query groups": Attention(0.92, 0.28),  # a decode kernel of their own (`triton_decode_groups.py`)
+    "codes in registers": Attention(0.92, 0.28),  # a decode kernel of their own (`triton_decode_groups.py`)
 }
 MASKED_RATE = 0.17  # in a chunk of which some is out of sight: not by the library (`kernels/blocks/gpu.py`)
 
@@ -259,8 +260,9 @@ class Ours:
         if "k_scale" not in planes:
             return ATTENTION["numbers"]
         config = self.model.config
-        in_groups = config.num_attention_heads > config.num_key_value_heads and not is_masked
-        return ATTENTION["codes of query groups" if in_groups else "codes"]
+        has_groups = config.num_attention_heads > config.num_key_value_heads
+        in_registers = (has_groups or planes["v"][1] == HALF_BYTES) and not is_masked
+        return ATTENTION["codes in registers" if in_registers else "codes"]
 
 
 class Native:
