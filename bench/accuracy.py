@@ -27,7 +27,6 @@ from kv_strategies.step.plan import PlanBuffer
 from kv_strategies.step.upstream import with_cache
 from kv_strategies.strategy import Strategy
 
-
 MIN_JUDGED = 200  # tokens; the perplexity of fewer moves by more than what most settings lose
 
 

@@ -6,20 +6,39 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .models.load import load_model
+    from .paged import OutOfBlocks
     from .registry import STRATEGIES, Preset, build, register
     from .runner import Runner
-    from .step.requests import Request, Result
+    from .step.requests import Event, Request, Result
+    from .strategy import Strategy
 
-__all__ = ["STRATEGIES", "Preset", "Request", "Result", "Runner", "build", "register"]
+__all__ = [
+    "STRATEGIES",
+    "Event",
+    "OutOfBlocks",
+    "Preset",
+    "Request",
+    "Result",
+    "Runner",
+    "Strategy",
+    "build",
+    "load_model",
+    "register",
+]
 
 _HOME = {
     "STRATEGIES": "registry",
+    "Event": "step.requests",
+    "OutOfBlocks": "paged",
     "Preset": "registry",
-    "build": "registry",
-    "register": "registry",
     "Request": "step.requests",
     "Result": "step.requests",
     "Runner": "runner",
+    "Strategy": "strategy",
+    "build": "registry",
+    "load_model": "models.load",
+    "register": "registry",
 }
 
 
@@ -28,3 +47,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -61,6 +61,8 @@ class Runner:
     """Runs requests on `model` through `strategy`.
 
     Args:
+        model: a LlamaForCausalLM; its device is where the steps run.
+        strategy: built for this model (`build`). Several runners may share it; the baseline runs one request at a time.
         max_num_seqs: sequences in a step, samples counted.
         max_batch_tokens: tokens in a forward; longer prompts are prefilled in chunks.
         target_itl: seconds from one token of a row to its next. While rows decode, prompts get as many tokens of a
@@ -80,6 +82,9 @@ class Runner:
 
     As `generate()` does, a request stops at the end-of-sequence tokens of `model.generation_config` unless its
     `stop_token_ids` say otherwise; `stop_token_ids=()` never stops.
+
+    Raises:
+        ValueError: the strategy is another model's, or options do not go together; the message says which.
     """
 
     def __init__(

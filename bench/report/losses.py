@@ -13,6 +13,7 @@ from bench.tasks import power
 from kv_strategies import STRATEGIES
 from kv_strategies.losses import PERPLEXITY, SOLVED, Loss, lossy_parts
 
+
 def losses(lines: Sequence[dict]) -> list[Loss]:
     """Of every setting, model, dtype, length and measure the figure of most samples, of as many the newest."""
     kept: dict[str, Loss] = {}

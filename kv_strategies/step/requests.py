@@ -25,28 +25,48 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class Request:
-    """What is asked for. `temperature` 0 is greedy; `n` samples share the prompt's blocks and differ in their seeds.
+    """What is asked for. What `generate()` takes as well means the same here (docs/requests.md has the words of both,
+    and what each costs). Values are checked when it is submitted: a ValueError says which request, what was given, and
+    what it takes.
 
-    What `generate()` takes as well means the same here (docs/requests.md has the words of both, and what each costs).
+    Args:
+        token_ids: the prompt, [n] or [1, n] whole numbers, at least one.
+        max_new_tokens: how many new tokens at most, 1 or more.
+        temperature: 0 is greedy.
+        salt: requests of different salts never share blocks (tenants).
+        top_k: draw among so many of the likeliest tokens; 0 for all.
+        top_p: draw among the likeliest tokens that together have this probability; 1 for all.
+        seed: of what is drawn. None: another one each time.
+        stop_token_ids: ends with one of these. None: the model's own, see `Runner`; () for none.
+        n: samples, which share the prompt's blocks and differ in their seeds; a result each.
+        request_id: anything hashable, by which it is cancelled and its events are known. None: its index in the list,
+            which says nothing to other calls.
+        stop: ends where its text comes to one of these; needs a tokenizer, see `Runner`.
+        min_new_tokens: no stop token before so many.
+        logits_processor: called in this order, with all tokens of the row.
+        logprobs: log probabilities of the new tokens, and of so many of the likeliest beside each. None for none.
+        prompt_logprobs: likewise of the tokens of the prompt, which then is computed whole, whatever is cached.
+        priority: the higher one starts first, and is preempted last.
+        deadline: seconds from its submission, after which it ends as it is.
     """
 
-    token_ids: Sequence[int] | np.ndarray | Tensor  # [n]; [1, n] is taken as well
+    token_ids: Sequence[int] | np.ndarray | Tensor
     max_new_tokens: int = 64
     temperature: float = 0.0
-    salt: str = ""  # tenants with different salts never share blocks
+    salt: str = ""
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    stop_token_ids: Sequence[int] | int | None = None  # unless told the model's own, see `Runner`; () for none
+    stop_token_ids: Sequence[int] | int | None = None
     n: int = 1
-    request_id: str | int | None = None  # its index in the list unless told, which says nothing to other calls
-    stop: Sequence[str] | str = ()  # ends where its text comes to one of them; needs a tokenizer, see `Runner`
-    min_new_tokens: int = 0  # no stop token before so many
-    logits_processor: Sequence[Processor] | Processor = ()  # called in this order, with all tokens of the row
-    logprobs: int | None = None  # log probabilities of its tokens, and of so many of the likeliest
-    prompt_logprobs: int | None = None  # likewise of the tokens of the prompt
-    priority: int = 0  # the higher one starts first, and is preempted last
-    deadline: float | None = None  # seconds from its submission, after which it ends as it is
+    request_id: str | int | None = None
+    stop: Sequence[str] | str = ()
+    min_new_tokens: int = 0
+    logits_processor: Sequence[Processor] | Processor = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    priority: int = 0
+    deadline: float | None = None
     num_blocks: int = field(default=0, init=False, repr=False)  # what it takes at once; the runner's to say
     chunk: int = field(default=0, init=False, repr=False)  # tokens of its prompt in a forward at most; likewise
     tokenizer: PreTrainedTokenizerBase | None = field(default=None, init=False, repr=False)  # where it has stop strings
@@ -234,25 +254,30 @@ def integers(name: str, values: object) -> np.ndarray:
 
 @dataclass
 class Timings:
-    """Seconds, on the host's clock."""
+    """Seconds, on the host's clock: `ttft` from submission to the first token, `itl` from each token to the next."""
 
-    ttft: float = 0.0  # from submission to the first token
-    itl: list[float] = field(default_factory=list)  # between one token and the next
+    ttft: float = 0.0
+    itl: list[float] = field(default_factory=list)
 
 
 @dataclass
 class Result:
-    """One sample of a request. `token_ids` are the new tokens, a stop token included.
+    """One sample of a request.
 
-    Log probabilities are there where they were asked for, a dictionary token id -> log probability for each new token,
-    and for each of the prompt but the first, of which there is None.
+    Args:
+        token_ids: the new tokens, a stop token included.
+        num_cached_tokens: of the prompt, which were found computed.
+        finish_reason: "stop", "length", "cancelled", "deadline", or "error" where logits were not numbers, or a logits
+            processor or the tokenizer of stop strings failed.
+        logprobs: where they were asked for, a dictionary token id -> log probability for each new token.
+        prompt_logprobs: likewise for each of the prompt; None for the first.
     """
 
     request_id: str | int
     sample_index: int
     token_ids: list[int]
     num_cached_tokens: int
-    finish_reason: str  # "stop", "length", "cancelled", "deadline", or "error" where the logits were not numbers
+    finish_reason: str
     timings: Timings
     logprobs: list[dict[int, float]] | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
