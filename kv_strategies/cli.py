@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--strategy", default="paged", help="a name or a sum of names (default: %(default)s)")
     generate.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the strategy")
     generate.add_argument(
-        "--model", help="a folder, a hub id, a gguf file, or a known random shape (default: the embedded model)"
+        "--model", help="a folder, a hub id, a gguf file, or a known random shape (default: SmolLM2-135M-Instruct)"
     )
     generate.add_argument("--max-new-tokens", type=int, default=64)
     generate.add_argument("--temperature", type=float, default=0.0)

@@ -64,7 +64,7 @@ def positive(kind: Callable) -> Callable:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    known = "a folder, a .gguf file, a hub id or a known random shape (default: the embedded model)"
+    known = "a folder, a .gguf file, a hub id or a known random shape (default: SmolLM2-135M-Instruct)"
     parser.add_argument("--model", help=f"{known}; no weight is loaded")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache (%(default)s)")
     parser.add_argument("--context", type=num_tokens, required=True, help="tokens a row grows to, such as 32k")

@@ -67,7 +67,8 @@ def _compared(point: dict, alone: dict | None) -> dict:
     faster = alone and alone["seconds"]["median"] / point["seconds"]["median"]
     if point["what"] == "decode":
         return {"faster": faster, "limit": point["bytes"] / (point["ranks"] * point["read"]) + sums}
-    return {"faster": faster, "limit": alone and alone["seconds"]["median"] / point["ranks"] + sums}
+    is_alone = alone is None or point["ranks"] == 1  # whose time is what others are compared with
+    return {"faster": faster, "limit": None if is_alone else alone["seconds"]["median"] / point["ranks"] + sums}
 
 
 def cases(to: Target) -> Iterable[Case]:

@@ -116,9 +116,7 @@ def peak_and_card(measured: Measured) -> Answer | None:
         fullest = max((b for b in line["result"]["batches"] if "peak" in b), key=lambda b: b["peak"], default=None)
         if fullest:
             used.append(line)
-            text += (
-                f" A pool as large as fits, for {fullest['requests']} requests, reaches {fullest['peak'] / card:.0%}."
-            )
+            text += f" {fullest['requests']} requests{_pool_of(line, fullest)} reach {fullest['peak'] / card:.0%}."
     rows = [[*row, f"{peaks[row[0]] / card:.0%}"] for row in rows]
     return Answer(text, used, batch_of(first), ["system", "peak, GB", "of the card"], rows)
 
@@ -179,8 +177,14 @@ def _all_finish(line: dict) -> str:
 
 def _preempted(line: dict) -> str:
     return " ".join(
-        f"{batch['requests']} requests that do not fit at once: {batch['preemptions']} times one was preempted and "
-        f"computed again, at {spread(batch['tokens_per_second'], 1, 0)} tokens/s in all."
+        f"{batch['requests']} requests{_pool_of(line, batch)}, which does not hold all at once: "
+        f"{batch['preemptions']} times one was preempted and computed again, at {spread(batch['tokens_per_second'], 1, 0)} tokens/s in all."
         for batch in line["result"]["batches"]
         if batch.get("preemptions")
     )
+
+
+def _pool_of(line: dict, batch: dict) -> str:
+    """Of a batch of `batching`; "" where it takes whatever its requests need."""
+    places = [asked.get("places") for asked in line["params"]["batches"] if len(asked["lengths"]) == batch["requests"]]
+    return f" in a pool of {places[0]} tokens" if any(places) else ""

@@ -16,8 +16,8 @@ def step_time(measured: Measured) -> Answer | None:
         return None
     slow = [f"`{name}`" for name, line in lines.items() if any(p["step"]["median"] >= TOO_SLOW for p in steps_of(line))]
     longest = steps_of(lines["paged"])[-1]
-    text = f"Under {TOO_SLOW * 1e3:.0f} ms at every length measured: {len(lines) - len(slow)} of {len(lines)} systems"
-    text += f" (not {', '.join(slow)})" * bool(slow)
+    text = f"The median is under {TOO_SLOW * 1e3:.0f} ms at every length measured for {len(lines) - len(slow)} of "
+    text += f"{len(lines)} systems" + f" (not {', '.join(slow)})" * bool(slow)
     text += f". `paged` takes {milliseconds(longest['step'])} ms behind {longest['context']} tokens."
     used = [*lines.values()]
     profiled = [line for line in measured.all("profile") if line["model"] == used[0]["model"]]

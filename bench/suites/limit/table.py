@@ -120,7 +120,7 @@ NOTE = "Shares: bytes that had to move / measured read bandwidth / time; medians
 PEERS_NOTE = (
     "vLLM's figures are fixed references of another card (H100: 3062 GB/s), there in ms and its share of that card's "
     "limit. Native: share and step of transformers' `DynamicCache`, and of `StaticCache` compiled. They wait for the "
-    "host, and differ by up to 2.5 times between runs on machines of one kind: a ratio to them is an order of size. "
+    "host, and differ by up to 2.5 times between runs on machines of one kind: a ratio to them is an order of magnitude. "
     "`generate_batch` runs on torch's SDPA; with the flash-attn package it is several times faster upstream (1373 to "
     "6729 tokens/s in transformers #42839)."
 )
@@ -259,7 +259,7 @@ def _other_steps(found: Steps) -> Iterator[Row]:
     native = found.step(MHA, "baseline", 1, 4096)
     yield Row(
         "plain `generate()`, 1 x 4096: step / the runner's", 1.4, _ratio(plain, own), at_most=True, time=step_ms(plain),
-        native=f"dynamic {_peer(native)}" if native else "", vllm="no such thing",
+        native=f"dynamic {_peer(native)}" if native else "", vllm="not applicable",
     )  # fmt: skip
     for rows, context in ((1, 4096), (32, 1024)):
         other = found.step(MHA, "contiguous", rows, context)

@@ -21,7 +21,7 @@ from .triton_common import merge_parts
 
 @dataclass(frozen=True)
 class Tuning:
-    """Sizes to tune; results agree to rounding whatever they are. `bench/kernel_bandwidth.py` sweeps them."""
+    """Sizes to tune; results agree to rounding whatever they are. `bench/probes/kernel_bandwidth.py` sweeps them."""
 
     tile: int  # tokens an iteration
     num_warps: int
