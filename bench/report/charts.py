@@ -175,6 +175,7 @@ def _field(name: str, title: str, kind: str = "quantitative", **options: object)
 _COLOUR = _field("system", None, "nominal", sort=None, legend={"orient": "bottom", "columns": 4})
 
 
+_IS_NATIVE = f"indexof({list(NATIVE)}, datum.system) >= 0"
 _NUMBERS = {"step_ms", "ttft_ms", "rate", "share", "gigabytes", "peak_gb", "kl", "perplexity", "seconds", "megabytes"}
 
 
@@ -192,9 +193,13 @@ _STEP = _POINT | {"step_ms": "decode step, ms", "range": "smallest to largest", 
 
 
 def _spec(values: Sequence[dict], **parts: object) -> dict:
-    order = in_order([row["system"] for row in values])
-    values = sorted(values, key=lambda row: order.index(row["system"]))  # a legend is as its rows are
-    return {"data": {"values": values}, "width": "container", "height": 300, **parts}
+    return {"data": {"values": _in_order(values)}, "width": "container", "height": 300, **parts}
+
+
+def _in_order(rows: Sequence[dict]) -> list[dict]:
+    """A legend is as its rows are."""
+    order = in_order([row["system"] for row in rows])
+    return sorted(rows, key=lambda row: order.index(row["system"]))
 
 
 def _against(name: str, title: str, x: str, y: str, what: str, points: Sequence[dict], workload: str) -> Chart:
@@ -206,11 +211,12 @@ def _against(name: str, title: str, x: str, y: str, what: str, points: Sequence[
         "x": x_axis,
         "y": _field(y, what, scale={"type": "log", "nice": False, "padding": 12}),
         "color": _COLOUR,
+        "strokeDash": {"condition": {"test": _IS_NATIVE, "value": [5, 4]}, "value": [1, 0]},
         "detail": [{"field": "machine"}, {"field": "model"}, {"field": "dtype"}],
         "tooltip": _tooltip(**(_POINT | {"ttft_ms": "TTFT, ms"} if name == "ttft" else _STEP | {"rate": "tokens/s"})),
     }
     spec = _spec(own, mark={"type": "line", "point": {"size": 60}, "strokeWidth": 2}, encoding=encoding)
-    return Chart(name, title, "Both axes are logarithmic.", spec)
+    return Chart(name, title, "Both axes are logarithmic. Dashed: native caches.", spec)
 
 
 def _frontier(x: str, points: Sequence[dict]) -> Chart:
@@ -281,14 +287,33 @@ def _roofline(points: Sequence[dict], limits: Sequence[dict]) -> Chart:
 
 def _throughput(rows: Sequence[dict]) -> Chart:
     encoding = {
-        "x": _field("peak_gb", "peak memory, GB", scale={"zero": False, "padding": 20}),
+        "x": _field("peak_gb", "peak memory, GB", scale={"zero": False, "padding": 40}),
         "y": _field("rate", "tokens/s", scale={"zero": True}),
         "color": _COLOUR,
-        "tooltip": _tooltip(rate="tokens/s", peak_gb="peak, GB"),
     }
-    mark = {"type": "point", "filled": True, "size": 120}
-    note = "A ragged batch. Up and to the left is better."
-    return Chart("memory", "Throughput against peak memory", note, _spec(rows, mark=mark, encoding=encoding))
+    point = {
+        "mark": {"type": "point", "filled": True, "size": 120},
+        "encoding": {
+            "shape": {"condition": {"test": _IS_NATIVE, "value": "square"}, "value": "circle"},
+            "tooltip": _tooltip(rate="tokens/s", peak_gb="peak, GB"),
+        },
+    }
+    name = {"mark": {"type": "text", "dy": -12, "fontSize": 11}, "encoding": {"text": {"field": "label"}}}
+    spec = _spec(_labelled(rows), encoding=encoding, layer=[point, name])
+    note = "A ragged batch. Up and to the left is better. Squares: native caches."
+    return Chart("memory", "Throughput against peak memory", note, spec)
+
+
+def _labelled(rows: Sequence[dict]) -> list[dict]:
+    """With a `label` each: the system, and those that nearly coincide with it, which then have none of their own."""
+    found: list[dict] = []
+    for row in _in_order(rows):
+        own = [other for other in found if all(other[name] == row[name] for name in ("machine", "model", "dtype"))]
+        near = (other for other in own if all(abs(other[n] / row[n] - 1) < 0.06 for n in ("rate", "peak_gb")))
+        if first := next((other for other in near if other["label"]), None):
+            first["label"] += f", {row['system']}"
+        found.append(row | {"label": "" if first else row["system"]})
+    return found
 
 
 def _loss(rows: Sequence[dict]) -> Chart:

@@ -67,8 +67,7 @@ def _compared(point: dict, alone: dict | None) -> dict:
     faster = alone and alone["seconds"]["median"] / point["seconds"]["median"]
     if point["what"] == "decode":
         return {"faster": faster, "limit": point["bytes"] / (point["ranks"] * point["read"]) + sums}
-    is_alone = alone is None or point["ranks"] == 1  # whose time is what others are compared with
-    return {"faster": faster, "limit": None if is_alone else alone["seconds"]["median"] / point["ranks"] + sums}
+    return {"faster": faster, "limit": alone and alone["seconds"]["median"] / point["ranks"] + sums}
 
 
 def cases(to: Target) -> Iterable[Case]:
@@ -95,6 +94,8 @@ def _row(point: dict) -> list[str]:
     if "error" in point:
         return [point["what"], shape, point["ranks"], point["error"], *[NONE] * 4]
     limit, faster, median = point["limit"], point["faster"], point["seconds"]["median"]
+    if (point["what"], point["ranks"]) == ("prefill", 1):
+        limit = None  # its time is what others are compared with
     return [
         point["what"], shape, point["ranks"], milliseconds(point["seconds"]),
         NONE if limit is None else f"{limit * 1e3:.2f}",

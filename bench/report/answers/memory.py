@@ -178,7 +178,8 @@ def _all_finish(line: dict) -> str:
 def _preempted(line: dict) -> str:
     return " ".join(
         f"{batch['requests']} requests{_pool_of(line, batch)}, which does not hold all at once: "
-        f"{batch['preemptions']} times one was preempted and computed again, at {spread(batch['tokens_per_second'], 1, 0)} tokens/s in all."
+        f"{batch['preemptions']} times one was preempted and computed again, at "
+        f"{spread(batch['tokens_per_second'], 1, 0)} tokens/s in all."
         for batch in line["result"]["batches"]
         if batch.get("preemptions")
     )
