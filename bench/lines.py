@@ -137,6 +137,7 @@ class Found:
         return {name: by_system[name] for name in in_order(by_system)}
 
     def share(self, line: dict, rate: float) -> float | None:
-        """Of a rate in bytes/s: what it is of the read bandwidth measured last before this line."""
+        """Of a rate in bytes/s: what it is of the read bandwidth measured last before this line, or first."""
         before = [limit for limit in self._every_limit if limit["time"] <= line["time"]]
-        return rate / before[-1]["result"]["limits"]["read"] if before else None
+        limits = [*before[-1:], *self._every_limit[:1]]
+        return rate / limits[0]["result"]["limits"]["read"] if limits else None

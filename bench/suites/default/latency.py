@@ -85,27 +85,27 @@ def _tables(workload: str, show: Callable[[Found, str, str], str]) -> Callable[[
 
 
 def _context_table(found: Found, model: str, dtype: str) -> str:
-    def shown(point: dict) -> str:
+    def shown(line: dict, point: dict) -> str:
         first = f"{point['ttft']['median'] * 1e3:.1f} / "
-        return first + (f"{point['step']['median'] * 1e3:.2f}{_share(found, point)}" if point["step"] else NONE)
+        return first + (f"{point['step']['median'] * 1e3:.2f}{_share(found, line, point)}" if point["step"] else NONE)
 
     title = f"**One request against context length, {dtype}**\n\nTTFT ms / decode step ms{_what_a_share_is(found)}.\n\n"
     return title + _points(found.of("context", model, dtype), lambda batch, context: f"{context}", shown)
 
 
 def _batch_table(found: Found, model: str, dtype: str) -> str:
-    def shown(point: dict) -> str:
+    def shown(line: dict, point: dict) -> str:
         if point["step"] is None:
             return f"{point['ttft']['median'] * 1e3:.1f} / {NONE}"
         step = point["step"]["median"]
-        return f"{step * 1e3:.2f} / {point['batch'] / step:.1f}{_share(found, point)}"
+        return f"{step * 1e3:.2f} / {point['batch'] / step:.1f}{_share(found, line, point)}"
 
     title = f"**Decode step against batch size (requests x context), {dtype}**\n\n"
     title += f"decode step ms / tokens/s{_what_a_share_is(found)}.\n\n"
     return title + _points(found.of("batch", model, dtype), lambda batch, context: f"{batch} x {context}", shown)
 
 
-def _points(lines: dict[str, dict], name: Callable[[int, int], str], shown: Callable[[dict], str]) -> str:
+def _points(lines: dict[str, dict], name: Callable[[int, int], str], shown: Callable[[dict, dict], str]) -> str:
     points = unique(tuple(point) for line in lines.values() for point in line["params"]["points"])
     rows = []
     for system, line in lines.items():
@@ -114,14 +114,13 @@ def _points(lines: dict[str, dict], name: Callable[[int, int], str], shown: Call
             continue
         found = {(point["batch"], point["context"]): point for point in line["result"]["points"]}
         at = [found.get(point, {"error": NONE}) for point in points]
-        rows.append([system, *(point["error"] if "error" in point else shown(point) for point in at)])
+        rows.append([system, *(point["error"] if "error" in point else shown(line, point) for point in at)])
     return table(["system", *(name(*point) for point in points)], rows)
 
 
-def _share(found: Found, point: dict) -> str:
-    if "read" not in found.limits:
-        return ""
-    return f" ({point['step_bytes'] / found.limits['read'] / point['step']['median']:.2f})"
+def _share(found: Found, line: dict, point: dict) -> str:
+    share = found.share(line, point["step_bytes"] / point["step"]["median"])
+    return "" if share is None else f" ({share:.2f})"
 
 
 def _what_a_share_is(found: Found) -> str:
