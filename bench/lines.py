@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +94,16 @@ def machine_of(line: dict) -> str:
         return about["gpu"]
     kind = [about["instructions"]] if "instructions" in about else []  # older lines do not name them
     return ", ".join([f"CPU: {about['cpu']}", *kind, f"{about['cores']} cores"])
+
+
+def hosts_of(lines: Iterable[dict]) -> str:
+    """The processors of lines, each once: machines of one GPU may have several."""
+    about = [line["machine"] for line in lines]
+    return "; ".join(dict.fromkeys(f"{one['cpu']}, {one['cores']} cores, {one['threads']} threads" for one in about))
+
+
+def commits_of(lines: Iterable[dict]) -> str:
+    return ", ".join(dict.fromkeys(line["commit"] + " with local changes" * bool(line["dirty"]) for line in lines))
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,9 @@ def _model(spec: str | None, dtype: str) -> Model:
 def _too_large(
     plans: Sequence[Plan], options: argparse.Namespace, chosen: list, model: Model, work: Work, card: Card
 ) -> str:
-    least = min(plans, key=lambda plan: plan.missing)
+    least = min(plans, key=lambda plan: (plan.beyond, plan.missing))
+    if least.beyond:
+        return f"nothing fits: {_beyond(least)} (of {model.config.max_position_embeddings} tokens), whatever the card"
     text = f"nothing fits: {least.label} lacks least, {_gb(least.missing)}"
     if model.weights > card.usable:
         text += f" (the weights alone take {_gb(model.weights)} of {_gb(card.usable)})"
@@ -186,7 +188,7 @@ def _row(plan: Plan, losses: Sequence[Loss] | None) -> list[str]:
     host = plan.tiers.get("host", 0)
     return [
         plan.label,
-        "yes" if plan.fits else f"no, {_gb(plan.missing)} missing",
+        "yes" if plan.fits else f"no, {_beyond(plan) if plan.beyond else f'{_gb(plan.missing)} missing'}",
         f"{plan.tiers['gpu']:,}",
         f"{host:,}" if host else "",
         _gb(plan.peak),
@@ -198,6 +200,10 @@ def _row(plan: Plan, losses: Sequence[Loss] | None) -> list[str]:
         str(plan.largest_batch),
         in_words(losses),
     ]
+
+
+def _beyond(plan: Plan) -> str:
+    return f"{plan.beyond} tokens beyond the model's context"
 
 
 def _notes(plans: Sequence[Plan], losses: Sequence[Sequence[Loss] | None]) -> list[str]:

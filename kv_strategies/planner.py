@@ -137,7 +137,8 @@ class Model:
 class Plan:
     """One strategy on one card. Bytes and seconds; None where nothing says, and `unknown` says why.
 
-    `missing` is what the card lacks, 0 where all fits. `bound` names what a step or the first token waits for:
+    `missing` is what the card lacks, 0 where all fits; `beyond`, how many tokens a row would see more than the model's
+    context has. `bound` names what a step or the first token waits for:
     "memory", "link", "compute" or "host".
     """
 
@@ -153,6 +154,7 @@ class Plan:
     ttft_bound: str | None = None
     longest_context: int | None = 0  # None where no length is too long
     largest_batch: int = 0
+    beyond: int = 0
     unknown: str = ""
 
     @property
@@ -162,7 +164,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return not self.missing
+        return not self.missing and not self.beyond
 
     @property
     def peak(self) -> int:
@@ -194,6 +196,9 @@ class Ours:
         # Prompts come one after the other: one row is whole, of others as much as the chunk that ends it brings along.
         rest = (work.batch - 1) * min(most, -(-self.held(work) // size)) + -(-work.chunk // size)
         return min(work.batch * most, most + rest)
+
+    def num_visible(self, context: int) -> int:
+        return self.outline(context)[0].retention.num_visible(context)
 
     def held(self, work: Work) -> int:
         """The most tokens that a row stores while it decodes, whichever of them it still sees."""
@@ -283,6 +288,9 @@ class Native:
         decode = kept * work.context + model.workspace(work.batch, work.batch) + plane
         return {"gpu": kept * work.context}, max(prefill, decode) - kept * work.context
 
+    def num_visible(self, context: int) -> int:
+        return context
+
     def step(self, work: Work, card: Card) -> None:
         return None  # the host bounds it, and a card says nothing about that
 
@@ -300,7 +308,12 @@ def plan(name: str, options: dict[str, object], model: Model, work: Work, card: 
     system = Native(model) if name == "baseline" else Ours(name, options, model)
     tiers, workspace = system.memory(work)
 
+    def beyond(context: int) -> int:
+        return max(0, system.num_visible(context) - model.config.max_position_embeddings)
+
     def fits(work: Work) -> bool:
+        if beyond(work.context):
+            return False
         tiers, workspace = system.memory(work)
         return model.weights + tiers["gpu"] + workspace <= card.usable
 
@@ -309,6 +322,7 @@ def plan(name: str, options: dict[str, object], model: Model, work: Work, card: 
         missing=max(0, model.weights + tiers["gpu"] + workspace - card.usable),
         longest_context=largest(lambda n: fits(replace(work, context=n))),
         largest_batch=largest(lambda n: fits(replace(work, batch=n))) or 0,
+        beyond=beyond(work.context),
     )  # fmt: skip
     step, ttft = system.step(work, card), system.first_token(work, card)
     if step is None:

@@ -210,8 +210,21 @@ def test_what_does_not_fit_says_how_much_is_missing(capsys):
     assert kv_plan("--context", "4k", "--gpu-memory", "24GB", "--dtype", "float32") == 1
     error = capsys.readouterr().err
     assert "(the weights alone take 26.95 GB of 23.40 GB). In bfloat16 fits baseline, contiguous, paged" in error
-    assert kv_plan("--context", "64k", "--batch", "9", "--gpu-memory", "24GB", "--strategy", "paged") == 1
-    assert "nothing fits: paged lacks least, 299.62 GB; it holds 2032 tokens at batch 9" in capsys.readouterr().err
+    assert kv_plan("--context", "32k", "--batch", "18", "--gpu-memory", "24GB", "--strategy", "paged") == 1
+    assert "nothing fits: paged lacks least, 299.62 GB; it holds 1008 tokens at batch 18" in capsys.readouterr().err
+
+
+def test_a_row_may_not_see_more_than_the_context_of_the_model(capsys):
+    """32768 tokens here. What a window sees is bounded, whatever the row's length."""
+    both = ["--gpu-memory", "999GB", "--strategy", "paged", "--strategy", "window", "--json"]
+    assert kv_plan("--context", "64k", *both) == 0
+    paged, window = json.loads(capsys.readouterr().out)["plans"]
+    assert (paged["fits"], paged["beyond"], paged["longest_context"], paged["missing"]) == (False, 32768, 32768, 0)
+    assert (window["fits"], window["beyond"], window["longest_context"]) == (True, 0, None)
+    assert kv_plan("--context", "64k", "--gpu-memory", "999GB", "--strategy", "paged") == 1
+    shown = capsys.readouterr()
+    assert "no, 32768 tokens beyond the model's context" in shown.out
+    assert "nothing fits: 32768 tokens beyond the model's context (of 32768 tokens), whatever the card" in shown.err
 
 
 def test_the_end_of_a_prompt_is_no_decode_step(capsys):

@@ -66,7 +66,7 @@ def comparison(found: Found, model: str, dtype: str) -> str:
         text += f" Weights: {sample['parameter_bytes'] / 1e9:.2f} GB."
     peak = "`torch.cuda.max_memory_allocated`" if found.on_gpu else "peak resident size of the process"
     text += f" Peak memory: {peak}, weights included. Throughput: generated tokens over total time, median"
-    text += " (smallest to largest)."
+    text += " (smallest to largest); one run where no range stands."
     if judged != model:
         text += f" Equality and sharing are those of {judged} in float32 here: tokens of random weights mean nothing."
     text += " Margin: by how much the logits of two tokens differ where they first part. Tokens as baseline: behind"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import bench.suites.all  # noqa: F401  registers the workloads
-from bench.lines import Found, machine_of
+from bench.lines import Found, commits_of, hosts_of, machine_of
 from bench.markdown import table, unique
 from bench.measure import reason
 from bench.report import claims
@@ -70,13 +70,9 @@ def conditions(found: Found) -> str:
     versions = unique(
         ", ".join(f"{name} {value}" for name, value in line["versions"].items() if value) for line in found.lines
     )
-    commits = unique(line["commit"] + (" with local changes" if line["dirty"] else "") for line in found.lines)
-    about = found.lines[-1]["machine"]
     days = sorted({line["time"][:10] for line in found.lines})
-    return (
-        f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads; {'; '.join(versions)}; "
-        f"commit {', '.join(commits)}; {' to '.join(unique([days[0], days[-1]]))}."
-    )
+    return f"{hosts_of(found.lines)}; {'; '.join(versions)}; commit {commits_of(found.lines)}; "
+        f"{' to '.join(unique([days[0], days[-1]]))}."
 
 
 def limits(found: Found) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import bench.suites.all  # noqa: F401  registers the workloads
-from bench.lines import Found, machine_of
+from bench.lines import Found, hosts_of, machine_of
 from bench.markdown import table, unique
 from bench.report.answers import QUESTIONS, Answer, Measured, Question
 from bench.report.page import blame, page_of
@@ -63,7 +63,8 @@ def _of(machine: Measured, question: Question) -> Answer | None:
 def _source(machine: Measured, answer: Answer) -> str:
     models = unique(f"{line['model']}, {line['dtype']}" for line in answer.lines)
     commits = unique(line["commit"][:12] for line in answer.lines)
-    parts = [machine.name, " and ".join(models), answer.conditions, f"commit {', '.join(commits)}"]
+    host = f"host {hosts_of(answer.lines)}" if machine.found.on_gpu else ""
+    parts = [machine.name, host, " and ".join(models), answer.conditions, f"commit {', '.join(commits)}"]
     return "; ".join(filter(None, parts))
 
 

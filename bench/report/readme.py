@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from bench.lines import Found, machine_of
+from bench.lines import Found, commits_of, hosts_of, machine_of
 from bench.report.claims import claims
 from bench.report.comparison import comparison
 from bench.suites.limit.table import headline
@@ -34,7 +34,7 @@ def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
     model, dtype = best["model"], best["dtype"]
     table = [
         f"![The page of all results: comparison, step and first token of every strategy]({PICTURE})",
-        f"{model} ({dtype}) on {machine_of(best)}. All tables, conditions and losses: "
+        f"{model} ({dtype}) on {machine_of(best)}{_with(throughput, best)}. All tables, conditions and losses: "
         "[bench/results/comparison_table.md](bench/results/comparison_table.md); every figure: "
         "[bench/results/results.csv](bench/results/results.csv); `make report` writes the page above, "
         "`bench/results/report.html`, which needs no network.",
@@ -43,20 +43,27 @@ def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
     figures = []
     if limit := _on_a_gpu(lines, "limit", model, machine_of(best)):
         figures += [
-            f"Against the limits of the card: {model}, bfloat16, rows x tokens of context, on {machine_of(limit[-1])} "
-            "(`make bench SUITE=limit`; the whole table, attention alone and query groups in it: "
-            "[bench/results/limit_table.md](bench/results/limit_table.md); what is missed and why: "
+            f"Against the limits of the card: {model}, bfloat16, rows x tokens of context, on {machine_of(limit[-1])}"
+            f"{_with(limit, limit[-1])} (`make bench SUITE=limit`; the whole table, attention alone and query groups "
+            "in it: [bench/results/limit_table.md](bench/results/limit_table.md); what is missed and why: "
             "[docs/limits.md](docs/limits.md)).",
             headline(Found(limit), model),
         ]
     if measured := _on_a_gpu(lines, "strategies", model, machine_of(best)):
         figures += [
-            f"What each strategy is for, on {machine_of(measured[-1])}, against the figure it was built to reach, both "
-            "sides of a ratio in one process (`make bench SUITE=strategies`, "
+            f"What each strategy is for, on {machine_of(measured[-1])}{_with(measured, measured[-1])}, against the "
+            "figure it was built to reach, both sides of a ratio in one process (`make bench SUITE=strategies`, "
             "[bench/results/strategies_table.md](bench/results/strategies_table.md)):",
             claims(Found(measured), model),
         ]
     return _between(_between(readme, TABLE, table), FIGURES, figures)
+
+
+def _with(lines: list[dict], best: dict) -> str:
+    """The hosts and commits behind a table; a ratio to what waits for its host is that host's."""
+    own = [line for line in lines if machine_of(line) == machine_of(best) and line["model"] == best["model"]]
+    own = [line for line in Found(own).lines if line["workload"] != "machine"]
+    return f" (host {hosts_of(own)}; commit {commits_of(own)})" if "gpu" in best["machine"] else ""
 
 
 def _between(readme: str, mark: str, text: list[str]) -> str:

@@ -385,9 +385,10 @@ def _profiles(found: Steps, model: str) -> str:
     note = (
         "One decode step as the profiler saw it, one row of 4096 tokens unless it is said otherwise; the mean of "
         "consecutive ones. The profiler slows a step that a CUDA graph holds a little, and one that the host launches "
-        "kernel by kernel (exact offload, more than 2048 tokens) up to twice: the GPU idles less than it says. Busy: the union of all GPU work over the time from the first kernel "
-        "to the end of the last. Kernels of 2 % of a step and more; one that starts before the one ahead has ended "
-        "counts from there, waiting included, so that they add up to more than the step. All of them, with their "
+        "kernel by kernel (exact offload, more than 2048 tokens) up to twice: the GPU idles less than it says. Busy: "
+        "the union of all GPU work over the time from the first kernel to the end of the last. Kernels of 2 % of a "
+        "step and more; one that starts before the one ahead has ended counts from there, waiting included, so that "
+        "they add up to more than the step. All of them, with their "
         "launches, are in the `.jsonl` files."
     )
     head = ["strategy", "step, ms", "GPU busy", "idle, us a step", "kernels and copies a step", "of the step"]
