@@ -71,8 +71,8 @@ def conditions(found: Found) -> str:
         ", ".join(f"{name} {value}" for name, value in line["versions"].items() if value) for line in found.lines
     )
     days = sorted({line["time"][:10] for line in found.lines})
-    return f"{hosts_of(found.lines)}; {'; '.join(versions)}; commit {commits_of(found.lines)}; "
-        f"{' to '.join(unique([days[0], days[-1]]))}."
+    dates = " to ".join(unique([days[0], days[-1]]))
+    return f"{hosts_of(found.lines)}; {'; '.join(versions)}; commit {commits_of(found.lines)}; {dates}."
 
 
 def limits(found: Found) -> str:
