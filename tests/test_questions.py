@@ -94,6 +94,7 @@ def test_answers_hold_the_figures_of_the_lines():
     for section, said in zip(sections(lines), SAID, strict=True):
         assert not [text for text in said if text not in section], section
         assert "A card; some-model, float32" in section and "](" in section and "commit 0123456789ab" in section
+        assert "; host " in section  # what a ratio to a native cache depends on
 
 
 def test_a_gpu_comes_first_and_a_cpu_answers_only_what_no_gpu_has():

@@ -64,7 +64,7 @@ def _source(machine: Measured, answer: Answer) -> str:
     models = unique(f"{line['model']}, {line['dtype']}" for line in answer.lines)
     commits = unique(line["commit"][:12] for line in answer.lines)
     host = f"host {hosts_of(answer.lines)}" if machine.found.on_gpu else ""
-    parts = [machine.name, host, " and ".join(models), answer.conditions, f"commit {', '.join(commits)}"]
+    parts = [machine.name, " and ".join(models), answer.conditions, host, f"commit {', '.join(commits)}"]
     return "; ".join(filter(None, parts))
 
 
