@@ -38,7 +38,8 @@ LIBRARY_BYTES = 32 << 20  # what torch sets aside for cuBLAS on a GPU of compute
 # Of this code, as measured (bench/results: limit, strategies, default; an H100, an H200), the same on every card.
 KERNEL_GAP = 2.5e-6  # seconds from one kernel to the next
 KERNELS_PER_LAYER = 7
-KERNELS_OF_SINKS = 4  # beside those, in a decode step that does not see all: the queries are turned for the sinks
+KERNELS_OF_4_BITS = 5  # beside those: queries and results are turned
+KERNELS_OF_SINKS = 4  # likewise, in a decode step that does not see all: the queries are turned for the sinks
 CHOOSING = 40e-6  # seconds in which a layer says which of V a decode step reads
 PRODUCTS_READ = 0.95  # share of a card's read bandwidth that matrix products over few rows reach
 # Likewise, of its host.
@@ -60,7 +61,8 @@ LIBRARY_RATE = 0.58  # in a chunk of a longer row, whose codes are decoded once 
 ATTENTION = {
     "numbers": Attention(0.95, LIBRARY_RATE),
     "codes": Attention(0.72, 0.28),
-    "codes in registers": Attention(0.92, 0.28),  # a decode kernel of their own (`triton_decode_groups.py`)
+    "codes of query groups": Attention(0.92, 0.28),  # a decode kernel of their own (`triton_decode_groups.py`)
+    "4 bits": Attention(0.78, 0.28),  # the same kernel
 }
 MASKED_RATE = 0.17  # in a chunk of which some is out of sight: not by the library (`kernels/blocks/gpu.py`)
 
@@ -242,6 +244,8 @@ class Ours:
         read, link = placement.read_bytes(seen, planes, site, is_decode=is_decode)
         pairs = num_tokens * (visible(before + 1) + visible(before + num_tokens)) / 2
         gap = KERNEL_GAP * KERNELS_PER_LAYER
+        if planes["v"][1] == HALF_BYTES:
+            gap += KERNEL_GAP * KERNELS_OF_4_BITS
         if is_decode and is_masked and policies.retention.sinks:
             gap += KERNEL_GAP * KERNELS_OF_SINKS
         if is_decode and placement.reads_some:
@@ -264,10 +268,11 @@ class Ours:
     def _reached(self, planes: Planes, is_masked: bool) -> Attention:
         if "k_scale" not in planes:
             return ATTENTION["numbers"]
+        if planes["v"][1] == HALF_BYTES and not is_masked:
+            return ATTENTION["4 bits"]
         config = self.model.config
-        has_groups = config.num_attention_heads > config.num_key_value_heads
-        in_registers = (has_groups or planes["v"][1] == HALF_BYTES) and not is_masked
-        return ATTENTION["codes in registers" if in_registers else "codes"]
+        in_groups = config.num_attention_heads > config.num_key_value_heads and not is_masked
+        return ATTENTION["codes of query groups" if in_groups else "codes"]
 
 
 class Native:

@@ -182,7 +182,9 @@ def _throughput(line: dict, found: Found) -> Iterator[Compared]:
 
 
 def _points(line: dict, found: Found) -> Iterator[Compared]:
-    """Of `context` and `batch`: the peak, the step and, of a single request, the first token."""
+    """Of `context` and `batch`: the peak, the step and, of a single request that was repeated, the first token: the
+    first of a kind waits for what has not been used before.
+    """
     system, sizes = line["system"], _sizes(line["model"], line["dtype"])
     if DOOR in system or system == "baseline":
         return
@@ -196,7 +198,7 @@ def _points(line: dict, found: Found) -> Iterator[Compared]:
         yield _compared(line, system, at, "peak", sizes.weights + tiers["gpu"] + workspace, point["peak"])
         if point["step"]:
             yield _step(line, found, system, batch, context, new, point["step"])
-        if batch == 1:
+        if batch == 1 and point["ttft"]["repeats"] > 1:
             first = Ours(system, {}, sizes).first_token(Work(context), _card(found))
             yield _compared(line, system, at, "TTFT", max(first.values()), point["ttft"])
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-#: Compiling threads at most: they take turns at Python with the thread that launches, which more of them hold up.
+#: Compiling threads at most: they take turns at Python with the thread that launches, and more of them win nothing.
 MAX_THREADS = 15
 
 #: Held while `JITFunction.run` is replaced.
