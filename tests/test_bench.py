@@ -248,6 +248,7 @@ def measured(tiny, workload, system, params, **changes):
 
 SMALL = {
     "prefix": ("prefix", {"points": [[64, 5]], "repeats": 2}),
+    "chat": ("prefix", {"users": 2, "system": 32, "words": 16, "answer": 5, "turns": 2, "repeats": 1}),
     "fan-out": ("prefix", {"history": 64, "candidates": 3, "candidate_tokens": 2, "new_tokens": 5}),
     "window": ("window", {"contexts": [64, 200], "window": 32, "sinks": 4, "new_tokens": 18}),
     "offload": ("offload", {"context": 60, "top_n": 8, "new_tokens": 6}),
@@ -262,6 +263,10 @@ def test_what_a_strategy_is_for(tiny, workload):
     match workload:
         case "prefix":
             assert result["points"][0]["hit_rate"] == 64 / 69
+        case "chat":
+            assert [turn["prompt"] for turn in result["paged"]] == [48, 69] and len(result["native"]) == 2
+            assert [turn["found"] for turn in result["prefix"]] == [32 / 48, 48 / 69]  # whole blocks of what was there
+            assert [turn["found"] for turn in result["paged"]] == [0, 0]
         case "fan-out":
             assert (result["blocks_used"], result["blocks_apart"]) == (4 + 3, 3 * 5)
         case "window":
