@@ -38,6 +38,7 @@ import bench.suites.all  # noqa: F401  registers the workloads
 from bench import compare, driver, lines, machine, report
 from bench.case import Case
 from bench.report import browse, predictions
+from bench.report.page import blame
 from bench.workload import LOADED, WORKLOADS, questions, suite, suites
 
 
@@ -104,7 +105,12 @@ def answer(options: argparse.Namespace) -> tuple[int, dict | list, str]:
     if not options.out.is_dir():
         raise Refused(f"--out {options.out}: there is no such folder")
     if options.command == "plan-check":
-        found = predictions.compare(lines.read(options.out))
+        ran = lines.read(options.out)
+        if not ran:
+            raise ValueError(f"there are no results in {options.out}")
+        with blame("this folder"):
+            found, left_out = predictions.compare(ran), predictions.unmeasured(ran)
+        print(*left_out, sep="\n", end="\n\n" * bool(left_out))
         rows = [asdict(one) | {"error": one.error, "is_within": one.is_within} for one in found]
         return 0, rows, predictions.render(found)
     if options.command == "picture":

@@ -122,10 +122,11 @@ class Found:
         for line in sorted(lines, key=lambda line: line["time"]):
             latest[Key(line["workload"], line["system"], line["model"], line["dtype"])] = line
         self.lines = list(latest.values())
-        limits = [line for line in lines if line["workload"] == "machine" and line["status"] == "ok"]
+        ran = [line for line in lines if line["workload"] == "machine" and line["status"] == "ok"]
+        limits = [line for line in ran if "read" in line["result"].get("limits", {})]
         self._every_limit = sorted(limits, key=lambda line: line["time"])
-        #: what this machine can do at best, in bytes/s, as measured last
-        self.limits: dict[str, float] = self._every_limit[-1]["result"].get("limits", {}) if limits else {}
+        #: what this machine can do at best, in bytes/s, as measured last; empty where nobody measured it
+        self.limits: dict[str, float] = self._every_limit[-1]["result"]["limits"] if limits else {}
 
     @property
     def on_gpu(self) -> bool:

@@ -330,6 +330,28 @@ def test_a_line_that_is_no_result_is_named(tmp_path, capsys, text, said):
     assert table.read_text() == "as it was"
 
 
+H200 = [line for line in lines.read(report.RESULTS) if line["machine"].get("gpu") == "NVIDIA H200"]
+
+
+@pytest.mark.parametrize("workload", sorted({line["workload"] for line in H200}))
+def test_a_workload_alone_is_a_report(tmp_path, capsys, workload):
+    """Without the limits of the machine too: predictions of time are left out, and what is left is said."""
+    alone = [line for line in H200 if line["workload"] == workload]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in alone))
+    assert main(["report", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    assert (tmp_path / "report.html").exists() or "that takes vl-convert-python" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["plan-check", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert (workload == "machine") != ("NVIDIA H200: no times, since its limits were not measured" in out)
+    assert "| step |" not in out and "| TTFT |" not in out
+
+
+def test_there_is_nothing_to_check(tmp_path, capsys):
+    assert main(["plan-check", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"bench: there are no results in {tmp_path}\n"
+
+
 # --- the ways in
 
 

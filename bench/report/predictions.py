@@ -2,7 +2,7 @@
 
 Bytes of K and V are compared to the byte, peaks and times within `WITHIN`. A time is compared where the planner names
 one: decode steps and first tokens of this project's strategies on a GPU, at the read bandwidth and link rate that the
-machine itself reached.
+machine itself reached. Where nobody measured these (`make bench ONLY=machine`), times are left out.
 """
 
 from __future__ import annotations
@@ -66,13 +66,26 @@ def compare(lines: Sequence[dict]) -> list[Compared]:
     planes, and its peak is that of a whole process.
     """
     found = []
-    for machine in unique(machine_of(line) for line in lines if "gpu" in line["machine"]):
-        own = Found([line for line in lines if machine_of(line) == machine])
+    for own in _gpus(lines):
         for line in own.lines:
             is_planned = _is_known(line["model"]) and _is_planned(line["system"])
             if line["status"] == "ok" and line["workload"] in _READ and is_planned:
                 found += _READ[line["workload"]](line, own)
     return found
+
+
+def unmeasured(lines: Sequence[dict]) -> list[str]:
+    """What to do about each GPU whose times are left out."""
+    return [
+        f"{machine_of(own.lines[0])}: no times, since its limits were not measured; `make bench ONLY=machine` does that"
+        for own in _gpus(lines)
+        if _card(own) is None
+    ]
+
+
+def _gpus(lines: Sequence[dict]) -> Iterator[Found]:
+    for machine in unique(machine_of(line) for line in lines if "gpu" in line["machine"]):
+        yield Found([line for line in lines if machine_of(line) == machine])
 
 
 def _is_planned(system: str) -> bool:
@@ -86,6 +99,8 @@ def _is_known(model: str) -> bool:
 
 def render(found: Sequence[Compared], only_missed: bool = False) -> str:
     """A table, and how many of what are within which error."""
+    if not found:
+        return "Nothing that the planner predicts is among these results."
     rows = [
         [
             c.machine,
@@ -130,8 +145,11 @@ def _sizes(model: str, dtype: str) -> Model:
     return Model(model_shape(None if model == DEFAULT_MODEL.name else model, getattr(torch, dtype)))
 
 
-def _card(found: Found) -> Card:
+def _card(found: Found) -> Card | None:
+    """None where the limits of the machine were not measured."""
     about, limits = found.lines[-1]["machine"], found.limits
+    if not {"read", "host_to_device"} <= set(limits):
+        return None
     return Card(about["gpu_memory"], limits["read"], limits["host_to_device"], LINEAR_RATE)
 
 
@@ -145,11 +163,20 @@ def _compared(line: dict, system: str, at: str, what: str, predicted: float, mea
 
 def _step(
     line: dict, found: Found, name: str, batch: int, context: int, new: int, measured: dict, **options
-) -> Compared:
-    """A decode step in the middle of `new` tokens behind `context` others."""
-    ours = Ours(name, options, _sizes(line["model"], line["dtype"]))
-    predicted = max(ours.step(Work(context + new // 2, batch, new // 2), _card(found)).values())
-    return _compared(line, _label(name, options), f"{batch} x {context}", "step", predicted, measured)
+) -> Iterator[Compared]:
+    """A decode step in the middle of `new` tokens behind `context` others, where its time can be predicted."""
+    if card := _card(found):
+        ours = Ours(name, options, _sizes(line["model"], line["dtype"]))
+        predicted = max(ours.step(Work(context + new // 2, batch, new // 2), card).values())
+        yield _compared(line, _label(name, options), f"{batch} x {context}", "step", predicted, measured)
+
+
+def _first_token(line: dict, found: Found, name: str, context: int, measured: dict, **options) -> Iterator[Compared]:
+    """The first token behind a prompt of `context`, where its time can be predicted."""
+    if card := _card(found):
+        ours = Ours(name, options, _sizes(line["model"], line["dtype"]))
+        predicted = max(ours.first_token(Work(context), card).values())
+        yield _compared(line, _label(name, options), f"1 x {context}", "TTFT", predicted, measured)
 
 
 def _label(name: str, options: dict) -> str:
@@ -197,10 +224,9 @@ def _points(line: dict, found: Found) -> Iterator[Compared]:
         at = f"{batch} x {context}"
         yield _compared(line, system, at, "peak", sizes.weights + tiers["gpu"] + workspace, point["peak"])
         if point["step"]:
-            yield _step(line, found, system, batch, context, new, point["step"])
+            yield from _step(line, found, system, batch, context, new, point["step"])
         if batch == 1 and point["ttft"]["repeats"] > 1:
-            first = Ours(system, {}, sizes).first_token(Work(context), _card(found))
-            yield _compared(line, system, at, "TTFT", max(first.values()), point["ttft"])
+            yield from _first_token(line, found, system, context, point["ttft"])
 
 
 def _decode(line: dict, found: Found) -> Iterator[Compared]:
@@ -208,7 +234,7 @@ def _decode(line: dict, found: Found) -> Iterator[Compared]:
         name = point["system"]
         if "error" not in point and DOOR not in name and name != "baseline" and _is_planned(name):
             new = line["params"]["new_tokens"]
-            yield _step(line, found, name, point["batch"], point["context"], new, point["step"])
+            yield from _step(line, found, name, point["batch"], point["context"], new, point["step"])
 
 
 def _offload(line: dict, found: Found) -> Iterator[Compared]:
@@ -217,32 +243,30 @@ def _offload(line: dict, found: Found) -> Iterator[Compared]:
     for key, (name, options) in settings.items():
         if "error" not in result[key]:
             measured = result[key]["step"]
-            yield _step(line, found, name, 1, params["context"], params["new_tokens"], measured, **options)
+            yield from _step(line, found, name, 1, params["context"], params["new_tokens"], measured, **options)
 
 
 def _eight_bits(line: dict, found: Found) -> Iterator[Compared]:
     params = line["params"]
     for name, point in line["result"].items():
         if "error" not in point:
-            yield _step(line, found, name, params["batch"], params["context"], params["new_tokens"], point["step"])
+            yield from _step(line, found, name, params["batch"], params["context"], params["new_tokens"], point["step"])
 
 
 def _evict_step(line: dict, found: Found) -> Iterator[Compared]:
     params, result = line["params"], line["result"]
     batch, context, new = (params[name] for name in ("batch", "context", "new_tokens"))
-    yield _step(line, found, "paged", batch, int(context * params["keep"]), new, result["paged"])
+    yield from _step(line, found, "paged", batch, int(context * params["keep"]), new, result["paged"])
     options = {name: params[name] for name in ("score", "keep")}
-    yield _step(line, found, "evict", batch, context, new, result["evict"], **options)
+    yield from _step(line, found, "evict", batch, context, new, result["evict"], **options)
 
 
 def _evict_first_token(line: dict, found: Found) -> Iterator[Compared]:
-    params, sizes = line["params"], _sizes(line["model"], line["dtype"])
+    params = line["params"]
     for key, result in line["result"].items():
         name, options = ("paged", {}) if key == "paged" else ("evict", {"score": key, "keep": params["keep"]})
-        first = Ours(name, options, sizes).first_token(Work(params["context"]), _card(found))
-        at = f"1 x {params['context']}"
-        yield _compared(line, _label(name, options), at, "TTFT", max(first.values()), result["first"])
-        yield _step(line, found, name, 1, params["context"], 4, result["later"], **options)
+        yield from _first_token(line, found, name, params["context"], result["first"], **options)
+        yield from _step(line, found, name, 1, params["context"], 4, result["later"], **options)
 
 
 _READ = {
