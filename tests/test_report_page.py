@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from bench import lines, report
+from bench.__main__ import main
 from bench.report import browse, web
 from bench.report.browse import DESKTOP, PHONE, opened
 
@@ -132,6 +133,25 @@ def test_without_scripts_tables_and_pictures_are_there(path):
 def test_the_picture(path, tmp_path):
     for picture in browse.take_pictures(path, tmp_path):
         assert picture.stat().st_size > 20_000
+
+
+def test_a_picture_takes_what_plots_there_are(tmp_path, capsys):
+    assert main(["picture", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"bench: there is no {tmp_path / 'report.html'}: run `make report` first\n"
+    few, none = tmp_path / "report.html", tmp_path / "none.html"
+    none.write_text(web.render([]))
+    few.write_text(web.render([line for line in lines.read(report.RESULTS) if line["workload"] == "batching"][:1]))
+    with opened(few) as page:
+        assert page.locator("figure:not(.empty)").count() < 4
+    for found in (few, none):
+        assert all(picture.stat().st_size > 5_000 for picture in browse.take_pictures(found, tmp_path))
+
+
+def test_a_page_that_is_not_shown_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "report.html").write_text("")
+    monkeypatch.setattr(browse, "LONGEST", 100)
+    assert main(["picture", "--out", str(tmp_path)]) == 1
+    assert f"bench: no picture of {tmp_path / 'report.html'}: TimeoutError" in capsys.readouterr().err
 
 
 def test_no_browser_is_said(monkeypatch):

@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.measure import reason
+
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 DESKTOP, PHONE = (1280, 900), (390, 844)
+LONGEST = 60_000  # ms until the plots are drawn
 
 
 def chromium() -> str:
@@ -52,19 +55,35 @@ def opened(path: Path, size: tuple[int, int] = DESKTOP, scheme: str = "light", s
             page.on("request", lambda asked: page.problems.append(asked.url) if page.url.startswith("file") else None)
             page.goto(path.resolve().as_uri())
             if scripts:
-                page.wait_for_function("document.body.dataset.drawn", timeout=60_000)
+                page.wait_for_function("document.body.dataset.drawn", timeout=LONGEST)
             yield page
         finally:
             browser.close()
 
 
 def take_pictures(path: Path, folder: Path) -> list[Path]:
-    """The upper part of the page, down to a whole plot, at the width of a desktop and of a phone."""
+    """The upper part of the page, down to a whole plot or a screen where it has none, at the width of a desktop and of
+    a phone.
+
+    Raises:
+        RuntimeError: there is no page or no browser, or it does not show the page.
+    """
+    if not path.is_file():
+        raise RuntimeError(f"there is no {path}: run `make report` first")
+    try:
+        from playwright.sync_api import Error
+    except ImportError as error:
+        raise RuntimeError(f"{error}: pip install playwright") from None
     taken = []
     for name, size, num_plots in (("desktop", DESKTOP, 4), ("phone", PHONE, 1)):
-        with opened(path, size) as page:
-            taken.append(folder / f"{path.stem}-{name}.png")
-            last = page.locator("figure:not(.empty)").nth(num_plots - 1).bounding_box()
-            clip = {"x": 0, "y": 0, "width": size[0], "height": last["y"] + last["height"] + 16}
-            page.screenshot(path=taken[-1], full_page=True, clip=clip)
+        picture = folder / f"{path.stem}-{name}.png"
+        try:
+            with opened(path, size) as page:
+                plots = [plot.bounding_box() for plot in page.locator("figure:not(.empty)").all()[:num_plots]]
+                height = plots[-1]["y"] + plots[-1]["height"] + 16 if plots else size[1]
+                clip = {"x": 0, "y": 0, "width": size[0], "height": height}
+                page.screenshot(path=picture, full_page=True, clip=clip)
+        except Error as error:
+            raise RuntimeError(f"no picture of {path}: {reason(error)}") from error
+        taken.append(picture)
     return taken
