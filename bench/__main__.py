@@ -37,6 +37,7 @@ import torch
 import bench.suites.all  # noqa: F401  registers the workloads
 from bench import compare, driver, lines, machine, report
 from bench.case import Case
+from bench.measure import reason
 from bench.report import browse, predictions
 from bench.report.page import blame
 from bench.workload import LOADED, WORKLOADS, questions, suite, suites
@@ -96,8 +97,8 @@ def answer(options: argparse.Namespace) -> tuple[int, dict | list, str]:
             questions(),
         )
     if options.command == "compare":
-        if len(options.sides) != 2:
-            raise Refused("compare takes two results: each a folder, a file or a commit")
+        if len(options.sides) != 2 or not all(options.sides):  # `make bench-compare` hands on what it lacks as ""
+            raise Refused("compare takes two results, each a folder, a file or a commit: give A= and B=")
         changed = compare.compare(*map(compare.read, options.sides))
         return 0, asdict(changed), compare.render(changed)
     if options.command == "run":
@@ -154,9 +155,9 @@ def load(modules: Sequence[str]) -> None:
     for name in modules:
         try:
             importlib.import_module(name)
-            LOADED.append(name)
-        except ImportError as error:
-            raise Refused(f"--load {name}: {error}; give a module's name, importable from here") from error
+        except (Exception, SystemExit) as error:  # a module of the user's may fail in any way
+            raise Refused(f"--load {name}: {reason(error)}; give a module's name, importable from here") from error
+        LOADED.append(name)
 
 
 def choose(options: argparse.Namespace) -> list[Case]:

@@ -116,7 +116,7 @@ def attempt(work: Callable[[], dict]) -> dict:
         return {"error": reason(error)[:200]}
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """An error on one line."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"

@@ -241,7 +241,9 @@ for write in (lambda: driver._append(path, {{"n": "x" * 50}}),
         (["--device", "gpu"], "--device gpu: give cpu, cuda or cuda:0"),
         (["--device", "cuda:99"], f"--device cuda:99: torch finds {torch.cuda.device_count()} GPUs here"),
         (["workloads", "stray"], "workloads takes no stray"),
-        (["--load", "no_such_module"], "--load no_such_module: No module named 'no_such_module'"),
+        (["--load", "no_such_module"], "--load no_such_module: ModuleNotFoundError: No module named 'no_such_module'"),
+        (["--load", ".x"], "--load .x: TypeError: the 'package' argument is required"),
+        (["compare", "", ""], "compare takes two results, each a folder, a file or a commit: give A= and B="),
         (["report", "--out", "/no/such/folder"], "--out /no/such/folder: there is no such folder"),
     ],
 )
@@ -252,6 +254,24 @@ def test_what_cannot_be_done_is_said_before_anything_runs(tmp_path, capsys, monk
     assert main(["--device", "cpu", *out, *arguments]) == 2
     assert said in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("def", "SyntaxError: "),
+        ("nowhere", "NameError: name 'nowhere' is not defined"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("raise ValueError('one\\ntwo')", "ValueError: one;"),
+    ],
+)
+def test_a_module_that_fails_is_said(tmp_path, capsys, monkeypatch, text, said):
+    (tmp_path / "broken_workloads.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["workloads", "--load", "broken_workloads"]) == 2
+    (last,) = capsys.readouterr().err.splitlines()
+    assert last.startswith(f"bench: --load broken_workloads: {said}")
 
 
 @pytest.mark.parametrize("kind", ["gguf", "folder"])
