@@ -39,9 +39,12 @@ def run_all(cases: Sequence[Case], results: Path, suite_name: str, *, keep_failu
     failures = results if keep_failures else results.parent / "failed" / results.name
     systems = list(dict.fromkeys(case.system for case in cases if case.workload != "machine"))
     models = list(dict.fromkeys(f"{model_name(c.model)} ({c.dtype})" for c in cases if c.workload != "machine"))
-    print(f"{len(cases)} cases on {results.stem.split('-', 1)[1]}, each in a fresh process.")
-    print(f"Compared: {'; '.join(systems)}")
-    print(f"Models:   {', '.join(models)}", flush=True)
+    number = "1 case" if len(cases) == 1 else f"{len(cases)} cases"
+    print(f"{number} on {results.stem.split('-', 1)[1]}, each in a fresh process.")
+    if systems:  # not the limits of the machine alone
+        print(f"Compared: {'; '.join(systems)}")
+        print(f"Models:   {', '.join(models)}")
+    sys.stdout.flush()
     failed = 0
     bar = tqdm(total=len(cases), bar_format=BAR)
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch, bar:

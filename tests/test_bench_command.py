@@ -118,7 +118,8 @@ def test_a_case_has_all_cores_whatever_openmp_is_told(tmp_path):
     expected = subprocess.run(command, env=clean, capture_output=True, text=True, check=True).stdout
     command = [sys.executable, "-m", "bench", "--device", "cpu", "--only", "machine", "--out", str(tmp_path)]
     bound = clean | {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
-    subprocess.run(command, env=bound, capture_output=True, check=True, cwd=machine.ROOT)
+    done = subprocess.run(command, env=bound, capture_output=True, check=True, cwd=machine.ROOT, text=True)
+    assert done.stdout.startswith("1 case on cpu, each in a fresh process.\nmachine / limits: ")
     (found,) = map(json.loads, (tmp_path / "default-cpu.jsonl").read_text().splitlines())
     assert found["machine"]["threads"] == int(expected)
 
