@@ -79,11 +79,17 @@ def append(path: Path, line: dict) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """A file that is as it was where writing fails: `write` is handed another name, which then takes its place."""
+    """A file that is as it was where writing fails: `write` is handed another name, which then takes its place.
+
+    Raises:
+        OSError: it cannot be written; the error names it.
+    """
     draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(draft)
         draft.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write to {path}: {error.strerror or error}") from error
     finally:
         draft.unlink(missing_ok=True)
 
