@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from bench.systems import in_order
 
 SCHEMA = 1
 _TEXTS = ("suite", "workload", "system", "model", "dtype", "device", "time", "status", "commit")
-_TABLES = ("params", "machine", "versions")
+_KINDS = dict.fromkeys(_TEXTS, str) | dict.fromkeys(("params", "machine", "versions"), dict)
+_MACHINE = {"cpu": str, "cores": int, "threads": int}
+_CARD = {"gpu": str, "gpu_memory": int}
 
 
 def read(folder: Path) -> list[dict]:
@@ -39,10 +42,9 @@ def read_text(text: str, source: str) -> list[dict]:
             continue
         try:
             line = json.loads(one)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{source}, line {number} is no JSON ({error.msg}, column {error.colno}): mend or delete it"
-            ) from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            why = f"{error.msg}, column {error.colno}" if isinstance(error, ValueError) else "nested too deeply"
+            raise ValueError(f"{source}, line {number} is no JSON ({why}): mend or delete it") from None
         if wrong := _wrong(line):
             raise ValueError(f"{source}, line {number} is not a result of this bench: {wrong}")
         lines.append(line)
@@ -54,14 +56,19 @@ def _wrong(line: object) -> str | None:
         return f"a {type(line).__name__}, not an object"
     if line.get("schema", SCHEMA) != SCHEMA:
         return f"its schema is {line['schema']}, this bench reads {SCHEMA}"
-    wanted = [*[(name, str) for name in _TEXTS], *[(name, dict) for name in _TABLES]]
-    wanted.append(("result", dict) if line.get("status") == "ok" else ("error", str))
-    bad = [name for name, kind in wanted if not isinstance(line.get(name), kind)]
-    if "dirty" not in line:
-        bad.append("dirty")
+    wanted = _KINDS | ({"result": dict} if line.get("status") == "ok" else {"error": str}) | {"dirty": object}
+    bad = _unlike(line, wanted)
     if "machine" not in bad:
-        bad += [f"machine.{name}" for name in ("cpu", "cores", "threads") if name not in line["machine"]]
-    return f"without {', '.join(bad)}" if bad else None
+        about = line["machine"]
+        wanted = _MACHINE | (_CARD if "gpu" in about else {})
+        wanted |= {"instructions": str} if "instructions" in about else {}  # older lines do not name them
+        bad += [f"machine.{name}" for name in _unlike(about, wanted)]
+    return f"without {', '.join(bad)} of the right type" if bad else None
+
+
+def _unlike(found: dict, wanted: dict[str, type]) -> list[str]:
+    """What is not there, or of another type."""
+    return [name for name, kind in wanted.items() if name not in found or not isinstance(found[name], kind)]
 
 
 def append(path: Path, line: dict) -> None:
@@ -92,6 +99,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(f"cannot write to {path}: {error.strerror or error}") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def file_name(*parts: str) -> str:
+    """Of names that results give: one that leads nowhere else, and that every file system takes."""
+    plain = re.sub(r"[^\w.+-]+", "-", "-".join(parts))
+    return plain.encode()[:200].decode(errors="ignore")
 
 
 def machine_of(line: dict) -> str:

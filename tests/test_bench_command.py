@@ -339,6 +339,19 @@ LINE = {
         ("[1, 2]", "mine.jsonl, line 2 is not a result of this bench: a list, not an object"),
         ('{"time": "today", "rows": []}', "mine.jsonl, line 2 is not a result of this bench: without suite, workload"),
         (json.dumps(LINE | {"schema": 9}), "line 2 is not a result of this bench: its schema is 9, this bench reads 1"),
+        ("[" * 5000, "mine.jsonl, line 2 is no JSON (nested too deeply)"),
+        *[
+            (
+                json.dumps(LINE | {"machine": LINE["machine"] | changed}),
+                f"mine.jsonl, line 2 is not a result of this bench: without {said} of the right type",
+            )
+            for changed, said in [
+                ({"gpu": 5}, "machine.gpu, machine.gpu_memory"),
+                ({"gpu": "a card", "gpu_memory": "80 GB"}, "machine.gpu_memory"),
+                ({"cpu": None, "cores": [2]}, "machine.cpu, machine.cores"),
+                ({"instructions": {}}, "machine.instructions"),
+            ]
+        ],
         (json.dumps(LINE), "the results of m on CPU: A processor, 2 cores are not what comparison.py shows (KeyError"),
     ],
 )
@@ -353,6 +366,24 @@ def test_a_line_that_is_no_result_is_named(tmp_path, capsys, text, said):
 
 
 H200 = [line for line in lines.read(report.RESULTS) if line["machine"].get("gpu") == "NVIDIA H200"]
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "a\0b", "m" * 300, "ü" * 300])
+def test_a_name_in_the_results_leads_nowhere_else(tmp_path, name):
+    """Files are named after models and suites."""
+    out = tmp_path / "one" / "two"
+    out.mkdir(parents=True)
+    paged = next(line for line in H200 if (line["workload"], line["system"]) == ("throughput", "paged"))
+    cost = next(
+        line
+        for line in H200
+        if line["workload"] == "cost" and any(row.get("kept_tokens_mean") for row in line["result"]["rows"])
+    )
+    found = [paged | {"model": name, "device": name}, cost | {"model": name, "suite": name}]
+    (out / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    report.write(out)
+    assert len([*out.glob("*.png")]) == 2 and len([*out.glob("*_table.md")]) == 2
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != out] == []
 
 
 @pytest.mark.parametrize("workload", sorted({line["workload"] for line in H200}))

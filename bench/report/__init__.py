@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from bench import lines, machine, records
-from bench.lines import write_whole
+from bench.lines import file_name, write_whole
 from bench.report import frontier, losses, page, plots, questions, readme, web
 from kv_strategies.losses import PATH as LOSSES
 
@@ -35,18 +35,19 @@ def write(folder: Path = RESULTS) -> Path:
     for suite in sorted({line["suite"] for line in found} - set(page.COMPARISON)):
         own = [line for line in found if line["suite"] == suite]
         pages[suite] = page.render(own, f"Suite {suite}", f"`make bench SUITE={suite}`")
+    asked = questions.render(found)
+    # a machine that only measures may lack what the page takes
+    html = web.render(found, frontier.rows(found)) if importlib.util.find_spec("vl_convert") else None
     for suite, text in pages.items():
         write_whole(page_of(suite, folder), lambda path, text=text: path.write_text(text, encoding="utf-8"))
-    text = questions.render(found)
-    write_whole(folder / "questions.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(folder / "questions.md", lambda path: path.write_text(asked, encoding="utf-8"))
     plots.comparison(compared, folder)
     plots.cost(found, folder)
     frontier.write(found, folder)
     write_whole(folder / "results.csv", lambda path: records.write_csv(records.of_lines(found), path))
-    if importlib.util.find_spec("vl_convert"):
-        html = web.render(found, frontier.rows(found))
+    if html:
         write_whole(folder / "report.html", lambda path: path.write_text(html, encoding="utf-8"))
-    else:  # a machine that only measures may lack it
+    else:
         print("report.html is not written anew: that takes vl-convert-python", file=sys.stderr)
     if folder.resolve() == RESULTS:
         text = readme.with_headline(README.read_text(encoding="utf-8"), found, compared)
@@ -57,4 +58,4 @@ def write(folder: Path = RESULTS) -> Path:
 
 def page_of(suite: str, folder: Path) -> Path:
     """Where the tables of a suite stand."""
-    return folder / page.page_of(suite)
+    return folder / page.page_of(file_name(suite))

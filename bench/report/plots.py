@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.lines import Found, machine_of, write_whole
+from bench.lines import Found, file_name, machine_of, write_whole
 from bench.markdown import unique
 from bench.report import charts
 
@@ -28,7 +28,7 @@ def comparison(lines: list[dict], folder: Path) -> list[Path]:
 
 
 def picture_of(device: str, model: str, dtype: str) -> str:
-    return f"{device}-{model}-{dtype}.png".lower()
+    return f"{file_name(device, model, dtype)}.png".lower()
 
 
 def _compared(found: Found, model: str, dtype: str, title: str, path: Path) -> bool:
@@ -82,7 +82,7 @@ def cost(lines: Sequence[dict], folder: Path) -> list[Path]:
             for row in line["result"]["rows"]
             if "error" not in row
         }
-        path = folder / f"cost-{device}-{model}.png".lower()
+        path = folder / f"{file_name('cost', device, model)}.png".lower()
         if _costs(list(rows.values()), f"{model}, {device}", path):
             written.append(path)
     return written
