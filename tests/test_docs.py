@@ -7,6 +7,7 @@ behind it runs beside the files of its page, which count as an installed package
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -184,6 +185,22 @@ def test_every_figure_key_is_explained(tmp_path):
         keys |= set(build(name, model, num_blocks=4, **options).stats())
     explained = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/stats.md").read_text(), re.MULTILINE)
     assert set(explained) == keys and len(explained) == len(keys)
+
+
+def test_every_option_is_explained():
+    """docs/options.md has a row for each option, with its default, and no other."""
+    from common import OUTSIDE
+
+    from kv_strategies import STRATEGIES, build
+
+    of_all = inspect.signature(build).parameters.values()
+    known = {(p.name, repr(p.default)) for p in of_all if p.kind is p.KEYWORD_ONLY}
+    for name, preset in STRATEGIES.items():
+        if name not in OUTSIDE:
+            known |= {(name, option, repr(p.default)) for option, p in preset.options.items()}
+    rows = [_cells(line) for line in (ROOT / "docs/options.md").read_text().splitlines() if line.startswith("| `")]
+    said = [tuple(cell.strip("`") for cell in row[:-1]) for row in rows]
+    assert set(said) == known and len(said) == len(known)
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)

@@ -120,6 +120,10 @@ def _limits(found: Found, points: Iterable[dict]) -> Iterator[dict]:
 
 
 def _concurrent(found: Found) -> Iterator[dict]:
+    for line in _ok(found, "concurrency"):
+        for point in line["result"]["points"]:
+            if "tokens_per_second" in point:
+                yield _head(line) | {"requests": point["requests"], "rate": point["tokens_per_second"]}
     for line in _ok(found, "batching"):
         for batch in line["result"]["batches"]:
             if "tokens_per_second" in batch:
@@ -231,7 +235,7 @@ def _frontier(x: str, points: Sequence[dict]) -> Chart:
     shown = {"setting": "setting", "length": "tokens", "batch": "requests", x: x_title, y: y_title}
     interval = {"low": "95 % from", "high": "to"} if y == "accuracy" else {}
     encoding = {
-        "x": _field(x, x_title, scale={"type": "log", "nice": False, "padding": 12}),
+        "x": _field(x, x_title, scale={"type": "log", "nice": False, "padding": 12}, axis={"format": "~s"}),
         "y": _field(y, y_title),
         "color": _COLOUR,
         "shape": _field("length", "tokens", "ordinal", legend={"orient": "bottom"}),
@@ -245,14 +249,15 @@ def _frontier(x: str, points: Sequence[dict]) -> Chart:
 
 def _concurrency(rows: Sequence[dict]) -> Chart:
     encoding = {
-        "x": _field("requests", "requests handed over together", "ordinal", axis={"labelAngle": 0}),
+        "x": _field("requests", "requests at once", scale={"type": "log", "base": 2}),
         "y": _field("rate", "tokens/s", scale={"zero": True}),
         "color": _COLOUR,
-        "shape": _field("workload", None, "nominal", legend={"orient": "bottom"}),
+        "shape": _field("workload", None, "nominal", legend={"orient": "bottom", "columns": 1}),
         "tooltip": _tooltip(requests="requests", rate="tokens/s"),
     }
     spec = _spec(rows, mark={"type": "point", "filled": True, "size": 90}, encoding=encoding)
-    return Chart("concurrency", "Throughput against concurrency", "Ragged batches, prefill included.", spec)
+    note = "Ragged batches, prefill included. Squares of concurrency: 128 requests, of which so many run at once."
+    return Chart("concurrency", "Throughput against concurrency", note, spec)
 
 
 def _roofline(points: Sequence[dict], limits: Sequence[dict]) -> Chart:
