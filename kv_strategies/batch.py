@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .baseline import Baseline
 from .runner import Runner
-from .step.requests import Request, Result
+from .step.requests import FAILED, Request, Result
 
 #: In one of these a line says what it asks.
 PROMPTS = ("prompt", "messages", "token_ids")
@@ -282,6 +282,9 @@ class Answering:
         if len(results) == int(asked.get("n", 1)):
             del self._open[result.request_id]
             caller.num_open -= 1
+            if any(result.finish_reason == "error" for result in results):
+                caller.rows.append(_row(line, {"error": FAILED}))
+                return
             results.sort(key=lambda result: result.sample_index)
             samples = [_sample(result, self._tokenizer) for result in results]
             caller.rows.append(_row(line, {"id": asked.get("id"), "samples": samples}))

@@ -133,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
 def _generate(options: argparse.Namespace) -> int:
     from . import Request, Runner, build
     from .models import load_model
+    from .step.requests import FAILED
 
     texts = [_as_text(prompt) for prompt in options.prompt]
     model, tokenizer = load_model(options.model)
@@ -163,13 +164,15 @@ def _generate(options: argparse.Namespace) -> int:
             for prompt, text, result in zip(texts, answers, results, strict=True)
         ]
         print(json.dumps({"results": rows, "stats": strategy.stats()}))
-        return 0
-    for prompt, text, result in zip(texts, answers, results, strict=True):
-        times = result.timings
-        print(f"--- {prompt}\n{text}")
-        rate = f", then {len(times.itl) / sum(times.itl):.1f} tokens/s" if times.itl else ""
-        print(f"    [{len(result.token_ids)} tokens, {result.finish_reason}; first after {times.ttft:.2f} s{rate}]")
-    print(_in_words(strategy.stats()))
+    else:
+        for prompt, text, result in zip(texts, answers, results, strict=True):
+            times = result.timings
+            print(f"--- {prompt}\n{text}")
+            rate = f", then {len(times.itl) / sum(times.itl):.1f} tokens/s" if times.itl else ""
+            print(f"    [{len(result.token_ids)} tokens, {result.finish_reason}; first after {times.ttft:.2f} s{rate}]")
+        print(_in_words(strategy.stats()))
+    if num_failed := sum(result.finish_reason == "error" for result in results):
+        raise RuntimeError(f"{num_failed} of {len(results)} answers ended with an error: {FAILED}")
     return 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import common  # noqa: F401  registers strategies from outside
 import pytest
+import torch
 
 from kv_strategies.cli import main
 
@@ -29,6 +30,18 @@ def test_generate_prints_json(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["stats"]["strategy"] == "paged" and found["stats"]["blocks_used"] == 0
     assert found["results"][0]["num_tokens"] == 3 and found["results"][0]["finish_reason"] == "length"
+
+
+def test_an_answer_that_failed_is_no_success(capsys, monkeypatch):
+    from kv_strategies import models
+
+    model, tokenizer = models.load_model()
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    monkeypatch.setattr(models, "load_model", lambda spec: (model, tokenizer))
+    assert main(["generate", "One,", "Two,", "--option", "num_blocks=8", "--json"]) == 1
+    told = capsys.readouterr()
+    assert [row["finish_reason"] for row in json.loads(told.out)["results"]] == ["error", "error"]
+    assert "2 of 2 answers ended with an error: the logits were not numbers" in told.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,10 @@ def integers(name: str, values: object) -> np.ndarray:
     return array.astype(np.int64)
 
 
+#: Of a result whose `finish_reason` is "error"; what else was known of it was a warning.
+FAILED = "the logits were not numbers, or a logits processor or the tokenizer of stop strings failed"
+
+
 @dataclass
 class Timings:
     """Seconds, on the host's clock: `ttft` from submission to the first token, `itl` from each token to the next."""
