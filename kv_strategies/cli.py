@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import plan_command
-from .models.room import NoRoom
+from .shell import ended
 
 if TYPE_CHECKING:
     from .batch import Answering
@@ -24,29 +23,30 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows its code
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    rank = os.environ.get("RANK", "0")  # of several that hold one model, the first is the one that speaks
+    return ended(f"kv-strategies{f' (rank {rank})' if rank != '0' else ''}", partial(_run, argv, rank == "0"))
+
+
+def _run(argv: list[str] | None, is_first: bool) -> int:
+    from . import plan_command
+    from .models.room import NoRoom
+
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     if options.command in ("bench", "report"):
         options.extra = [*options.extra, *rest]
     elif rest:
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
-    rank = os.environ.get("RANK", "0")  # of several that hold one model, the first is the one that speaks
     try:
-        with contextlib.redirect_stdout(io.StringIO()) if rank != "0" else contextlib.nullcontext():
+        with contextlib.nullcontext() if is_first else contextlib.redirect_stdout(io.StringIO()):
             return options.run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"kv-strategies{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
-        if isinstance(error, NoRoom):
-            print(plan_command.beside(error), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    except NoRoom as error:
+        raise ValueError(f"{error}; {plan_command.beside(error)}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
+    from . import plan_command
+
     parser = argparse.ArgumentParser(
         prog="kv-strategies",
         description="KV-cache strategies on a patched Transformers.",
@@ -215,6 +215,8 @@ def _parse_option(text: str) -> tuple[str, object]:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from . import plan_command
+
     return plan_command.run(options, dict(map(_parse_option, options.option)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import common  # noqa: F401  registers strategies from outside
 import pytest
 import torch
 
+from bench.__main__ import main as bench
 from kv_strategies.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +122,67 @@ def test_a_prompt_that_is_no_text_is_refused_before_anything_is_loaded():
         done = kv_strategies("generate", b"caf\xe9", "--model", "no/such/folder", **locale)
         assert done.returncode == 1 and b"is not UTF-8: unexpected end of data at byte 3" in done.stderr
         assert b"Traceback" not in done.stderr and b"folder" not in done.stderr
+
+
+SAYS = "print('word'); "
+FAILS = "print('word'); raise ValueError('two\\nlines'); "
+HELP = "argparse.ArgumentParser().parse_args(['--help'])"
+
+
+def in_bash(work: str, redirected: str, unbuffered: str = "") -> tuple[int, str]:
+    """Exit status and what stands on standard error."""
+    program = f"import argparse, sys\nfrom kv_strategies.shell import ended\ndef work():\n {work}return 0\n"
+    command = shlex.join([sys.executable, "-c", program + "sys.exit(ended('me', work))"])
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    line = f"set -o pipefail; {command} {redirected}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_takes(unbuffered):
+    full = "me: standard output cannot be written: No space left on device\n"
+    assert in_bash(SAYS, "> /dev/full", unbuffered) == (1, full)
+    assert in_bash(SAYS, "| true", unbuffered)[1] == "", "who reads no further knows"
+    assert in_bash(f"import time; time.sleep(0.5); {SAYS}", "| true", unbuffered) == (1, "")
+    assert in_bash(SAYS, ">&-", unbuffered) == (0, "")
+    assert in_bash(SAYS, "> /dev/null 2>&-", unbuffered) == (0, "")
+    assert in_bash(FAILS, "> /dev/full 2>&1", unbuffered)[0] == 1
+
+
+def test_what_ends_a_command():
+    assert in_bash(FAILS, "") == (1, "me: two lines\n")
+    assert in_bash(FAILS, "> /dev/full") == (1, "me: two lines\n")
+    assert in_bash("raise KeyboardInterrupt; ", "") == (130, "")
+    assert in_bash(f"{HELP}; ", "") == (0, "")
+    assert in_bash(f"{HELP}; ", "> /dev/full")[0] == 1
+    assert in_bash("raise OSError(28, 'full', 'a file'); ", "") == (1, "me: [Errno 28] full: 'a file'\n")
+    assert in_bash("raise OSError(28, 'full'); ", "") == (1, "me: [Errno 28] full\n")
+
+
+@pytest.mark.parametrize("command", ["kv_strategies.cli explain paged", "bench workloads"])
+def test_commands_end_like_that(command):
+    line = f"{sys.executable} -m {command} > /dev/full"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "standard output cannot be written" in done.stderr
+
+
+@pytest.mark.parametrize(("command", "module"), [(main, "kv_strategies.plan_command"), (bench, "bench.command")])
+def test_ctrl_c_while_it_imports(command, module, monkeypatch, capsys):
+    class Interrupting:
+        def find_spec(self, name, path=None, target=None):
+            if name == module:
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.delattr(sys.modules[module.rpartition(".")[0]], module.rpartition(".")[2], raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    assert command(["plan"]) == 130 and capsys.readouterr().err == ""
+
+
+def test_nothing_slow_is_imported_before_ctrl_c_is_heard():
+    check = "import sys, kv_strategies.cli, bench.__main__; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
