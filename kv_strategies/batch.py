@@ -308,6 +308,10 @@ def _request(
         raise ValueError(f"not valid JSON ({error})") from None
     if not isinstance(asked, dict):
         raise ValueError(f"a line is a JSON object, got {type(asked).__name__}")
+    try:
+        json.dumps(asked.get("id"), allow_nan=False)
+    except ValueError:
+        raise ValueError("an id goes into the answer, and JSON has no NaN or Infinity") from None
     unknown = sorted(asked.keys() - _OPTIONS - {*PROMPTS, "id"})
     if unknown:
         raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(_OPTIONS))}")

@@ -38,6 +38,8 @@ BAD = [
     (b'{"prompt": "\xff"}', "not valid JSON"),
     (b"[" * 100_000, "not valid JSON"),
     (rb'{"prompt": "\ud800"}', "surrogates not allowed"),
+    (b'{"prompt": "a", "id": NaN}', "JSON has no NaN or Infinity"),
+    (b'{"prompt": "a", "id": [1e999]}', "JSON has no NaN or Infinity"),
 ]
 
 
