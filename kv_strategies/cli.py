@@ -62,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--model", help="a folder, a hub id, a gguf file, or a known random shape (default: SmolLM2-135M-Instruct)"
     )
-    generate.add_argument("--max-new-tokens", type=int, default=64)
+    count = plan_command.positive(int)
+    generate.add_argument("--max-new-tokens", type=count, default=64)
     generate.add_argument("--temperature", type=float, default=0.0)
     generate.add_argument("--seed", type=int)
     generate.add_argument("--chat", action="store_true", help="put the prompts into the model's chat form")
@@ -89,14 +90,14 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("--strategy", default="prefix", help="a name or a sum of names (default: %(default)s)")
     batch.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the strategy")
     batch.add_argument("--model", help="as of generate")
-    batch.add_argument("--max-new-tokens", type=int, default=64, help="of lines that do not say (default: %(default)s)")
+    batch.add_argument(
+        "--max-new-tokens", type=count, default=64, help="of lines that do not say (default: %(default)s)"
+    )
     batch.add_argument("--json", action="store_true", help="print one JSON object")
     batch.add_argument(
         "--address", help="answer on a Ray cluster: `auto` for the one this machine is in, HOST:PORT, or `local`"
     )
-    batch.add_argument(
-        "--replicas", type=plan_command.positive(int), help="of the model, on the cluster (default: as many as fit)"
-    )
+    batch.add_argument("--replicas", type=count, help="of the model, on the cluster (default: as many as fit)")
     batch.add_argument("--gpus", type=float, help="of a replica (default: 1 where the cluster has any)")
     batch.add_argument("--cpus", type=float, help="of a replica (default: 1)")
     batch.set_defaults(run=_batch)
@@ -120,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of whichever takes it")
     diff.add_argument("--model", help="as of generate")
     diff.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model (default: its own)")
-    diff.add_argument("--max-new-tokens", type=int, default=64)
+    diff.add_argument("--max-new-tokens", type=count, default=64)
     diff.add_argument("--json", action="store_true", help="print one JSON object")
     diff.set_defaults(run=_explain_diff)
 
@@ -133,13 +134,16 @@ def _parser() -> argparse.ArgumentParser:
 def _generate(options: argparse.Namespace) -> int:
     from . import Request, Runner, build
     from .models import load_model
+    from .registry import check
     from .step.requests import FAILED
 
     texts = [_as_text(prompt) for prompt in options.prompt]
+    given = _parse_options(options)
+    check(options.strategy, given)
     model, tokenizer = load_model(options.model)
     if tokenizer is None:
         raise ValueError(f"{options.model} has random weights and no tokenizer; it serves benchmarks only")
-    strategy = build(options.strategy, model, **dict(map(_parse_option, options.option)))
+    strategy = build(options.strategy, model, **given)
     requests = []
     for text in texts:
         if options.chat:
@@ -214,10 +218,14 @@ def _parse_option(text: str) -> tuple[str, object]:
         return name, value
 
 
+def _parse_options(options: argparse.Namespace) -> dict[str, object]:
+    return dict(map(_parse_option, options.option))
+
+
 def _plan(options: argparse.Namespace) -> int:
     from . import plan_command
 
-    return plan_command.run(options, dict(map(_parse_option, options.option)))
+    return plan_command.run(options, _parse_options(options))
 
 
 def _completion(options: argparse.Namespace) -> int:
@@ -254,7 +262,10 @@ def _batch(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .batch import Batch
+    from .registry import check
 
+    given = _parse_options(options)
+    check(options.strategy, given)
     if not options.prompts.is_file():
         raise ValueError(f"there is no file {options.prompts}")
     if not options.address and {options.replicas, options.gpus, options.cpus} != {None}:
@@ -264,9 +275,7 @@ def _batch(options: argparse.Namespace) -> int:
         raise ValueError("--address answers by replicas that have a GPU each, and torchrun spreads one model: choose")
     batch = Batch(options.prompts, options.out, resume=options.resume) if is_first else None
     model = str(Path(options.model).resolve()) if options.model and Path(options.model).exists() else options.model
-    load = partial(
-        load_answering, model, options.strategy, dict(map(_parse_option, options.option)), options.max_new_tokens
-    )
+    load = partial(load_answering, model, options.strategy, given, options.max_new_tokens)
     answer = _cluster(load, options) if options.address else load()
     if not options.address:
         batch = answer.runner.strategy.ranks.first(lambda: batch)
@@ -323,19 +332,20 @@ def _convert(options: argparse.Namespace) -> int:
 def _explain_diff(options: argparse.Namespace) -> int:
     import torch
 
-    from . import STRATEGIES, build
+    from . import build
     from .compare import first_difference
     from .models import load_model
-    from .registry import parts_of
+    from .registry import check, options_of_each
 
     prompts = [_as_text(prompt) for prompt in options.prompt]
+    names = (options.a, options.b)
+    each = options_of_each(names, _parse_options(options))
+    for name, given in zip(names, each, strict=True):
+        check(name, given)
     model, tokenizer = load_model(options.model, dtype=getattr(torch, options.dtype) if options.dtype else None)
-    given = dict(map(_parse_option, options.option))
-    pair = []
-    for name in (options.a, options.b):
-        own = {option for part in parts_of(name) for option in STRATEGIES[part].options}
-        known = {"num_blocks", "block_size", "kernels", *own} if name != "baseline" else set()
-        pair.append(build(name, model, **{option: value for option, value in given.items() if option in known}))
+    if tokenizer is None:
+        raise ValueError(f"{options.model} has random weights and no tokenizer; it serves benchmarks only")
+    pair = [build(name, model, **given) for name, given in zip(names, each, strict=True)]
     found = first_difference(*pair, [tokenizer(text).input_ids for text in prompts], options.max_new_tokens)
     if options.json:
         print(json.dumps({"difference": found and asdict(found) | {"is_rounding": found.is_rounding}}))

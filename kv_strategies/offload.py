@@ -91,6 +91,9 @@ class Offload(Placement):
             )
         if renormalise and not self.reads_some:
             raise ValueError("renormalise goes with top_n or mass: an exact read drops nothing")
+        for option, num_bytes in (("host_bytes", host_bytes), ("disk_bytes", disk_bytes)):
+            if num_bytes is not None and num_bytes < 0:
+                raise ValueError(f"{option} must be at least 0, got {num_bytes}")
         if (disk_path is None) != (disk_bytes is None):
             raise ValueError("disk_path and disk_bytes go together: a folder, and how much of it to use")
         if disk_path is not None and host_bytes is None:

@@ -18,7 +18,7 @@ from .losses import Loss, in_words, losses_of
 from .models.load import DEFAULT_MODEL, model_shape
 from .models.room import NoRoom
 from .planner import Card, Model, Plan, Work, plan_all, settings
-from .registry import STRATEGIES, parts_of
+from .registry import STRATEGIES, check, options_of_each
 
 DTYPES = ("bfloat16", "float16", "float32")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -26,6 +26,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 ASSUMED = {"bandwidth": 900.0, "pcie": 25.0, "tflops": 150.0}
 NEW_TOKENS = 256
 MOST_TOKENS = 16 << 20  # a prompt is planned chunk by chunk
+MOST_BYTES = 10**15
 
 
 def num_tokens(text: str) -> int:
@@ -44,13 +45,21 @@ def num_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if not found or found[2] == "i" or not float(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: give 24GB, 24GiB or a number of bytes")
-    size = int(float(found[1]) * _UNITS[found[2]])
+    size = float(found[1]) * _UNITS[found[2]]
+    if size > MOST_BYTES:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is more than {MOST_BYTES / 1e12:g}TB, more than is planned")
+    size = int(size)
     if size < 10**6:
         raise argparse.ArgumentTypeError(f"{text!r} is {size} bytes, less than any card has: say the unit, as in 24GB")
     return size
 
 
-def positive(kind: Callable) -> Callable:
+def reserved_bytes(text: str) -> int:
+    """As `num_bytes`, or 0."""
+    return 0 if re.fullmatch(r"0+(\.0+)?\s*([kmgt]i?)?b?", text.strip().lower()) else num_bytes(text)
+
+
+def positive(kind: Callable, least: float = 0, most: float = float("inf")) -> Callable:
     def read(text: str):
         try:
             value = kind(text)
@@ -58,6 +67,8 @@ def positive(kind: Callable) -> Callable:
             value = 0
         if not 0 < value < float("inf"):
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number above 0")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not from {least:g} to {most:g}")
         return value
 
     return read
@@ -68,17 +79,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help=f"{known}; no weight is loaded")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache (%(default)s)")
     parser.add_argument("--context", type=num_tokens, required=True, help="tokens a row grows to, such as 32k")
-    parser.add_argument("--batch", type=positive(int), default=1, help="rows at the same time (%(default)s)")
+    rows = positive(int, 1, MOST_TOKENS)
+    parser.add_argument("--batch", type=rows, default=1, help="rows at the same time (%(default)s)")
     parser.add_argument("--new-tokens", type=num_tokens, help=f"of the context, generated ({NEW_TOKENS})")
     parser.add_argument("--gpu-memory", type=num_bytes, help="such as 24GB or 80GiB (default: of the GPU here)")
-    parser.add_argument("--reserve", type=num_bytes, default=num_bytes("0.6GB"), help="CUDA's own share (0.6GB)")
+    parser.add_argument("--reserve", type=reserved_bytes, default=num_bytes("0.6GB"), help="CUDA's own share (0.6GB)")
     rates = {
         "bandwidth": "GB/s that the card's memory is read with",
         "pcie": "GB/s from the host to the card",
         "tflops": "that matrix products reach in this dtype",
     }
     for name, meaning in rates.items():
-        parser.add_argument(f"--{name}", type=positive(float), help=f"{meaning} ({ASSUMED[name]:g})")
+        parser.add_argument(f"--{name}", type=positive(float, 1e-3, 1e9), help=f"{meaning} ({ASSUMED[name]:g})")
     parser.add_argument("--strategy", action="append", help="only this one; may be repeated (default: all useful)")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of what --strategy names")
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes and seconds")
@@ -122,10 +134,10 @@ def run(options: argparse.Namespace, parsed: dict[str, object]) -> int:
 
 
 def _chosen(names: Sequence[str], given: dict[str, object]) -> list[tuple[str, dict[str, object]]]:
-    """Each with the options that it takes. One that nobody takes goes to the first, which says what it takes."""
-    takes = [{option for part in parts_of(name) for option in STRATEGIES[part].options} for name in names]
-    takes[0] |= set(given) - set().union(*takes)
-    return [(n, {o: value for o, value in given.items() if o in own}) for n, own in zip(names, takes, strict=True)]
+    chosen = list(zip(names, options_of_each(names, given, ["block_size"]), strict=True))
+    for name, options in chosen:
+        check(name, options)
+    return chosen
 
 
 def beside(error: NoRoom) -> str:
@@ -197,7 +209,7 @@ def _row(plan: Plan, losses: Sequence[Loss] | None) -> list[str]:
         seconds(plan.ttft),
         plan.ttft_bound or "",
         "no end" if plan.longest_context is None else str(plan.longest_context),
-        str(plan.largest_batch),
+        "no end" if plan.largest_batch is None else str(plan.largest_batch),
         in_words(losses),
     ]
 

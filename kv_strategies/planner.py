@@ -155,7 +155,7 @@ class Plan:
     ttft: float | None = None
     ttft_bound: str | None = None
     longest_context: int | None = 0  # None where no length is too long
-    largest_batch: int = 0
+    largest_batch: int | None = 0  # likewise
     beyond: int = 0
     unknown: str = ""
 
@@ -326,7 +326,7 @@ def plan(name: str, options: dict[str, object], model: Model, work: Work, card: 
         system.name, options, tiers, model.weights, workspace,
         missing=max(0, model.weights + tiers["gpu"] + workspace - card.usable),
         longest_context=largest(lambda n: fits(replace(work, context=n))),
-        largest_batch=largest(lambda n: fits(replace(work, batch=n))) or 0,
+        largest_batch=largest(lambda n: fits(replace(work, batch=n))),
         beyond=beyond(work.context),
     )  # fmt: skip
     step, ttft = system.step(work, card), system.first_token(work, card)

@@ -15,7 +15,7 @@ import inspect
 import sys
 import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -189,14 +189,13 @@ def build(
     """
     parts = parts_of(name)
     name = "+".join(parts)
-    common = {
-        "num_blocks": num_blocks,
-        "memory_fraction": memory_fraction,
-        "block_size": block_size,
-        "kernels": kernels,
-        "deterministic": deterministic,
-    }
-    common = {option: _checked(option, value, _COMMON[option]) for option, value in common.items()}
+    common = _common_of(
+        num_blocks=num_blocks,
+        memory_fraction=memory_fraction,
+        block_size=block_size,
+        kernels=kernels,
+        deterministic=deterministic,
+    )
     num_blocks, memory_fraction, block_size, kernels, deterministic = common.values()
     given = _options_of(name, parts, options)
     check_model(model)
@@ -206,8 +205,6 @@ def build(
         return Baseline(model)
     check_rope(name, model)
 
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
     with plain_defaults():
         policies, site = _put_together(model, parts, given, block_size)
     chosen = (
@@ -215,10 +212,6 @@ def build(
     )
     if num_blocks is None:
         num_blocks = _blocks_that_fit(model, policies, site, memory_fraction)
-    elif memory_fraction is not None:
-        raise ValueError("give num_blocks or memory_fraction, not both")
-    elif num_blocks < 1:
-        raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
     ranks_of(model).same("what to build", f"{name}, {num_blocks} blocks of {site.block_size} tokens, {given}")
     try:
         return Strategy(name, model, policies, chosen, Generation(), num_blocks=num_blocks, block_size=site.block_size)
@@ -247,7 +240,41 @@ def outline(
         raise ValueError("baseline is the native cache: it has no policies")
     check_rope(name, model)
     with plain_defaults():
+        (block_size,) = _common_of(block_size=block_size).values()
         return _put_together(model, parts, _options_of(name, parts, options), block_size)
+
+
+def check(name: str, options: dict[str, object]) -> None:
+    """What `build` says of a name and its options whatever the model, before one is loaded.
+
+    Raises:
+        ValueError: as `build`.
+    """
+    parts = parts_of(name)
+    _common_of(**{option: value for option, value in options.items() if option in _COMMON})
+    given = _options_of(name, parts, {option: value for option, value in options.items() if option not in _COMMON})
+    with plain_defaults():
+        for part in parts:
+            _answer(Policies(), part, given[part])
+
+
+def options_of_each(
+    names: Sequence[str], given: dict[str, object], common: Iterable[str] | None = None
+) -> list[dict[str, object]]:
+    """For each name what it takes of options that were given for all. One that nobody takes goes to the first, which
+    says what it takes.
+
+    Args:
+        common: what every one but the baseline takes; all that `build` has unless told.
+    """
+    common = set(_COMMON if common is None else common)
+    takes = [
+        {option for part in parts_of(name) for option in STRATEGIES[part].options}
+        | (set() if name == "baseline" else common)
+        for name in names
+    ]
+    takes[0] |= set(given) - set().union(*takes)
+    return [{option: value for option, value in given.items() if option in own} for own in takes]
 
 
 def bytes_per_block(policies: Policies, site: Site) -> dict[torch.device, int]:
@@ -320,6 +347,17 @@ def _options_of(name: str, parts: list[str], options: dict[str, object]) -> dict
         own = [option for option in STRATEGIES[part].options if option in options]
         given[part] = {option: _checked(option, options[option], hints.get(option, object)) for option in own}
     return given
+
+
+def _common_of(**given: object) -> dict[str, object]:
+    """Options of `_COMMON`, checked."""
+    found = {option: _checked(option, value, _COMMON[option]) for option, value in given.items()}
+    if found.get("num_blocks") is not None and found.get("memory_fraction") is not None:
+        raise ValueError("give num_blocks or memory_fraction, not both")
+    for option in ("num_blocks", "block_size"):
+        if found.get(option) is not None and found[option] < 1:
+            raise ValueError(f"{option} must be at least 1, got {found[option]}")
+    return found
 
 
 def _checked(option: str, value: object, hint: object) -> object:

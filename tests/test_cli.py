@@ -52,7 +52,6 @@ def test_an_answer_that_failed_is_no_success(capsys, monkeypatch):
         (["--strategy", "pagd"], "unknown strategy 'pagd'"),
         (["--option", "num_blocks"], "NAME=VALUE"),
         (["--model", "no/such/folder"], "no/such/folder"),
-        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["--option", "num_blocks=many"], "num_blocks takes a whole number"),
         (["--strategy", "window", "--option", "window=abc"], "window takes a whole number, got 'abc'"),
     ],
@@ -61,6 +60,31 @@ def test_errors_are_one_clear_line(arguments, message, capsys):
     assert main(["generate", "hello", *arguments]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in last and last.startswith("kv-strategies: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "hello", "--strategy", "nope"], "unknown strategy 'nope'"),
+        (["generate", "hello", "--option", "x"], "--option takes NAME=VALUE, got 'x'"),
+        (["generate", "hello", "--strategy", "window", "--option", "window=0"], "window"),
+        (["generate", "hello", "--option", "block_size=0"], "block_size must be at least 1, got 0"),
+        (["batch", __file__, "none", "--strategy", "nope"], "unknown strategy 'nope'"),
+        (["explain-diff", "nope", "int8", "hello"], "unknown strategy 'nope'"),
+        (["explain-diff", "paged", "paged", "hello", "--option", "window=4"], "unknown option window: 'paged' takes"),
+    ],
+)
+def test_what_no_model_can_do_is_said_before_one_is_loaded(arguments, message, capsys):
+    assert main([*arguments, "--model", "no/such/folder"]) == 1
+    told = capsys.readouterr().err
+    assert message in told and "no/such" not in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["generate", "a"], ["batch", "a", "b"], ["explain-diff", "paged", "int8", "a"]])
+def test_no_new_tokens_cannot_be_asked_for(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--max-new-tokens", "0"])
+    assert ended.value.code == 2 and "'0' is no whole number above 0" in capsys.readouterr().err
 
 
 def test_explain_shows_the_idea(capsys):

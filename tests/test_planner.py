@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from itertools import pairwise
 
@@ -176,6 +177,10 @@ def test_a_gguf_file_is_planned_without_its_weights(capsys):
         (["--context", "4k", "--batch", "-1"], "'-1' is no whole number above 0"),
         (["--context", "4k", "--bandwidth", "nan"], "'nan' is no number above 0"),
         (["--context", "17m"], "'17m' is more than 16m tokens"),
+        (["--context", "4k", "--gpu-memory", "9" * 400 + "TB"], "is more than 1000TB"),
+        (["--context", "4k", "--batch", "9" * 400], "is not from 1 to"),
+        (["--context", "4k", "--bandwidth", "1e-320"], "'1e-320' is not from 0.001 to 1e+09"),
+        (["--context", "4k", "--tflops", "1e300"], "'1e300' is not from 0.001 to 1e+09"),
         (["--context", "4k", "--gpu-memory", "24"], "'24' is 24 bytes, less than any card has: say the unit"),
     ],
 )
@@ -191,6 +196,10 @@ def test_sizes_that_are_none(arguments, said, capsys):
         (["--reserve", "24GB"], "--reserve 24.00 GB leaves nothing of a card of 24.00 GB"),
         (["--new-tokens", "4k"], "--new-tokens 4096 leave no prompt in a --context of 4096"),
         (["--option", "top_n=8"], "--option belongs to a strategy"),
+        (["--strategy", "paged", "--option", "block_size=0"], "block_size must be at least 1, got 0"),
+        (["--strategy", "paged", "--option", "block_size=1.5"], "block_size takes a whole number or none, got 1.5"),
+        (["--strategy", "offload", "--option", "host_bytes=-5"], "host_bytes must be at least 0, got -5"),
+        (["--strategy", "offload", "--option", "disk_bytes=-5"], "disk_bytes must be at least 0, got -5"),
         (["--strategy", "baseline", "--option", "top_n=8"], "unknown option top_n: 'baseline' takes no options"),
         (["--strategy", "paged", "--strategy", "int8", "--option", "top_n=8"], "unknown option top_n: 'paged'"),
     ],
@@ -204,6 +213,29 @@ def test_an_option_goes_to_whichever_takes_it(capsys):
     options = ["--strategy", "paged", "--strategy", "offload", "--option", "top_n=8", "--json"]
     assert kv_plan("--context", "1k", "--gpu-memory", "24GB", *options) == 0
     assert [row["options"] for row in json.loads(capsys.readouterr().out)["plans"]] == [{}, {"top_n": 8}]
+
+
+def test_every_strategy_takes_a_block_size_and_nothing_need_be_reserved(capsys):
+    options = ["--strategy", "paged", "--strategy", "int8", "--option", "block_size=32", "--reserve", "0", "--json"]
+    assert kv_plan("--context", "1k", "--gpu-memory", "24GB", *options) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["options"] for row in found["plans"]] == [{"block_size": 32}] * 2 and found["card"]["reserve"] == 0
+
+
+def test_a_card_with_room_for_any_batch_says_so(capsys):
+    arguments = ["plan", "--context", "2", "--gpu-memory", "1000TB", "--strategy", "baseline"]
+    assert main(arguments) == 0
+    assert re.search(r"\nbaseline .* no end +no end ", capsys.readouterr().out)
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plans"][0]["largest_batch"] is None
+
+
+@pytest.mark.parametrize("num_layers", [0, 10**30])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_model_of_no_depth_or_without_end(kind, num_layers, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "num_hidden_layers": num_layers}))
+    assert main(["plan", "--model", str(tmp_path), "--context", "4k", "--gpu-memory", "24GB"]) == 1
+    assert f"num_hidden_layers must be from 1 to 4096, got {num_layers}" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_says_how_much_is_missing(capsys):

@@ -74,6 +74,7 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
+MOST_LAYERS = 4096
 
 #: From a `config.json`, by its model type, the Llama that computes what it says.
 _CONFIGS = {
@@ -217,6 +218,9 @@ def read_config(spec: str) -> dict[str, Any]:
 def llama_config(spec: str, config: dict[str, Any]) -> LlamaConfig:
     """The Llama that a `config.json` describes, one that can be built."""
     source = f"{spec}/config.json"
+    num_layers = config.get("num_hidden_layers", 1)
+    if isinstance(num_layers, int) and not 1 <= num_layers <= MOST_LAYERS:  # asked first: a config makes a list of them
+        raise ValueError(f"{source}: num_hidden_layers must be from 1 to {MOST_LAYERS}, got {num_layers}")
     try:
         found = _CONFIGS[config["model_type"]](config)
         files.check_token_ids(source, found.to_dict(), found.vocab_size)
