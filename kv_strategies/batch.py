@@ -24,10 +24,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
+from io import RawIOBase
 from itertools import count as counter
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -128,15 +129,15 @@ class Batch:
             RuntimeError: lines were left without an answer.
         """
         written, num_failed = set(), 0
-        with self.out.open("xb" if self._is_new else "ab") as file, closing(answer(self.lines)) as rows:
+        # Unbuffered: what a full disk has no room for would be tried once more as the file is closed.
+        with self.out.open("xb" if self._is_new else "ab", buffering=0) as file, closing(answer(self.lines)) as rows:
             self._lock(file)
             file.truncate(self._num_bytes)
             try:
                 for row in tqdm(rows, total=len(self.lines), unit="line", disable=None if progress else True):
                     if row["line"] in written:
                         continue
-                    file.write(encode(row) + b"\n")
-                    file.flush()
+                    self._write(file, encode(row) + b"\n")
                     written.add(row["line"])
                     if "error" in row:
                         num_failed += 1
@@ -150,7 +151,15 @@ class Batch:
             raise RuntimeError(f"{len(self.lines) - len(written)} lines were left without an answer")
         return self._summary(len(written), num_failed)
 
-    def _lock(self, file: BinaryIO) -> None:
+    def _write(self, file: RawIOBase, text: bytes) -> None:
+        left = memoryview(text)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.out)) from error
+
+    def _lock(self, file: RawIOBase) -> None:
         """Two runs would each answer all that waits. The lock of a killed one goes with its process."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

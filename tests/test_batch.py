@@ -189,8 +189,9 @@ LIMIT = resource.getrlimit(resource.RLIMIT_FSIZE)
 def test_what_was_answered_before_a_fault_stays(prompts, tmp_path, fault, error):
     out = tmp_path / "out"
     try:
-        with pytest.raises(error):
+        with pytest.raises(error) as raised:
             run(prompts, out, report=fault)
+        assert error is KeyboardInterrupt or raised.value.filename == str(out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, LIMIT)
     assert 0 < len(out.read_bytes()) <= 300
