@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 from pathlib import Path
 
 import gguf
@@ -264,6 +265,24 @@ class TestConvert:
             model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         torch.testing.assert_close(model(IDS).logits, original(IDS).logits, rtol=0, atol=1e-4)
         assert load_model(folder, device="cpu")[1] is None or source == "gguf"
+
+    def test_a_full_disk_names_the_folder_and_leaves_nothing(self, tmp_path, capsys):
+        random_model(Qwen2ForCausalLM, Qwen2Config(**SMALL)).save_pretrained(tmp_path / "given")
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for size in (100, 4000):  # of the config, of the weights
+            try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+                assert main(["convert", str(tmp_path / "given"), str(tmp_path / "new")]) == 1
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            told = capsys.readouterr().err.splitlines()[-1]
+            assert f"{tmp_path / 'new'} cannot be written: " in told and "File too large" in told
+        assert [path.name for path in tmp_path.iterdir()] == ["given"]
+
+    @pytest.mark.parametrize("options", [[], ["--dtype", "float32"]])
+    def test_random_weights_are_refused_at_once(self, options, tmp_path, capsys):
+        assert main(["convert", "llama-2-7b-random", str(tmp_path / "new"), *options]) == 1
+        assert "random weights: there is nothing to convert" in capsys.readouterr().err
 
     def test_refusals_leave_nothing(self, tmp_path, capsys):
         assert main(["convert", str(DEFAULT_MODEL), str(tmp_path)]) == 1

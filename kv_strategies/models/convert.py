@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from .fetch import arriving
 from .load import load_model, read_config
@@ -22,7 +23,10 @@ def convert(source: str, folder: Path, dtype: str | None = None) -> Path:
 
     Raises:
         ValueError: the folder exists, or the model is not one that can be converted exactly.
+        OSError: the folder cannot be written.
     """
+    if source.endswith("-random") and not Path(source).exists():
+        raise ValueError(f"{source} is a shape with random weights: there is nothing to convert")
     folder = Path(folder).absolute()
     if folder.exists():
         raise ValueError(f"{folder} exists already: give the name of a new folder, or move it away")
@@ -30,11 +34,14 @@ def convert(source: str, folder: Path, dtype: str | None = None) -> Path:
         config = read_config(source)
         dtype = config.get("dtype") or config.get("torch_dtype")
     model, tokenizer = load_model(source, dtype=_DTYPES.get(dtype, torch.float32), device="cpu")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with arriving(folder) as partial:
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        for file in partial.iterdir():  # safetensors writes for the owner only
-            file.chmod(0o644)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with arriving(folder) as partial:
+            model.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            for file in partial.iterdir():  # safetensors writes for the owner only
+                file.chmod(0o644)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder} cannot be written: {error}") from error
     return folder
