@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,6 +153,19 @@ class TestLoad:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(FileNotFoundError, match=r"neither a local folder.*hf auth login"):
             load_model("nobody/nothing-of-that-name")
+
+    def test_a_hub_out_of_reach_is_asked_once(self, monkeypatch):
+        asked = []
+
+        def request(self, method, url, **_):
+            asked.append(str(url))
+            raise httpx.ConnectError("no network here")
+
+        monkeypatch.setattr(httpx.Client, "request", request)
+        monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits for another try"))
+        with pytest.raises(FileNotFoundError, match="The hub client says: no network here"):
+            load_model("nobody/nothing-of-that-name")
+        assert len(asked) == 1
 
     def test_other_architecture(self, tmp_path):
         Phi3Config(**SMALL, pad_token_id=0).save_pretrained(tmp_path)

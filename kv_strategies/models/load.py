@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoTokenizer,
@@ -206,13 +207,23 @@ def read_config(spec: str) -> dict[str, Any]:
         raise FileNotFoundError(f"the default model is not in {spec}: run `make model`")
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise FileNotFoundError(f"there is no folder {spec}")
+    refused = _refused_by_the_hub(spec)
     try:
-        return PreTrainedConfig.get_config_dict(spec)[0]
+        return PreTrainedConfig.get_config_dict(spec, local_files_only=refused is not None)[0]
     except OSError as error:
         raise FileNotFoundError(
             f"{spec!r} is neither a local folder nor a model that the hub gives. Check the name; for a gated model "
-            f"run `hf auth login` first; without a network give a local folder. The hub client says: {error}"
+            f"run `hf auth login` first; without a network give a local folder. The hub client says: {refused or error}"
         ) from error
+
+
+def _refused_by_the_hub(spec: str) -> Exception | None:
+    """Why it does not give a model, asked once: where nothing is cached its client would ask for half a minute."""
+    try:
+        get_hf_file_metadata(hf_hub_url(spec, "config.json"))
+    except Exception as error:  # of the network, of the name, of the hub's answer
+        return error
+    return None
 
 
 def llama_config(spec: str, config: dict[str, Any]) -> LlamaConfig:
