@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TextIO
 
 
@@ -20,12 +23,20 @@ def ended(program: str, work: Callable[[], int]) -> int:
     """
     _prepare()
     status, why = 1, None
-    try:
-        status = work()
-    except (ValueError, RuntimeError, OSError, SystemExit) as error:
-        why = error
-    except KeyboardInterrupt:
-        status = 130
+    with _noting_ctrl_c() as noted:
+        try:
+            status = work()
+        except KeyboardInterrupt:
+            status = 130
+        except SystemExit as error:
+            why = error
+        except Exception as error:
+            if noted:  # a library went on without what it was importing, until that was needed
+                status = 130
+            elif isinstance(error, ValueError | RuntimeError | OSError):
+                why = error
+            else:
+                raise
     nameless = isinstance(why, OSError) and why.errno is not None and why.filename is None
     unwritten = _unwritten(sys.stdout, "\n" if nameless else "")  # was it this one? What it did not take may be gone
     if unwritten and (why is None or isinstance(why, SystemExit) or nameless):
@@ -39,6 +50,27 @@ def ended(program: str, work: Callable[[], int]) -> int:
             print(f"{program}: {' '.join(str(why).split()) or type(why).__name__}", file=sys.stderr)
     _unwritten(sys.stderr)
     return status
+
+
+@contextlib.contextmanager
+def _noting_ctrl_c() -> Iterator[list[int]]:
+    """What is yielded is not empty once Ctrl-C was pressed, whoever caught the KeyboardInterrupt."""
+    noted = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _prepare() -> None:

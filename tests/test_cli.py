@@ -178,6 +178,9 @@ def test_what_ends_a_command():
     assert in_bash(FAILS, "") == (1, "me: two lines\n")
     assert in_bash(FAILS, "> /dev/full") == (1, "me: two lines\n")
     assert in_bash("raise KeyboardInterrupt; ", "") == (130, "")
+    swallowed = "import signal, contextlib\n with contextlib.suppress(BaseException): signal.raise_signal(2)\n 1 / 0; "
+    assert in_bash(swallowed, "") == (130, "")
+    assert in_bash("1 / 0; ", "")[1].startswith("Traceback"), "a fault of ours"
     assert in_bash(f"{HELP}; ", "") == (0, "")
     assert in_bash(f"{HELP}; ", "> /dev/full")[0] == 1
     assert in_bash("raise OSError(28, 'full', 'a file'); ", "") == (1, "me: [Errno 28] full: 'a file'\n")
