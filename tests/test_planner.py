@@ -225,7 +225,7 @@ def test_every_strategy_takes_a_block_size_and_nothing_need_be_reserved(capsys):
 def test_a_card_with_room_for_any_batch_says_so(capsys):
     arguments = ["plan", "--context", "2", "--gpu-memory", "1000TB", "--strategy", "baseline"]
     assert main(arguments) == 0
-    assert re.search(r"\nbaseline .* no end +no end ", capsys.readouterr().out)
+    assert re.search(r"\nbaseline .* 8192 +no end ", capsys.readouterr().out)
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["plans"][0]["largest_batch"] is None
 
