@@ -9,7 +9,7 @@ from bench.case import RAGGED_SEED, Bench, Case, ragged
 from bench.lines import Found
 from bench.markdown import NONE, table
 from bench.suites.default import speed_models
-from bench.systems import EVERY, EVERYTHING, NATIVE, PAGED_GENERATE, Capacity
+from bench.systems import EVERY, EVERYTHING, NATIVE, PAGED_GENERATE, Capacity, expand
 from bench.workload import Target, Workload, register
 
 
@@ -49,9 +49,9 @@ def cases(to: Target) -> Iterable[Case]:
         return
     params = {"lengths": ragged(64, 100, 1024), "new_tokens": 256}
     for model in speed_models(to):
-        own = [EVERY, PAGED_GENERATE]
-        yield from to.each(own, "bfloat16", params | {"repeats": 3}, timeout=500, model=model)
-        yield from to.each(NATIVE, "bfloat16", params | {"repeats": 1}, timeout=500, model=model)
+        for system in expand([EVERY, PAGED_GENERATE, *NATIVE]):
+            repeats = 1 if system == "offloaded" else 3  # minutes a run
+            yield from to.each([system], "bfloat16", params | {"repeats": repeats}, timeout=500, model=model)
 
 
 def tables(found: Found, model: str) -> str:
