@@ -256,7 +256,7 @@ def _concurrency(rows: Sequence[dict]) -> Chart:
         "tooltip": _tooltip(requests="requests", rate="tokens/s"),
     }
     spec = _spec(rows, mark={"type": "point", "filled": True, "size": 90}, encoding=encoding)
-    note = "Ragged batches, prefill included. Squares of concurrency: 128 requests, of which so many run at once."
+    note = "Ragged batches, prefill included. In concurrency all wait from the start, and so many run at once."
     return Chart("concurrency", "Throughput against concurrency", note, spec)
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from .fetch import arriving
-from .load import load_model, read_config
+from .load import load_model, means_random, read_config
 
 #: What a folder says its weights are, or a gguf file unpacks to.
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
@@ -25,7 +25,7 @@ def convert(source: str, folder: Path, dtype: str | None = None) -> Path:
         ValueError: the folder exists, or the model is not one that can be converted exactly.
         OSError: the folder cannot be written.
     """
-    if source.endswith("-random") and not Path(source).exists():
+    if means_random(source):
         raise ValueError(f"{source} is a shape with random weights: there is nothing to convert")
     folder = Path(folder).absolute()
     if folder.exists():

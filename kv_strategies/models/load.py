@@ -123,7 +123,7 @@ def load_model(
 def _load(
     spec: str, dtype: torch.dtype, device: torch.device, is_parallel: bool
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase | None]:
-    if spec.endswith("-random") and not Path(spec).exists():
+    if means_random(spec):
         check_room(spec, num_weights(_random_config(spec)), dtype, device)
         return random_model(spec, dtype=dtype, device=device), None
     if spec.endswith(".gguf"):
@@ -166,7 +166,7 @@ def model_shape(spec: str | Path | None, dtype: torch.dtype) -> LlamaForCausalLM
         FileNotFoundError, ValueError: as `load_model`; a gguf file of another architecture, or none.
     """
     spec = str(spec if spec is not None else DEFAULT_MODEL)
-    if spec.endswith("-random") and not Path(spec).exists():
+    if means_random(spec):
         config = _random_config(spec)
     else:
         raw = gguf_config(Path(spec)) if spec.endswith(".gguf") else read_config(spec)
@@ -215,6 +215,11 @@ def read_config(spec: str) -> dict[str, Any]:
             f"{spec!r} is neither a local folder nor a model that the hub gives. Check the name; for a gated model "
             f"run `hf auth login` first; without a network give a local folder. The hub client says: {refused or error}"
         ) from error
+
+
+def means_random(spec: str) -> bool:
+    """Whether it is a name of random weights: one of `RANDOM_MODELS`, or one that is to be refused as such."""
+    return spec.endswith("-random") and not Path(spec).exists()
 
 
 def _refused_by_the_hub(spec: str) -> Exception | None:

@@ -82,7 +82,7 @@ def busy(measured: Measured) -> Answer | None:
     text = (
         f"{'Not always' if idle else 'Yes'}: it works more than {BUSY:.0%} of the time in "
         f"{len(shares) - len(idle)} of {len(shares)} kinds of step; least in {least}, {shares[least]:.0%}. "
-        "The profiler slows the host, so that a step without a CUDA graph works more than it says."
+        "The profiler slows the host: in a step without a CUDA graph the GPU works more than this says."
     )
     rows = [[name, f"{share:.1%}"] for name, share in shares.items()]
     context = {line["params"]["context"] for line in measured.of("profile").values()}

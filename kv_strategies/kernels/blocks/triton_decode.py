@@ -41,7 +41,8 @@ FEW_PAIRS = 64
 
 
 def tuning(group: int, dtype: torch.dtype, num_pairs: int, in_registers: bool = False) -> Tuning:
-    """The sizes for a number of query heads a KV head and the dtype of V as stored, swept on an H100.
+    """The sizes for a number of query heads a KV head and the dtype of V as stored, swept on an H100; those of 4 bits
+    and few pairs on an H200.
 
     Float32 is for float32 queries on any store: they take the most registers, and their results are compared.
 
