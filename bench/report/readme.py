@@ -17,7 +17,7 @@ END = "<!-- end -->"
 
 def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
     """The README with what stands between its marks made anew: from the largest model on a GPU among the lines
-    `compared`, else from what there is."""
+    `compared`, else from what there is: from the machine that ran most of it, or did last."""
     throughput = [line for line in compared if line["workload"] == "throughput" and line["status"] == "ok"]
     if not throughput:
         return readme
@@ -28,6 +28,7 @@ def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
             "gpu" in line["machine"],
             line["result"]["parameter_bytes"],
             shown[machine_of(line), line["model"]],
+            line["time"],
         ),
     )
     found = Found([line for line in compared if machine_of(line) == machine_of(best)])

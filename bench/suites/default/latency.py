@@ -14,6 +14,8 @@ from bench.suites.default import speed_models
 from bench.systems import CHUNK, EVERY, EVERYTHING, Capacity, bytes_read
 from bench.workload import Target, Workload, register
 
+LONG_CONTEXT = "llama-3.1-8b-random"
+
 
 def run_latency(bench: Bench) -> dict:
     """Points of (batch, context): every row has the same context, and steps count while all rows decode."""
@@ -68,6 +70,15 @@ def context_cases(to: Target) -> Iterable[Case]:
         contexts = [512, 4096, 16384] if is_random(model) else [512, 2048, 4608]
         params = {"points": [[1, n] for n in contexts], "new_tokens": 48, "repeats": 2, "warm_points": True}
         yield from to.each(EVERYTHING, "bfloat16", params, timeout=500, model=model)
+
+
+def long_context_cases(to: Target) -> Iterable[Case]:
+    """One prompt of up to 128k tokens, its new ones included: as many as the shape knows, 4 query heads to a KV head."""
+    if to.on_gpu and to.model in (None, LONG_CONTEXT):
+        contexts = [1024, 8192, 32768, 131072 - 256]
+        params = {"points": [[1, n] for n in contexts], "new_tokens": 48, "repeats": 2, "warm_points": True}
+        systems = ["baseline", "paged", "window", "int8", "int4"]
+        yield from to.each(systems, "bfloat16", params, timeout=500, model=LONG_CONTEXT)
 
 
 def batch_cases(to: Target) -> Iterable[Case]:
@@ -138,7 +149,7 @@ register(
         "context",
         run_latency,
         "time to first token and time a decode step against context length, beyond 4k",
-        cases={"default": context_cases},
+        cases={"default": context_cases, "limit": long_context_cases},
         tables=_tables("context", _context_table),
         words=_words,
     )
