@@ -7,7 +7,7 @@ from bench.case import Bench
 from bench.markdown import of_each, table
 from bench.serving import percentiles
 from bench.suites.strategies import shape_cases
-from bench.systems import BLOCK_SIZE, Capacity, Native, Ours, ours
+from bench.systems import Capacity, Native, Ours, ours
 from bench.workload import Claim, Workload, register
 
 
@@ -22,8 +22,8 @@ def run_chat(bench: Bench) -> dict:
     found: dict[str, list[dict]] = {}
     for name in ("prefix", "paged"):
         bench.say(name)
-        # what a chat leaves stays in the cache, beside the chat that comes
-        system = ours(bench.model, name, capacity, num_blocks=3 * capacity.blocks(BLOCK_SIZE))
+        # room for all that `paged` holds: of `prefix`, whose users share a system prompt, for the chat before as well
+        system = ours(bench.model, name, capacity)
         _chat(bench, system, seed=1)  # kernels compile, graphs are captured
         found[name] = _chat(bench, system, seed=2)
         del system
