@@ -50,6 +50,7 @@ from .step.sampling import SamplingParams, sample, to_device, warp
 from .step.scores import Logprobs, Shaping, logprobs, shape
 from .step.warm_up import FirstLayer, Step, captures, forwards
 from .strategy import Reservation, Strategy
+from .underway import Underway
 
 _RUNNERS = count()
 _WARM_CONTEXT = 8192  # tokens
@@ -572,8 +573,9 @@ class Runner:
             budget = self._budget.within(budget)
         if self._graphs is not None and not prefilling:
             budget = self._graphs.num_fitting(len(decoding), budget)
+        underway = Underway(self.strategy)
         while budget > 0:
-            seq = self._next_prompt(budget)
+            seq = self._next_prompt(budget, underway)
             if seq is None:
                 break
             try:
@@ -588,6 +590,7 @@ class Runner:
                     self._preempt(seq)
                 break
             prefilling.append((seq, num_tokens))
+            underway.add(seq, num_tokens)
             budget -= num_tokens
             if not seq.is_decoding:
                 break  # there is no room for more of it, or it is to be compacted on its way
@@ -618,14 +621,14 @@ class Runner:
                 raise ValueError(f"{type(self._speculate).__name__} guesses tokens outside the vocabulary: {proposal}")
             seq.proposal = proposal
 
-    def _next_prompt(self, budget: int) -> ActiveSequence | None:
+    def _next_prompt(self, budget: int, underway: Underway) -> ActiveSequence | None:
         """Whose prompt is to be computed: one that has begun goes on, unless a whole one is to go ahead of it."""
-        begun = self._in_prompt()
+        begun, place = self._in_prompt(), underway.first_free(self._waiting)
         if begun is not None:
-            first = self._waiting[0] if self._shortest_first and self._waiting else None
+            first = None if self._shortest_first is None or place is None else self._waiting[place]
             if first is None or len(first.prompt) > budget or self._turn(first) >= self._turn(begun):
                 return begun
-        return self._admit() or begun
+        return begun if place is None else self._admit(place) or begun
 
     def _in_prompt(self) -> ActiveSequence | None:
         """The sequence that is in the middle of its prompt; of several that whose turn it is."""
@@ -640,11 +643,11 @@ class Runner:
         num_tokens = len(seq.prompt) + len(seq.output.token_ids) - num_computed
         return _urgency(seq), seq.submitted + self._shortest_first * num_tokens
 
-    def _admit(self) -> ActiveSequence | None:
-        """Start the next waiting sequence, if there is room for it."""
-        if not self._waiting or len(self._free_seats) < self._waiting[0].num_samples:
+    def _admit(self, place: int) -> ActiveSequence | None:
+        """Start the waiting sequence at this place of the queue, if there is room for it."""
+        seq = self._waiting[place]
+        if len(self._free_seats) < seq.num_samples:
             return None
-        seq = self._waiting[0]
         known = seq.tokens[: seq.num_scored] if seq.is_scoring else seq.tokens  # what is cached has no logits
         table = self.strategy.open_table(known, seq.request.salt, seq.suspended, len(seq.prompt))
         try:
@@ -658,7 +661,7 @@ class Runner:
         if not has_room:
             table.release()
             return None
-        del self._waiting[0]
+        del self._waiting[place]
         seq.admit(table, [self._free_seats.pop() for _ in range(seq.num_samples)])
         self._running.append(seq)
         return seq

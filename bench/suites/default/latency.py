@@ -73,7 +73,7 @@ def context_cases(to: Target) -> Iterable[Case]:
 
 
 def long_context_cases(to: Target) -> Iterable[Case]:
-    """One prompt of up to 128k tokens, its new ones included: as many as the shape knows, 4 query heads to a KV head."""
+    """One prompt of up to 128k tokens, its new ones included, which is all that this shape knows."""
     if to.on_gpu and to.model in (None, LONG_CONTEXT):
         contexts = [1024, 8192, 32768, 131072 - 256]
         params = {"points": [[1, n] for n in contexts], "new_tokens": 48, "repeats": 2, "warm_points": True}
