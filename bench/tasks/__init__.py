@@ -5,7 +5,7 @@
     tracking.py    variables that are given each other's values
     counting.py    which words of a list come most often
     retrieval.py   two questions behind one context: in one conversation, or each by itself
-    ladder.py      how hard a task may be for a model
+    power.py       how hard a task may be for a model
 
 The first three are in the manner of RULER (Hsieh et al. 2024, arXiv 2404.06654), the fourth of SCBench (Li et al. 2024,
 arXiv 2412.10319). All are written from a seed over the King James text, without a network. A task is one function from

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 
 from bench.tasks.story import Question, Story, Task
 
+ENTRIES = "Entries are hidden within the following text. Memorize them: you will be asked about them."
 INTRO = "Some special magic numbers are hidden within the following text. Memorize them: you will be asked about them."
 
 
 def write(rng: random.Random, words: Sequence[str], level: dict) -> Story:
     """`keys` words have `values` numbers of `digits` digits each; those of `queries` words are asked for."""
+    if level.get("entry"):
+        return _entries(rng, words, level)
     num_keys, num_values, num_asked = level["keys"], level.get("values", 1), level.get("queries", 1)
     keys = rng.sample(words, num_keys)
     drawn = numbers(rng, num_keys * num_values, level["digits"])
@@ -32,6 +35,21 @@ def write(rng: random.Random, words: Sequence[str], level: dict) -> Story:
     return Story(INTRO, [question], facts)
 
 
+def _entries(rng: random.Random, words: Sequence[str], level: dict) -> Story:
+    """The same with a number right behind its word, in brackets: what a small model finds most surely among others of
+    its kind. The answer is begun up to the last number.
+    """
+    keys, drawn = rng.sample(words, level["keys"]), numbers(rng, level["keys"], level["digits"])
+    facts, last = [*map(entry, keys, drawn)], level.get("queries", 1) - 1
+    ask = f"What stands in the text behind {' and '.join(keys[: last + 1])}?"
+    begun = " ".join([*facts[:last], f"[{keys[last]}"])
+    return Story(ENTRIES, [Question(ask, begun, [drawn[last]])], rng.sample(facts, len(facts)))
+
+
+def entry(key: str, number: str) -> str:
+    return f"[{key} {number}]"
+
+
 def numbers(rng: random.Random, count: int, digits: int) -> list[str]:
     """Different numbers, none of which begins with 0."""
     return [str(n) for n in rng.sample(range(10 ** (digits - 1), 10**digits), count)]
@@ -42,7 +60,10 @@ TASKS = [
     Task(
         "needle, multikey",
         write,
-        [{"keys": keys, "digits": digits} for keys, digits in ((8, 7), (4, 5), (3, 4), (2, 3))],
+        [
+            *({"keys": keys, "digits": digits} for keys, digits in ((8, 7), (4, 5), (3, 4), (2, 3))),
+            {"keys": 4, "digits": 7, "entry": True},
+        ],
     ),
     Task(
         "needle, multivalue",
@@ -62,6 +83,7 @@ TASKS = [
             {"keys": 3, "queries": 3, "digits": 5},
             {"keys": 2, "queries": 2, "digits": 5, "chat": True},
             {"keys": 2, "queries": 2, "digits": 3},
+            {"keys": 2, "queries": 2, "digits": 7, "entry": True},
         ],
     ),
 ]
