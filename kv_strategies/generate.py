@@ -222,13 +222,28 @@ class StrategyCache(AttendingCache):
             try:
                 self._plan_rows(hidden_states.device)
                 with self.strategy.ranks.together():
-                    for layer in super().decoder_layers:
-                        hidden_states = layer(hidden_states, **options)
+                    if self._packing is not None and len(self._packing) and self._has_stack():
+                        hidden_states = self._run_packed(hidden_states, **options)
+                    else:
+                        for layer in super().decoder_layers:
+                            hidden_states = layer(hidden_states, **options)
             except BaseException:
                 self._undo()
                 raise
             self._commit()
         return hidden_states
+
+    def _run_packed(self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **options) -> Tensor:
+        """The stack over the tokens alone; what it would make of padding nobody reads. [B, n, hidden] -> the same."""
+        packing, self._packing = self._packing, None
+        num_rows, _, hidden = hidden_states.shape
+        rotary = (part.expand(num_rows, -1, -1).flatten(0, 1)[None, packing] for part in position_embeddings)
+        tokens = hidden_states.reshape(1, -1, hidden)[:, packing]
+        (stack,) = super().decoder_layers
+        tokens = stack(tokens, position_embeddings=tuple(rotary), **options)
+        out = tokens.new_zeros(hidden_states.shape)
+        out.view(-1, hidden)[packing.to(out.device)] = tokens[0]
+        return out
 
     def _plan_rows(self, device: torch.device) -> None:
         rows, num_columns, is_token, position_ids, _ = self._pending

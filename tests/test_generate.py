@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from kv_strategies import build, registry
 from kv_strategies.kernels.blocks import cpu
 from kv_strategies.paged import OutOfBlocks
+from kv_strategies.step import fused
 from kv_strategies.step.upstream import with_cache
 
 MODEL = tiny_llama()
@@ -52,6 +53,26 @@ MODES = {
     "good draft model": {"assistant_model": tiny_llama(), "inputs": batch((21,))},
     "prompt lookup": {"prompt_lookup_num_tokens": 3, "inputs": batch((45,))},
 }
+
+
+def test_padding_is_not_computed(monkeypatch):
+    """The layers see the tokens of a padded prompt alone; where somebody looks at each layer, what upstream's see."""
+    shapes, run_stack = [], fused.FusedStack.__call__
+
+    def recorded(stack, hidden_states, **options):
+        shapes.append(tuple(hidden_states.shape[:2]))
+        return run_stack(stack, hidden_states, **options)
+
+    monkeypatch.setattr(fused.FusedStack, "__call__", recorded)
+    out = run(build("paged", MODEL, **SIZES["paged"]).cache())
+    assert shapes == [(1, sum(LENGTHS)), *[(len(LENGTHS), 1)] * 23]
+    assert torch.equal(out, run(DynamicCache()))
+    looked_at = MODEL.model.layers[0].register_forward_hook(lambda *_: shapes.append("hook"))
+    try:
+        shapes.clear()
+        assert torch.equal(out, run(build("paged", MODEL, **SIZES["paged"]).cache())) and set(shapes) == {"hook"}
+    finally:
+        looked_at.remove()
 
 
 @pytest.mark.upstream

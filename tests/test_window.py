@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from bench.accuracy import cost, recomputed_nll, stream_logits, stream_nll
 from kv_strategies import Request, Runner, build
+from kv_strategies.kernels.blocks import cpu
 from kv_strategies.paged import OutOfBlocks
 from kv_strategies.step.plan import NULL_BLOCK
 from kv_strategies.step.upstream import with_cache
@@ -453,3 +454,12 @@ def test_cost_compares_with_the_baseline(chunk):
 def test_the_module_shows_a_table_as_it_evolves():
     shown = subprocess.run([sys.executable, "-m", "kv_strategies.window"], capture_output=True, text=True, check=True)
     assert "[ 0 . . . . 5 6 7 ]" in shown.stdout and "rebased" in shown.stdout
+
+
+def test_a_window_that_hides_nothing_is_no_window(monkeypatch):
+    """On a CPU its prompts and short rows take the way of plain ones, which is faster."""
+    requests = [Request(text(length, seed=length).tolist(), max_new_tokens=6) for length in (5, 30, 44)]
+    expected = [result.token_ids for result in Runner(MODEL, build("paged", MODEL, num_blocks=90)).generate(requests)]
+    monkeypatch.setattr(cpu, "windowed_prefill", None)
+    window = build("window", MODEL, num_blocks=90, window=46, sinks=4)
+    assert [result.token_ids for result in Runner(MODEL, window).generate(requests)] == expected

@@ -76,12 +76,16 @@ class AttendingCache(Cache):
     @property
     def decoder_layers(self):
         """The stack that `LlamaModel` runs: the strategy's own, in one piece, or the plain layers."""
-        stack, model = self._stack(), self.strategy.model
-        if stack is None or fused.is_observed():
-            if self.strategy.kernels.needs_stack:
-                raise ValueError(NEEDS_STACK)
-            return model.model.layers[: model.config.num_hidden_layers]
-        return [stack]
+        if self._has_stack():
+            return [self._stack()]
+        if self.strategy.kernels.needs_stack:
+            raise ValueError(NEEDS_STACK)
+        model = self.strategy.model
+        return model.model.layers[: model.config.num_hidden_layers]
+
+    def _has_stack(self) -> bool:
+        """Whether all layers run in one piece: not where somebody looks at each of them."""
+        return self._stack() is not None and not fused.is_observed()
 
     def _stack(self) -> Callable[..., Tensor] | None:
         """What stands in for the layers: the fused stack, or a captured step of it."""

@@ -139,8 +139,8 @@ def attention(
     """See `reference.attention`."""
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = layer.k.shape[1]
-    if not window and sink_query is None:
-        sinks = 0  # all is visible anyhow
+    if sink_query is None and (not window or max(plan.row_lens, default=0) <= window + sinks):
+        window = sinks = 0  # all is visible anyhow
     # The query heads of one K/V head become queries of that head: nothing is repeated for grouped queries.
     dtype = query.dtype if layer.k_scale is None else torch.float32
     shape = (-1, 1, num_kv_heads, num_heads // num_kv_heads, head_dim)
