@@ -10,6 +10,15 @@ The products of all layers of SmolLM2-135M in float32, in milliseconds, on two c
     W x^T, oneDNN          17    17    18    18    19    39   272    in tiles of 16 rows, so 16 cost what 1 does
     x W^T, oneDNN                16    17    19    22    45   249    the same without turning the result
 
+The same on two cores of Zen that have AVX2 and 40 GB/s, where oneDNN's tiles gain nothing:
+
+    rows                    1     2     4     8    16    64   512
+    F.linear, MKL          31    49    53    49    60   139   668
+    W x^T, MKL             31    21    22    38    51   131   799
+    pieces of W, MKL       20
+    W x^T, oneDNN          23    35    34    38    47   158   986
+    x W^T, oneDNN          23    34    35    44    55   145   800
+
 Pages of 2 MiB, which torch takes with `THP_MEM_ALLOC_ENABLE=1` in the environment, spare one row 2 to 5 % of that.
 
 torch asks oneDNN for 16 bits alone, so float32 has to ask for itself. Where oneDNN has nothing for 16 bits either (two
@@ -84,7 +93,7 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
     if num_rows == 1 and len(weight) % PIECES == 0:
         pieces = weight.unflatten(0, (PIECES, -1))
         return torch.bmm(pieces, x.mT.expand(PIECES, -1, -1)).view(1, -1)
-    if num_rows in FEW_ROWS or not torch.backends.mkldnn.is_available():
+    if num_rows in FEW_ROWS or not has_tiles():
         return F.linear(x, weight) if num_rows > MAX_TURNED_ROWS else F.linear(weight, x).mT.contiguous()
     x = F.pad(x, (0, 0, 0, -num_rows % TILE_ROWS))
     if num_rows <= MAX_TURNED_ROWS:
@@ -95,6 +104,12 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` by oneDNN, whatever this build of torch would take."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether oneDNN is here, and faster than the library's own products."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 @cache
