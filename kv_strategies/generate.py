@@ -162,6 +162,8 @@ class StrategyCache(AttendingCache):
         query_lens = [num_columns] * num_rows if is_token is None else is_token.sum(dim=1).tolist()
         self._check_continues(position_ids, num_columns)
         rows = list(zip(self.tables, query_lens, strict=True))
+        if num_columns > 1:  # what ranks add up has as many rows as there are tokens, padding left out
+            self.strategy.ranks.agree(lambda: ("tokens of each row", query_lens))
         try:
             if num_columns == 1 and self._is_prompt_known:
                 self._compact()
@@ -237,10 +239,11 @@ class StrategyCache(AttendingCache):
         """The stack over the tokens alone; what it would make of padding nobody reads. [B, n, hidden] -> the same."""
         packing, self._packing = self._packing, None
         num_rows, _, hidden = hidden_states.shape
-        rotary = (part.expand(num_rows, -1, -1).flatten(0, 1)[None, packing] for part in position_embeddings)
+        angles = (part.expand(num_rows, -1, -1).flatten(0, 1) for part in position_embeddings)
+        rotary = tuple(part[None, packing.to(part.device)] for part in angles)  # accelerate may have them elsewhere
         tokens = hidden_states.reshape(1, -1, hidden)[:, packing]
         (stack,) = super().decoder_layers
-        tokens = stack(tokens, position_embeddings=tuple(rotary), **options)
+        tokens = stack(tokens, position_embeddings=rotary, **options)
         out = tokens.new_zeros(hidden_states.shape)
         out.view(-1, hidden)[packing.to(out.device)] = tokens[0]
         return out

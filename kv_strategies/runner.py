@@ -623,7 +623,7 @@ class Runner:
 
     def _next_prompt(self, budget: int, underway: Underway) -> ActiveSequence | None:
         """Whose prompt is to be computed: one that has begun goes on, unless a whole one is to go ahead of it."""
-        begun, place = self._in_prompt(), underway.first_free(self._waiting)
+        begun, place = self._in_prompt(), underway.first_free(self._waiting, budget)
         if begun is not None:
             first = None if self._shortest_first is None or place is None else self._waiting[place]
             if first is None or len(first.prompt) > budget or self._turn(first) >= self._turn(begun):
@@ -646,7 +646,7 @@ class Runner:
     def _admit(self, place: int) -> ActiveSequence | None:
         """Start the waiting sequence at this place of the queue, if there is room for it."""
         seq = self._waiting[place]
-        if len(self._free_seats) < seq.num_samples:
+        if len(self._free_seats) < sum(ahead.num_samples for ahead in self._waiting[: place + 1]):
             return None
         known = seq.tokens[: seq.num_scored] if seq.is_scoring else seq.tokens  # what is cached has no logits
         table = self.strategy.open_table(known, seq.request.salt, seq.suspended, len(seq.prompt))

@@ -39,22 +39,34 @@ class Underway:
             beginning = (seq.request.salt, seq.prompt[:spared].tobytes())
             self._beginnings.setdefault(spared, set()).add(beginning)
 
-    def first_free(self, waiting: Sequence[ActiveSequence]) -> int | None:
-        """Which of the queue is to start next: the first that would find no more by waiting. None: all wait, or those
-        behind are less urgent than one that does."""
+    def first_free(self, waiting: Sequence[ActiveSequence], budget: int) -> int | None:
+        """Which of the queue is to start next: the first that would find no more by waiting. It goes ahead of others
+        only where that costs them no more than the step: as urgent as they are, and computed whole with this budget,
+        in tokens. None: nobody.
+        """
         for index in range(self._num_held, min(len(waiting), MOST_LOOKED_AT)):
-            if waiting[index].request.priority < waiting[0].request.priority:
+            seq = waiting[index]
+            if index and not (self._may_pass(waiting[index - 1], seq) and len(seq.prompt) <= budget):
                 return None
-            if not self._would_find_more(waiting[index]):
+            if not self._would_find_more(seq):
                 return index
             self._num_held = index + 1
         return None
 
+    @staticmethod
+    def _may_pass(held: ActiveSequence, seq: ActiveSequence) -> bool:
+        if held.output.token_ids or seq.output.token_ids:
+            return False  # preempted: what it gave up is for itself
+        is_whole = len(seq.prompt) <= seq.request.chunk and not seq.is_scoring
+        return is_whole and held.request.priority == seq.request.priority
+
     def _would_find_more(self, seq: ActiveSequence) -> bool:
+        """For the same tokens nobody waits twice: they may not be there to be found."""
         if not self._beginnings or seq.suspended is not None or seq.is_scoring:
             return False  # its blocks are brought back, or all of its tokens are wanted
         known = self._strategy.compaction.num_sharable(len(seq.prompt), len(seq.prompt))
-        return any(
-            spared <= known and (seq.request.salt, seq.prompt[:spared].tobytes()) in beginnings
-            for spared, beginnings in self._beginnings.items()
-        )
+        for spared, beginnings in self._beginnings.items():
+            if seq.num_awaited < spared <= known and (seq.request.salt, seq.prompt[:spared].tobytes()) in beginnings:
+                seq.num_awaited = spared
+                return True
+        return False

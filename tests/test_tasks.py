@@ -117,3 +117,9 @@ def test_all_turns_must_be_right():
     drawn = [Sample([0], [turn, turn]) for _ in range(3)]
     said = [[[0], [0], [1]], [[0], [1], [1]]]
     assert answers.right(drawn, lambda _: said, lambda ids: "ab"[ids[0]]) == [True, False, False]
+
+
+def test_who_does_not_count_fails_tasks_of_counting():
+    """To repeat any number that is mentioned is right too seldom for the task to count."""
+    said = [level["counts"] for task in TASKS.values() for level in task.levels if "counts" in level]
+    assert said and all(max(counts) <= 0.6 * sum(counts) < power.NEEDED * sum(counts) for counts in said)

@@ -47,11 +47,11 @@ def test_without_sharing_nobody_waits():
     assert runner.num_running == 4
 
 
-def queued(*about: tuple[str, list[int], int]) -> tuple[Runner, list[Request]]:
+def queued(*about: tuple[str, list[int], int], **options) -> Runner:
     requests = [Request(tokens, max_new_tokens=9, priority=level, request_id=name) for name, tokens, level in about]
-    runner = Runner(MODEL, build("prefix", MODEL, num_blocks=500, block_size=4))
+    runner = Runner(MODEL, build("prefix", MODEL, num_blocks=500, block_size=4), **options)
     runner.submit(requests)
-    return runner, requests
+    return runner
 
 
 def started(runner: Runner) -> list[str]:
@@ -60,15 +60,46 @@ def started(runner: Runner) -> list[str]:
 
 
 def test_others_go_ahead_and_who_waited_is_next():
-    runner, _ = queued(("a", [*START, 1], 0), ("b", [*START, 2], 0), ("c", [*OTHER, 1], 0), ("d", [*OTHER, 2], 0))
+    runner = queued(("a", [*START, 1], 0), ("b", [*START, 2], 0), ("c", [*OTHER, 1], 0), ("d", [*OTHER, 2], 0))
     assert started(runner) == ["a", "c"]
     assert started(runner) == ["a", "c", "b", "d"]
 
 
 def test_the_less_urgent_do_not_go_ahead():
-    runner, _ = queued(("a", [*START, 1], 1), ("b", [*START, 2], 1), ("c", [*OTHER, 1], 0))
+    runner = queued(("a", [*START, 1], 1), ("b", [*START, 2], 1), ("c", [*OTHER, 1], 0))
     assert started(runner) == ["a"]
     assert started(runner) == ["a", "b", "c"]
+
+
+def test_only_who_is_computed_whole_in_the_step_goes_ahead():
+    """Else who came first would wait for all of another's prompt."""
+    runner = queued(("a", [*START, 1], 0), ("b", [*START, 2], 0), ("c", OTHER * 3, 0), max_batch_tokens=200)
+    assert started(runner) == ["a"]
+    assert started(runner) == ["a", "b", "c"]
+
+
+def test_nobody_takes_the_seats_of_who_waits():
+    runner = queued(("a", [*START, 1], 0), max_num_seqs=4)
+    runner.submit([Request([*START, 2], max_new_tokens=9, n=3, request_id="b")])
+    runner.submit([Request(OTHER, max_new_tokens=9, request_id="c")])
+    assert started(runner) == ["a"]
+    assert started(runner) == ["a", "b", "b", "b"]
+
+
+def test_for_the_same_tokens_nobody_waits_twice(monkeypatch):
+    """Whatever is published, nothing may come of it: a model may change with every forward."""
+    runner = queued(*((str(index), [*START, index], 0) for index in range(6)))
+    monkeypatch.setattr(runner.strategy.sharing, "match", lambda token_ids, salt: ([], 0))
+    assert [len(started(runner)) for _ in range(2)] == [1, 6]
+
+
+def test_requests_that_compute_all_of_their_tokens_hold_nobody_up():
+    Runner(MODEL, (strategy := build("prefix", MODEL, num_blocks=500, block_size=4))).generate([Request(START)])
+    runner = Runner(MODEL, strategy, max_batch_tokens=80)
+    scoring = [Request([*START, i], max_new_tokens=9, prompt_logprobs=0, request_id=f"s{i}") for i in range(5)]
+    runner.submit([scoring[0], Request([*START, 9], max_new_tokens=9, request_id="plain"), *scoring[1:]])
+    assert started(runner) == ["s0"]
+    assert started(runner)[:2] == ["s0", "plain"]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +113,7 @@ def test_the_less_urgent_do_not_go_ahead():
     ids=["too little alike", "one token is always computed", "another tenant", "log probabilities of all its tokens"],
 )
 def test_who_would_find_too_little_does_not_wait(other):
-    runner, _ = queued(("a", [*START, 1], 0))
+    runner = queued(("a", [*START, 1], 0))
     runner.submit([other])
     runner.step()
     assert runner.num_running == 2

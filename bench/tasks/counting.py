@@ -4,7 +4,8 @@
     frequent   the word of rank r comes r^-alpha as often as the first (a Zeta distribution)
 
 A list of words alone is unlike any text that a small model has seen: the easiest levels say numbers instead, `counts`
-times each and of so many digits, in sentences among natural text.
+times each, in sentences among natural text. Who repeats any of them without counting is right in 60 %, well below what
+a task needs to count (`power.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SELDOM = 3
 
 def common(rng: random.Random, words: Sequence[str], level: dict) -> Story:
     if "counts" in level:
-        return _said(rng, level)
+        return _said(rng, level["counts"])
     drawn = rng.sample(words, len(words))
     asked, others = drawn[: level["asked"]], drawn[level["asked"] :]
 
@@ -37,7 +38,7 @@ def common(rng: random.Random, words: Sequence[str], level: dict) -> Story:
 
 def frequent(rng: random.Random, words: Sequence[str], level: dict) -> Story:
     if "counts" in level:
-        return _said(rng, level)
+        return _said(rng, level["counts"])
     drawn = rng.sample(words, len(words))
 
     def fill(count: int) -> list[str]:
@@ -57,10 +58,9 @@ def _listed(asked: list[str], fill: Callable[[int], list[str]]) -> Story:
     return Story(intro, [question], fill=fill)
 
 
-def _said(rng: random.Random, level: dict) -> Story:
-    drawn = numbers(rng, len(level["counts"]), level["digits"])
-    often = zip(drawn, level["counts"], strict=True)
-    facts = [f"The special magic number is {n}." for n, times in often for _ in range(times)]
+def _said(rng: random.Random, counts: Sequence[int]) -> Story:
+    drawn = numbers(rng, len(counts), 4)
+    facts = [f"The special magic number is {n}." for n, times in zip(drawn, counts, strict=True) for _ in range(times)]
     ask = "Which special magic number is mentioned most often in the text?"
     question = Question(ask, "The special magic number is", drawn[:1])
     return Story(
@@ -72,21 +72,11 @@ TASKS = [
     Task(
         "common words",
         common,
-        [
-            {"asked": 10, "often": 30},
-            {"asked": 3, "often": 60},
-            {"counts": [12, 1, 1, 1], "digits": 4},
-            {"counts": [20, 1, 1], "digits": 5},
-        ],
+        [{"asked": 10, "often": 30}, {"asked": 3, "often": 60}, {"counts": [12, 4, 4]}],
     ),
     Task(
         "frequent words",
         frequent,
-        [
-            {"asked": 3, "alpha": 2.0},
-            {"asked": 1, "alpha": 2.0},
-            {"counts": [12, 3, 1, 1], "digits": 4},
-            {"counts": [20, 2, 1], "digits": 5},
-        ],
+        [{"asked": 3, "alpha": 2.0}, {"asked": 1, "alpha": 2.0}, {"counts": [12, 6, 2]}],
     ),
 ]

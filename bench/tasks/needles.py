@@ -37,13 +37,12 @@ def write(rng: random.Random, words: Sequence[str], level: dict) -> Story:
 
 def _entries(rng: random.Random, words: Sequence[str], level: dict) -> Story:
     """The same with a number right behind its word, in brackets: what a small model finds most surely among others of
-    its kind. The answer is begun up to the last number.
+    its kind.
     """
     keys, drawn = rng.sample(words, level["keys"]), numbers(rng, level["keys"], level["digits"])
-    facts, last = [*map(entry, keys, drawn)], level.get("queries", 1) - 1
-    ask = f"What stands in the text behind {' and '.join(keys[: last + 1])}?"
-    begun = " ".join([*facts[:last], f"[{keys[last]}"])
-    return Story(ENTRIES, [Question(ask, begun, [drawn[last]])], rng.sample(facts, len(facts)))
+    facts = [*map(entry, keys, drawn)]
+    question = Question(f"What stands in the text behind {keys[0]}?", f"[{keys[0]}", drawn[:1])
+    return Story(ENTRIES, [question], rng.sample(facts, len(facts)))
 
 
 def entry(key: str, number: str) -> str:
@@ -83,7 +82,6 @@ TASKS = [
             {"keys": 3, "queries": 3, "digits": 5},
             {"keys": 2, "queries": 2, "digits": 5, "chat": True},
             {"keys": 2, "queries": 2, "digits": 3},
-            {"keys": 2, "queries": 2, "digits": 7, "entry": True},
         ],
     ),
 ]

@@ -33,8 +33,8 @@ def key_value(rng: random.Random, words: Sequence[str], level: dict, *, is_conve
 
 
 def prefix_suffix(rng: random.Random, words: Sequence[str], level: dict, *, is_conversation: bool) -> Story:
-    """`strings` of a first word, a number and a last word, or as many sentences that say so, where `said` is, or as
-    many in brackets, as `entry`; `alike` others begin like each that is asked for.
+    """`strings` of a first word, a number and a last word, or as many sentences that say so, where `said` is; `alike`
+    others begin like each that is asked for.
     """
     count = level["strings"] + 2 * level["alike"]
     drawn, values = rng.sample(words, level["strings"] + count), numbers(rng, count, level["digits"])
@@ -45,9 +45,6 @@ def prefix_suffix(rng: random.Random, words: Sequence[str], level: dict, *, is_c
         begun = [f"The special magic number between {a} and {b} is" for a, b in pairs]
         facts = [f"{start} {n}." for start, n in zip(begun, values, strict=True)]
         asks = [f"What is the special magic number between {a} and {b} in the text?" for a, b in pairs]
-    elif level.get("entry"):
-        begun, facts = [f"[{a}" for a, _ in pairs], [f"[{a} {n} {b}]" for (a, b), n in zip(pairs, values, strict=True)]
-        asks = [f'Which entry in the text begins with "{a}" and ends with "{b}"?' for a, b in pairs]
     else:
         begun = [f"The string is: {a}" for a, _ in pairs]
         facts = [f"{a} {n} {b};" for (a, b), n in zip(pairs, values, strict=True)]
@@ -71,15 +68,12 @@ LEVELS = {
         {"pairs": 4, "digits": 5, "said": True},
         {"pairs": 2, "digits": 3, "said": True},
         {"pairs": 4, "digits": 7, "entry": True},
-        {"pairs": 2, "digits": 7, "entry": True},
     ],
     prefix_suffix: [
         {"strings": 8, "alike": 1, "digits": 5},
         {"strings": 4, "alike": 1, "digits": 5, "said": True},
         {"strings": 3, "alike": 0, "digits": 4, "said": True},
         {"strings": 2, "alike": 0, "digits": 3, "said": True},
-        {"strings": 4, "alike": 0, "digits": 7, "entry": True},
-        {"strings": 2, "alike": 0, "digits": 7, "entry": True},
     ],
 }
 TASKS = [
