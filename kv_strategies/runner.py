@@ -623,12 +623,14 @@ class Runner:
 
     def _next_prompt(self, budget: int, underway: Underway) -> ActiveSequence | None:
         """Whose prompt is to be computed: one that has begun goes on, unless a whole one is to go ahead of it."""
-        begun, place = self._in_prompt(), underway.first_free(self._waiting, budget)
+        begun = self._in_prompt()
         if begun is not None:
-            first = None if self._shortest_first is None or place is None else self._waiting[place]
+            first = self._waiting[0] if self._shortest_first and self._waiting else None
             if first is None or len(first.prompt) > budget or self._turn(first) >= self._turn(begun):
                 return begun
-        return begun if place is None else self._admit(place) or begun
+        if self._waiting and underway.spares(self._waiting[0]):
+            return begun
+        return self._admit() or begun
 
     def _in_prompt(self) -> ActiveSequence | None:
         """The sequence that is in the middle of its prompt; of several that whose turn it is."""
@@ -643,11 +645,11 @@ class Runner:
         num_tokens = len(seq.prompt) + len(seq.output.token_ids) - num_computed
         return _urgency(seq), seq.submitted + self._shortest_first * num_tokens
 
-    def _admit(self, place: int) -> ActiveSequence | None:
-        """Start the waiting sequence at this place of the queue, if there is room for it."""
-        seq = self._waiting[place]
-        if len(self._free_seats) < sum(ahead.num_samples for ahead in self._waiting[: place + 1]):
+    def _admit(self) -> ActiveSequence | None:
+        """Start the next waiting sequence, if there is room for it."""
+        if not self._waiting or len(self._free_seats) < self._waiting[0].num_samples:
             return None
+        seq = self._waiting[0]
         known = seq.tokens[: seq.num_scored] if seq.is_scoring else seq.tokens  # what is cached has no logits
         table = self.strategy.open_table(known, seq.request.salt, seq.suspended, len(seq.prompt))
         try:
@@ -661,7 +663,7 @@ class Runner:
         if not has_room:
             table.release()
             return None
-        del self._waiting[place]
+        del self._waiting[0]
         seq.admit(table, [self._free_seats.pop() for _ in range(seq.num_samples)])
         self._running.append(seq)
         return seq

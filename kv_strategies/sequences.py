@@ -41,7 +41,6 @@ class ActiveSequence:
         self.proposal: np.ndarray = NO_TOKENS  # tokens that the next step is fed behind the newest one
         self.table: BlockTable | None = None
         self.suspended: Suspended | None = None  # what it had computed when it was preempted
-        self.num_awaited = 0  # of its first tokens that it let another sequence compute, see `underway.py`
         self.seats: list[int] = []  # its own, and until the prompt is computed those of its other samples
         self.num_to_prefill = 0
         self.finished = False

