@@ -272,6 +272,7 @@ def _evict_first_token(line: dict, found: Found) -> Iterator[Compared]:
 _READ = {
     "throughput": _throughput,
     "context": _points,
+    "long context": _points,
     "batch": _points,
     "decode": _decode,
     "offload": _offload,
