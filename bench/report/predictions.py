@@ -186,7 +186,7 @@ def _label(name: str, options: dict) -> str:
 
 def _pool(line: dict, capacity: Capacity) -> dict[str, int]:
     """Bytes a tier of the pool that the bench builds for such batches."""
-    name, sizes = line["system"].removesuffix(DOOR), _sizes(line["model"], line["dtype"])
+    name, sizes = line["system"], _sizes(line["model"], line["dtype"])
     if name == "contiguous":
         ours = Ours(name, {"max_length": capacity.max_length}, sizes)
         return ours.tiers(capacity.max_requests, capacity.max_length)
@@ -196,15 +196,15 @@ def _pool(line: dict, capacity: Capacity) -> dict[str, int]:
 def _throughput(line: dict, found: Found) -> Iterator[Compared]:
     lengths, new = line["params"]["lengths"], line["params"]["new_tokens"]
     system, sizes = line["system"], _sizes(line["model"], line["dtype"])
+    if DOOR in system:  # the planner knows batches of requests
+        return
     if system == "baseline":  # it grows to one token less than it has said
         tiers, workspace = Native(sizes).memory(Work(max(lengths) + new - 1, len(lengths), new - 1))
     else:
         tiers = _pool(line, Capacity([[length + new for length in lengths]]))
-        padded = len(lengths) * max(lengths)  # generate() feeds the batch at once
-        workspace = sizes.workspace(padded if DOOR in system else min(CHUNK, sum(lengths)), len(lengths))
+        workspace = sizes.workspace(min(CHUNK, sum(lengths)), len(lengths))
     at, result = f"{len(lengths)} requests", line["result"]
-    if DOOR not in system:
-        yield _compared(line, system, at, "KV bytes", sum(tiers.values()), result["kv"]["bytes"])
+    yield _compared(line, system, at, "KV bytes", sum(tiers.values()), result["kv"]["bytes"])
     yield _compared(line, system, at, "peak", sizes.weights + tiers["gpu"] + workspace, result["peak"])
 
 
