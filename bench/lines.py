@@ -167,7 +167,10 @@ class Found:
         return {name: by_system[name] for name in in_order(by_system)}
 
     def share(self, line: dict, rate: float) -> float | None:
-        """Of a rate in bytes/s: what it is of the read bandwidth measured last before this line, or first."""
+        """Of a rate in bytes/s: what it is of the read bandwidth measured last before this line: by the run that the
+        line is of, or else by any other, or else first.
+        """
         before = [limit for limit in self._every_limit if limit["time"] <= line["time"]]
-        limits = [*before[-1:], *self._every_limit[:1]]
+        own = [limit for limit in before if limit["suite"] == line["suite"]]
+        limits = [*own[-1:], *before[-1:], *self._every_limit[:1]]
         return rate / limits[0]["result"]["limits"]["read"] if limits else None

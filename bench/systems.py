@@ -176,8 +176,10 @@ class Native:
         return Run(tokens, [times] * len(prompts), seconds)
 
     def warm_up(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
-        """A few steps of the batch: nothing of a native step depends on those before it."""
-        self(prompts, min(new_tokens, 4))
+        """A few steps of the batch: nothing of a native step depends on those before it. But a static cache is as long
+        as the call says, and what is compiled for one length does not serve another.
+        """
+        self(prompts, new_tokens if self.cache == "static" else min(new_tokens, 4))
 
     def _fill(self, cache, num_tokens: int) -> dict | None:
         if self.strategy is not None:

@@ -25,7 +25,7 @@ from bench.suites.limit import batching, decode, profile
 from bench.suites.limit.attention import ATTENTION
 from bench.suites.limit.table import GQA, MHA
 from bench.suites.strategies.fan_out import without_cascade
-from bench.systems import DOOR, PEERS, Capacity, bytes_read, filled, open_system
+from bench.systems import DOOR, PEERS, Capacity, Native, bytes_read, filled, open_system
 from bench.workload import WORKLOADS, Target, in_words, suite, suites
 from kv_strategies import build
 from kv_strategies.step.upstream import with_cache
@@ -140,6 +140,25 @@ def test_systems_stand_in_one_order_whenever_they_ran():
     order = ["baseline", "paged", "int8", "paged" + DOOR, "static", "an own one"]
     assert list(found.of("throughput", "some-model")) == order
     assert [row[0] for row in comparisons.rows(found, "some-model", "float32")] == order
+
+
+def test_a_share_is_of_the_bandwidth_that_its_own_run_measured():
+    def measured(suite, read, minute):
+        return line("machine", "limits", {"limits": {"read": read}}, suite=suite, time=f"2026-01-02T03:{minute}:00+00:00")
+
+    ran = throughput("paged", 10, 1e9, time="2026-01-02T03:30:00+00:00")
+    found = Found([measured("default", 10e9, 10), measured("strategies", 20e9, 20), measured("default", 40e9, 40), ran])
+    assert found.share(ran, 5e9) == 0.5
+    assert found.share(ran | {"suite": "limit"}, 5e9) == 0.25  # the last before it, of whatever run
+    assert found.share(ran | {"time": "2026-01-01T00:00:00+00:00"}, 5e9) == 0.5  # nobody had measured it yet
+
+
+@pytest.mark.parametrize(("cache", "steps"), [("static", 60), (None, 4), ("offloaded", 4)])
+def test_what_is_compiled_for_a_length_is_warmed_up_at_that_length(monkeypatch, cache, steps):
+    asked = []
+    monkeypatch.setattr(Native, "__call__", lambda self, prompts, new_tokens: asked.append(new_tokens))
+    Native(None, cache).warm_up([[1, 2, 3]], 60)
+    assert asked == [steps]
 
 
 @pytest.mark.parametrize("model", [MHA, GQA, "a-folder"])

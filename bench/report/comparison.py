@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.case import is_random
-from bench.lines import Found
+from bench.lines import Found, commits_of
 from bench.markdown import cell, spread, table
 from bench.systems import NATIVE_CACHES, in_order
 
@@ -68,7 +68,9 @@ def comparison(found: Found, model: str, dtype: str) -> str:
     text += f" Peak memory: {peak}, weights included. Throughput: generated tokens over total time, median"
     text += " (smallest to largest); one run where no range stands."
     if judged != model:
-        text += f" Equality and sharing are those of {judged} in float32 here: tokens of random weights mean nothing."
+        of = [*found.of("accuracy", judged).values(), *found.of("sharing", judged).values()]
+        text += f" Equality and sharing are those of {judged} in float32 here (commit {commits_of(of)}): tokens of"
+        text += " random weights mean nothing."
     text += " Margin: by how much the logits of two tokens differ where they first part. Tokens as baseline: behind"
     text += " more than 4k tokens they are the native cache's too"
     text += "." if dtype == "float32" else f"; where it is not said, rounding in {dtype} may have parted them."
