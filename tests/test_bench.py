@@ -144,7 +144,8 @@ def test_systems_stand_in_one_order_whenever_they_ran():
 
 def test_a_share_is_of_the_bandwidth_that_its_own_run_measured():
     def measured(suite, read, minute):
-        return line("machine", "limits", {"limits": {"read": read}}, suite=suite, time=f"2026-01-02T03:{minute}:00+00:00")
+        time = f"2026-01-02T03:{minute}:00+00:00"
+        return line("machine", "limits", {"limits": {"read": read}}, suite=suite, time=time)
 
     ran = throughput("paged", 10, 1e9, time="2026-01-02T03:30:00+00:00")
     found = Found([measured("default", 10e9, 10), measured("strategies", 20e9, 20), measured("default", 40e9, 40), ran])
