@@ -167,8 +167,8 @@ class Found:
         return {name: by_system[name] for name in in_order(by_system)}
 
     def share(self, line: dict, rate: float) -> float | None:
-        """Of a rate in bytes/s: what it is of the read bandwidth measured last before this line: by the run that the
-        line is of, or else by any other, or else first.
+        """Of a rate in bytes/s: what it is of the read bandwidth measured last before this line: in its own suite, or
+        else in any, or else first.
         """
         before = [limit for limit in self._every_limit if limit["time"] <= line["time"]]
         own = [limit for limit in before if limit["suite"] == line["suite"]]

@@ -142,7 +142,7 @@ def test_systems_stand_in_one_order_whenever_they_ran():
     assert [row[0] for row in comparisons.rows(found, "some-model", "float32")] == order
 
 
-def test_a_share_is_of_the_bandwidth_that_its_own_run_measured():
+def test_a_share_is_of_the_bandwidth_that_its_own_suite_measured():
     def measured(suite, read, minute):
         time = f"2026-01-02T03:{minute}:00+00:00"
         return line("machine", "limits", {"limits": {"read": read}}, suite=suite, time=time)
@@ -150,7 +150,7 @@ def test_a_share_is_of_the_bandwidth_that_its_own_run_measured():
     ran = throughput("paged", 10, 1e9, time="2026-01-02T03:30:00+00:00")
     found = Found([measured("default", 10e9, 10), measured("strategies", 20e9, 20), measured("default", 40e9, 40), ran])
     assert found.share(ran, 5e9) == 0.5
-    assert found.share(ran | {"suite": "limit"}, 5e9) == 0.25  # the last before it, of whatever run
+    assert found.share(ran | {"suite": "limit"}, 5e9) == 0.25  # the last before it, in whatever suite
     assert found.share(ran | {"time": "2026-01-01T00:00:00+00:00"}, 5e9) == 0.5  # nobody had measured it yet
 
 

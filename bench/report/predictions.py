@@ -16,7 +16,7 @@ import torch
 from bench.lines import Found, machine_of
 from bench.markdown import table, unique
 from bench.suites.limit.table import LINEAR_RATE
-from bench.systems import BLOCK_SIZE, CHUNK, DOOR, Capacity
+from bench.systems import BLOCK_SIZE, CHUNK, Capacity
 from kv_strategies import STRATEGIES
 from kv_strategies.models.load import DEFAULT_MODEL, RANDOM_MODELS, model_shape
 from kv_strategies.planner import Card, Model, Native, Ours, Work
@@ -89,7 +89,8 @@ def _gpus(lines: Sequence[dict]) -> Iterator[Found]:
 
 
 def _is_planned(system: str) -> bool:
-    return system == "baseline" or set(system.removesuffix(DOOR).split("+")) <= set(STRATEGIES)
+    """What the planner knows: the native cache, and strategies behind the runner, not behind `generate()`."""
+    return system == "baseline" or set(system.split("+")) <= set(STRATEGIES)
 
 
 def _is_known(model: str) -> bool:
@@ -196,8 +197,6 @@ def _pool(line: dict, capacity: Capacity) -> dict[str, int]:
 def _throughput(line: dict, found: Found) -> Iterator[Compared]:
     lengths, new = line["params"]["lengths"], line["params"]["new_tokens"]
     system, sizes = line["system"], _sizes(line["model"], line["dtype"])
-    if DOOR in system:  # the planner knows batches of requests
-        return
     if system == "baseline":  # it grows to one token less than it has said
         tiers, workspace = Native(sizes).memory(Work(max(lengths) + new - 1, len(lengths), new - 1))
     else:
@@ -213,7 +212,7 @@ def _points(line: dict, found: Found) -> Iterator[Compared]:
     first of a kind waits for what has not been used before.
     """
     system, sizes = line["system"], _sizes(line["model"], line["dtype"])
-    if DOOR in system or system == "baseline":
+    if system == "baseline":
         return
     shapes = [(b, c, line["params"]["new_tokens"] + b * c // CHUNK) for b, c in line["params"]["points"]]
     tiers = _pool(line, Capacity([[context + new] * batch for batch, context, new in shapes]))
@@ -232,7 +231,7 @@ def _points(line: dict, found: Found) -> Iterator[Compared]:
 def _decode(line: dict, found: Found) -> Iterator[Compared]:
     for point in line["result"]["points"]:
         name = point["system"]
-        if "error" not in point and DOOR not in name and name != "baseline" and _is_planned(name):
+        if "error" not in point and name != "baseline" and _is_planned(name):
             new = line["params"]["new_tokens"]
             yield from _step(line, found, name, point["batch"], point["context"], new, point["step"])
 
