@@ -114,7 +114,7 @@ def run_one(case: Case, scratch: Path, suite_name: str, say=lambda text: None) -
 
 def _in_process(case: Case, scratch: Path, say) -> dict:
     case_path, result_path, log_path = (scratch / name for name in ("case.json", "result.json", "log.txt"))
-    modules = [*LOADED, WORKLOADS[case.workload].run.__module__]  # the process imports what registers the workload
+    measures = WORKLOADS[case.workload].run
     case_path.write_text(case.to_json())
     result_path.unlink(missing_ok=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(machine.ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -125,7 +125,10 @@ def _in_process(case: Case, scratch: Path, say) -> dict:
         environment = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} | environment
     with log_path.open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker", ",".join(modules), str(case_path), str(result_path), str(scratch)],
+            [
+                sys.executable, "-m", "bench.worker", f"{measures.__module__}:{measures.__qualname__}",
+                ",".join(LOADED), str(case_path), str(result_path), str(scratch),
+            ],
             stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
             preexec_fn=lambda: os.sched_setaffinity(0, CORES),
         )  # fmt: skip

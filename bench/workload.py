@@ -81,7 +81,7 @@ class Target:
 @dataclass(frozen=True)
 class Workload:
     name: str
-    run: Callable[[Bench], dict]
+    run: Callable[[Bench], dict]  # of a module: a case's own process imports it
     question: str
     cases: Mapping[str, Callable[[Target], Iterable[Case]]]  # suite -> its cases there
     tables: Callable[[Found, str], str] | None = None  # of a machine's lines and a model; once where several share it
@@ -99,11 +99,13 @@ def register(workload: Workload) -> Workload:
     """Makes a workload known by its name.
 
     Raises:
-        ValueError: another has that name.
+        ValueError: another has that name, or a case's own process could not import its `run`.
     """
     known = WORKLOADS.get(workload.name)
     if known and (known.run.__module__, known.run.__qualname__) != (workload.run.__module__, workload.run.__qualname__):
         raise ValueError(f"there is a workload {workload.name!r} already, in {known.run.__module__}")
+    if "<" in getattr(workload.run, "__qualname__", "<"):  # a lambda, a function within a function, a partial
+        raise ValueError(f"run of {workload.name!r} must be a function of a module: a process imports it")
     WORKLOADS[workload.name] = workload
     return workload
 

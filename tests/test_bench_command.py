@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pty
@@ -159,6 +160,21 @@ def test_a_name_is_taken_once():
     with pytest.raises(ValueError, match="there is a workload 'accuracy' already"):
         register(Workload("accuracy", run, "another?", cases={}))
     assert WORKLOADS["accuracy"].run is not run
+
+
+@pytest.mark.parametrize("run", [lambda bench: {}, functools.partial(dict, answer=1)])
+def test_what_a_process_could_not_import_is_refused(run):
+    with pytest.raises(ValueError, match="run of 'mine' must be a function of a module"):
+        register(Workload("mine", run, "which?", cases={}))
+    assert "mine" not in WORKLOADS
+
+
+def test_a_workload_may_measure_by_a_function_of_another_file(tmp_path, tiny):
+    workload = WORKLOADS["long context"]
+    assert workload.run.__module__ != workload.cases["limit"].__module__
+    params = {"points": [[1, 33]], "new_tokens": 3, "repeats": 1, "warm_points": True}
+    line = run_one(Case("long context", "paged", tiny, "float32", "cpu", params), tmp_path, "limit")
+    assert line["status"] == "ok", line
 
 
 # --- failures, and runs that are interrupted
