@@ -29,6 +29,7 @@ from .base import KeepAllTokens, NoSharing, Policies, Site
 from .kernels.reference import HALF_BYTES
 from .registry import STRATEGIES, bytes_per_block, outline, parts_of
 from .step.graphs import SHORT_ROW
+from .step.plan import FEW_PAIRS
 from .step.rings import ring_bytes
 from .step.store import Planes
 from .strategy import planes_of
@@ -57,12 +58,14 @@ class Attention:
     rate: float
 
 
-LIBRARY_RATE = 0.58  # in a chunk of a longer row, whose codes are decoded once for the library
+LIBRARY_RATE = 0.83  # in a chunk of a longer row, whose codes are decoded once for the library
+LIBRARY_GAP = 140e-6  # seconds a layer in such a chunk, to gather the row's K and V and to begin and end
 ATTENTION = {
-    "numbers": Attention(0.95, LIBRARY_RATE),
+    "numbers": Attention(0.95, 0.58),
     "codes": Attention(0.72, 0.28),
     "codes of query groups": Attention(0.92, 0.28),  # a decode kernel of their own (`triton_decode_groups.py`)
     "4 bits": Attention(0.78, 0.28),  # the same kernel
+    "codes of few pairs": Attention(0.45, 0.28),  # of a row and a KV head: what the last two are in less than FEW_PAIRS
 }
 MASKED_RATE = 0.17  # in a chunk of which some is out of sight: not by the library (`kernels/blocks/gpu.py`)
 
@@ -239,7 +242,7 @@ class Ours:
         visible, placement, model = policies.retention.num_visible, policies.placement, self.model
         planes = planes_of(site.shape, policies, site.block_size)
         is_masked = visible(before + num_tokens) < before + num_tokens
-        reached = self._reached(planes, is_masked)
+        reached = self._reached(planes, is_masked, rows)
         seen = min(before + num_tokens, visible(before + num_tokens) + num_tokens - 1)
         read, link = placement.read_bytes(seen, planes, site, is_decode=is_decode)
         pairs = num_tokens * (visible(before + 1) + visible(before + num_tokens)) / 2
@@ -252,9 +255,10 @@ class Ours:
             gap += CHOOSING
         gaps = gap * model.num_layers
         memory = (model.read / PRODUCTS_READ + rows * read / reached.read) / card.bandwidth + gaps
-        rate = reached.rate if before + num_tokens <= SHORT_ROW else LIBRARY_RATE
-        attention = model.attention(pairs) / (MASKED_RATE if is_masked else rate)
-        compute = rows * (model.products(num_tokens) + attention) / card.rate + gaps
+        by_library = not is_decode and not is_masked and before + num_tokens > SHORT_ROW
+        rate = LIBRARY_RATE if by_library else MASKED_RATE if is_masked else reached.rate
+        compute = rows * (model.products(num_tokens) + model.attention(pairs) / rate) / card.rate + gaps
+        compute += LIBRARY_GAP * model.num_layers * by_library
         streams = link != 0 and (placement.prefetches or not is_decode)
         if link is not None:
             link = rows * link / card.link
@@ -265,14 +269,15 @@ class Ours:
         host = STREAM_GAP * model.num_layers if streams else 0.0
         return {"memory": memory, "link": link, "compute": compute, "host": host}
 
-    def _reached(self, planes: Planes, is_masked: bool) -> Attention:
+    def _reached(self, planes: Planes, is_masked: bool, rows: int) -> Attention:
         if "k_scale" not in planes:
             return ATTENTION["numbers"]
-        if planes["v"][1] == HALF_BYTES and not is_masked:
-            return ATTENTION["4 bits"]
-        config = self.model.config
-        in_groups = config.num_attention_heads > config.num_key_value_heads and not is_masked
-        return ATTENTION["codes of query groups" if in_groups else "codes"]
+        config, is_of_4_bits = self.model.config, planes["v"][1] == HALF_BYTES
+        if is_masked or not (is_of_4_bits or config.num_attention_heads > config.num_key_value_heads):
+            return ATTENTION["codes"]
+        if rows * config.num_key_value_heads < FEW_PAIRS:
+            return ATTENTION["codes of few pairs"]
+        return ATTENTION["4 bits" if is_of_4_bits else "codes of query groups"]
 
 
 class Native:

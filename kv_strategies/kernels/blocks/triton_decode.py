@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...step.plan import LayerStore, Plan
+from ...step.plan import FEW_PAIRS, LayerStore, Plan
 from ..reference import HALF_BYTES
 from ..triton_device import num_multiprocessors
 from ..triton_launch import Launch, launch
@@ -36,8 +36,6 @@ from .triton_decode_parts import Tuning
 
 #: Parts of one row and KV head at most, where its length alone decides.
 MAX_PARTS = 64
-#: Fewer pairs of a row and a KV head than these are tuned for by themselves.
-FEW_PAIRS = 64
 
 
 def tuning(group: int, dtype: torch.dtype, num_pairs: int, in_registers: bool = False) -> Tuning:
