@@ -13,6 +13,7 @@ from test_convert import write_gguf
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bench.case import Bench, Case
+from bench.lines import Found
 from bench.report import frontier
 from bench.report import page as pages
 from bench.suites import quality
@@ -87,6 +88,20 @@ def test_the_table(measured):
     assert rows_of(page, "needle, single")[0][1:] == ["keys 1, digits 7", "100% (44% to 100%)", "counts"]
     assert rows_of(page, "prefix, question hidden")[0][1:4] == ["100% (61% to 100%)"] + ["100% (44% to 100%)"] * 2
     assert "as many as the sinks" in rows_of(page, "no such")[0][1]
+
+
+@pytest.mark.parametrize("other", [{"level": {"keys": 2, "digits": 7}}, {"counts": False}])
+def test_shares_of_other_tasks_are_not_set_beside_these(measured, other):
+    """Those of an earlier run stand again when what they were asked is what the latest was asked."""
+    asked = measured["result"]["asked"]
+    before = {**asked, "needle, single": asked["needle, single"] | other}
+    older = measured | {"system": "320 tokens, older", "time": "2001-01-01T00:00:00+00:00"}
+    for tasks, num in ((before, 1), (asked, 2)):
+        lines = [older | {"result": measured["result"] | {"asked": tasks}}, measured]
+        assert len(frontier.rows(lines)) == num * len(frontier.rows([measured]))
+        assert len(rows_of(pages.render(lines, "title"), "int8")) == num
+    marks = {**asked, "needle, single": asked["needle, single"] | {"right": "110"}}  # the same tasks, a tie broken
+    assert len(Found([older | {"result": measured["result"] | {"asked": marks}}, measured]).lines) == 2
 
 
 def test_the_frontier(measured, tmp_path):
