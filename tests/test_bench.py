@@ -559,6 +559,17 @@ def test_the_readme_shows_the_gpu_that_ran_a_suite_last(card):
         assert "kernel alone" not in readme and "GPU busy" not in readme and "What each strategy is for" not in readme
 
 
+def test_the_host_and_commit_are_of_the_model_that_is_shown(card):
+    large = throughput("paged", 4321.0, 2e9, about=GPU, model=MHA, dtype="bfloat16")
+    of_another = dict(
+        card[2], workload="long context", model="another", commit="of another", time="2099-01-01T00:00:00+00:00"
+    )
+    with_it, without = (
+        readmes.with_headline(EMPTY, found, found) for found in ([*card, large, of_another], [*card, large])
+    )
+    assert with_it == without
+
+
 def test_a_part_of_the_limit_that_failed_is_a_row(card):
     point = next(point for point in card[2]["result"]["points"] if point["system"] == "contiguous")
     kept = {name: point.pop(name) for name in ("step", "unsteady", "step_bytes")}

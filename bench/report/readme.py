@@ -35,7 +35,7 @@ def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
     model, dtype = best["model"], best["dtype"]
     table = [
         f"![The page of all results: comparison, step and first token of every strategy]({PICTURE})",
-        f"{model} ({dtype}) on {machine_of(best)}{_with(throughput, best)}. All tables, conditions and losses: "
+        f"{model} ({dtype}) on {machine_of(best)}{_with(throughput, best, model)}. All tables, conditions and losses: "
         "[bench/results/comparison_table.md](bench/results/comparison_table.md); every figure: "
         "[bench/results/results.csv](bench/results/results.csv); `make report` writes the page above, "
         "`bench/results/report.html`, which needs no network.",
@@ -45,26 +45,28 @@ def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
     if limit := _on_a_gpu(lines, "limit", model, machine_of(best)):
         figures += [
             f"Against the limits of the card: {model}, bfloat16, rows x tokens of context, on {machine_of(limit[-1])}"
-            f"{_with(limit, limit[-1])} (`make bench SUITE=limit`; the whole table, attention alone and query groups "
-            "in it: [bench/results/limit_table.md](bench/results/limit_table.md); what is missed and why: "
+            f"{_with(limit, limit[-1], model)} (`make bench SUITE=limit`; the whole table, attention alone and query "
+            "groups in it: [bench/results/limit_table.md](bench/results/limit_table.md); what is missed and why: "
             "[docs/limits.md](docs/limits.md)).",
             headline(Found(limit), model),
         ]
     if measured := _on_a_gpu(lines, "strategies", model, machine_of(best)):
         figures += [
-            f"What each strategy is for, on {machine_of(measured[-1])}{_with(measured, measured[-1])}, against the "
-            "figure it was built to reach, both sides of a ratio in one process (`make bench SUITE=strategies`, "
+            f"What each strategy is for, on {machine_of(measured[-1])}{_with(measured, measured[-1], model)}, against "
+            "the figure it was built to reach, both sides of a ratio in one process (`make bench SUITE=strategies`, "
             "[bench/results/strategies_table.md](bench/results/strategies_table.md)):",
             claims(Found(measured), model),
         ]
     return _between(_between(readme, TABLE, table), FIGURES, figures)
 
 
-def _with(lines: list[dict], best: dict) -> str:
-    """The hosts and commits behind a table; a ratio to what waits for its host is that host's."""
-    own = [line for line in lines if machine_of(line) == machine_of(best) and line["model"] == best["model"]]
+def _with(lines: list[dict], shown: dict, model: str) -> str:
+    """The hosts and commits behind a model's table, on the machine of the line `shown`; a ratio to what waits for its
+    host is that host's.
+    """
+    own = [line for line in lines if machine_of(line) == machine_of(shown) and line["model"] == model]
     own = [line for line in Found(own).lines if line["workload"] != "machine"]
-    return f" (host {hosts_of(own)}; commit {commits_of(own)})" if "gpu" in best["machine"] else ""
+    return f" (host {hosts_of(own)}; commit {commits_of(own)})" if "gpu" in shown["machine"] else ""
 
 
 def _between(readme: str, mark: str, text: list[str]) -> str:
