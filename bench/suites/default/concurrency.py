@@ -29,7 +29,7 @@ def _point(bench: Bench, at_once: int) -> dict:
     lengths, new_tokens = bench.params["lengths"], bench.params["new_tokens"]
     longest = sorted(lengths, reverse=True)[:at_once]
     system = open_system(bench.case.system, bench.model, Capacity([[length + new_tokens for length in longest]]))
-    system(bench.prompts(lengths[: at_once + 1], seed=1), new_tokens)
+    system(bench.prompts(lengths, seed=1), new_tokens)  # steps of every shape that comes, compiled and captured
     bench.free()
     bench.memory.start()
     run = system(bench.prompts(lengths, seed=2), new_tokens)
