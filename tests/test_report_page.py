@@ -44,6 +44,7 @@ class TestDrawn:
     def test_every_plot_is_drawn(self, page):
         drawn = json.loads(page.locator("#data").text_content())["charts"]
         assert {"step", "ttft", "roofline", "memory", "loss", "concurrency"} <= set(drawn)
+        assert {row["workload"] for row in drawn["step"]["data"]["values"]} == {"context", "long context"}
         for name, spec in drawn.items():
             marks = page.locator(f"#plot-{name} svg .mark-symbol path, #plot-{name} svg .mark-line path").count()
             assert marks > 0 and spec["data"]["values"], name

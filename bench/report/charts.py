@@ -22,6 +22,7 @@ COLOURS = (
 #: Of the native ones, which stand back.
 NATIVE_COLOURS = ("#8e8e8e", "#a89880", "#7c8c98", "#a890a0", "#6a6a6a")
 LIMIT = "limit of the machine"
+CONTEXTS = ("context", "long context")  # workloads of one request against its length
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def charts(found: Sequence[Found], frontier: Sequence[dict] = ()) -> list[Chart]
     """
     points = [row for own in found for row in _points(own)]
     drawn = [
-        _against("step", "Decode step against context", "context", "step_ms", "decode step, ms", points, "context"),
-        _against("ttft", "Time to first token against context", "context", "ttft_ms", "TTFT, ms", points, "context"),
+        _against("step", "Decode step against context", "context", "step_ms", "decode step, ms", points, *CONTEXTS),
+        _against("ttft", "Time to first token against context", "context", "ttft_ms", "TTFT, ms", points, *CONTEXTS),
         _throughput([row for own in found for row in _batches(own)]),
         _roofline(points, [row for own in found for row in _limits(own, points)]),
         *(_frontier(name, frontier) for name in FRONTIERS),
@@ -89,7 +90,7 @@ def _ok(found: Found, *workloads: str) -> Iterator[dict]:
 
 def _points(found: Found) -> Iterator[dict]:
     """Of decode steps at a batch and context: times in ms, bytes moved, and the share of the read bandwidth."""
-    for line in _ok(found, "context", "batch", "decode"):
+    for line in _ok(found, *CONTEXTS, "batch", "decode"):
         for point in line["result"]["points"]:
             if "error" in point or not point.get("step"):
                 continue
@@ -206,8 +207,8 @@ def _in_order(rows: Sequence[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: order.index(row["system"]))
 
 
-def _against(name: str, title: str, x: str, y: str, what: str, points: Sequence[dict], workload: str) -> Chart:
-    own = [p for p in points if p["workload"] == workload and p[y] is not None]
+def _against(name: str, title: str, x: str, y: str, what: str, points: Sequence[dict], *workloads: str) -> Chart:
+    own = [p for p in points if p["workload"] in workloads and p[y] is not None]
     x_axis = _field(
         x, {"context": "context, tokens", "batch": "requests at a time"}[x], scale={"type": "log", "base": 2}
     )
@@ -216,7 +217,7 @@ def _against(name: str, title: str, x: str, y: str, what: str, points: Sequence[
         "y": _field(y, what, scale={"type": "log", "nice": False, "padding": 12}),
         "color": _COLOUR,
         "strokeDash": {"condition": {"test": _IS_NATIVE, "value": [5, 4]}, "value": [1, 0]},
-        "detail": [{"field": "machine"}, {"field": "model"}, {"field": "dtype"}],
+        "detail": [{"field": "machine"}, {"field": "model"}, {"field": "dtype"}, {"field": "workload"}],
         "tooltip": _tooltip(**(_POINT | {"ttft_ms": "TTFT, ms"} if name == "ttft" else _STEP | {"rate": "tokens/s"})),
     }
     spec = _spec(own, mark={"type": "line", "point": {"size": 60}, "strokeWidth": 2}, encoding=encoding)
