@@ -133,26 +133,14 @@ class Key:
     dtype: str
 
 
-def _asked(line: dict) -> dict[tuple, dict]:
-    """Of a line of tasks: what it may be compared with -> the tasks that count and their levels."""
-    if "asked" not in line.get("result", {}):
-        return {}
-    counted = {name: about["level"] for name, about in line["result"]["asked"].items() if about["counts"]}
-    return {(line["workload"], line["model"], line["dtype"], line["params"]["length"]): counted}
-
-
 class Found:
-    """The lines of one machine. Of several runs of a case the latest counts, and of lines of which other tasks were
-    asked than of the latest, of the same model and length, none: their shares are of something else.
-    """
+    """The lines of one machine. Of several runs of a case the latest counts."""
 
     def __init__(self, lines: list[dict]) -> None:
         latest: dict[Key, dict] = {}
-        asked: dict[tuple, dict] = {}
         for line in sorted(lines, key=lambda line: line["time"]):
             latest[Key(line["workload"], line["system"], line["model"], line["dtype"])] = line
-            asked |= _asked(line)
-        self.lines = [line for line in latest.values() if _asked(line).items() <= asked.items()]
+        self.lines = list(latest.values())
         ran = [line for line in lines if line["workload"] == "machine" and line["status"] == "ok"]
         limits = [line for line in ran if "read" in line["result"].get("limits", {})]
         self._every_limit = sorted(limits, key=lambda line: line["time"])

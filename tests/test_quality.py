@@ -13,7 +13,6 @@ from test_convert import write_gguf
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bench.case import Bench, Case
-from bench.lines import Found
 from bench.report import frontier
 from bench.report import page as pages
 from bench.suites import quality
@@ -99,9 +98,10 @@ def test_shares_of_other_tasks_are_not_set_beside_these(measured, other):
     for tasks, num in ((before, 1), (asked, 2)):
         lines = [older | {"result": measured["result"] | {"asked": tasks}}, measured]
         assert len(frontier.rows(lines)) == num * len(frontier.rows([measured]))
-        assert len(rows_of(pages.render(lines, "title"), "int8")) == num
+        page = pages.render(lines, "title")
+        assert len(rows_of(page, "int8")) == num and ("320 tokens, older." in page) == (num == 1)
     marks = {**asked, "needle, single": asked["needle, single"] | {"right": "110"}}  # the same tasks, a tie broken
-    assert len(Found([older | {"result": measured["result"] | {"asked": marks}}, measured]).lines) == 2
+    assert len(quality.of_the_latest_tasks([older | {"result": measured["result"] | {"asked": marks}}, measured])) == 2
 
 
 def test_the_frontier(measured, tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bench.lines import Found, machine_of, write_whole
 from bench.markdown import unique
+from bench.suites.quality import of_the_latest_tasks
 from bench.tasks import power
 
 PICTURES = {"kv_bytes": "accuracy", "step_ms": "accuracy", "itl_ms": "tokens_per_s"}  # less is better: more is better
@@ -34,7 +35,7 @@ def rows(lines: Sequence[dict]) -> list[dict]:
     points = []
     for machine in unique(map(machine_of, lines)):
         found = Found([line for line in lines if machine_of(line) == machine])
-        for line in found.lines:
+        for line in of_the_latest_tasks(found.lines):
             if line["status"] == "ok" and line["workload"] in _POINTS:
                 about = {name: line[name] for name in ("model", "dtype", "commit")} | {"machine": machine}
                 points += [dict.fromkeys(COLUMNS) | about | point for point in _POINTS[line["workload"]](line)]

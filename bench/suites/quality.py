@@ -20,7 +20,7 @@ import torch
 from bench import measure
 from bench.accuracy import MIN_JUDGED, Reference, cost, judge
 from bench.case import Bench, Case, is_random
-from bench.lines import Found
+from bench.lines import Found, commits_of, machine_of
 from bench.markdown import NONE, table
 from bench.suites.cost import gpu_bytes_per_block
 from bench.systems import BLOCK_SIZE, Capacity, Native, Ours
@@ -215,10 +215,35 @@ def cases(to: Target) -> Iterable[Case]:
             yield to.case(f"{length} tokens, {kind}", dtype, params, timeout=timeout)
 
 
+def of_the_latest_tasks(lines: Iterable[dict]) -> list[dict]:
+    """Without lines of this workload of which other tasks count, or other levels of them, than of the latest of the
+    same machine, model, dtype and length: their shares are of something else. Lines of other workloads stay.
+    """
+    lines, latest = list(lines), {}
+    for line in sorted(lines, key=lambda line: line["time"]):
+        latest |= _counted(line)
+    return [line for line in lines if _counted(line).items() <= latest.items()]
+
+
+def _counted(line: dict) -> dict[tuple, dict[str, dict]]:
+    """Among which lines a line is compared -> the tasks that count and their levels; nothing of other workloads."""
+    if line["workload"] != "quality" or line["status"] != "ok":
+        return {}
+    among = machine_of(line), line["model"], line["dtype"], line["params"]["length"]
+    return {among: {name: about["level"] for name, about in line["result"]["asked"].items() if about["counts"]}}
+
+
 def tables(found: Found, model: str) -> str:
     done = [line for line in found.of("quality", model).values() if line["status"] == "ok"]
-    lengths = sorted({line["params"]["length"] for line in done})
-    return "\n\n".join([NOTE, *(_table([line for line in done if line["params"]["length"] == n], n) for n in lengths)])
+    shown = of_the_latest_tasks(done)
+    parts = [NOTE]
+    for length in sorted({line["params"]["length"] for line in done}):
+        parts.append(_table([line for line in shown if line["params"]["length"] == length], length))
+        others = [one for one in done if one not in shown and one["params"]["length"] == length]
+        if others:
+            left = ", ".join(line["system"] for line in others)
+            parts.append(f"Not here, as other tasks or levels of them counted at commit {commits_of(others)}: {left}.")
+    return "\n\n".join(parts)
 
 
 NOTE = (
