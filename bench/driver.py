@@ -114,7 +114,6 @@ def run_one(case: Case, scratch: Path, suite_name: str, say=lambda text: None) -
 
 def _in_process(case: Case, scratch: Path, say) -> dict:
     case_path, result_path, log_path = (scratch / name for name in ("case.json", "result.json", "log.txt"))
-    measures = WORKLOADS[case.workload].run
     case_path.write_text(case.to_json())
     result_path.unlink(missing_ok=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(machine.ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -126,8 +125,8 @@ def _in_process(case: Case, scratch: Path, say) -> dict:
     with log_path.open("w") as log:
         process = subprocess.Popen(
             [
-                sys.executable, "-m", "bench.worker", f"{measures.__module__}:{measures.__qualname__}",
-                ",".join(LOADED), str(case_path), str(result_path), str(scratch),
+                sys.executable, "-m", "bench.worker", WORKLOADS[case.workload].address, ",".join(LOADED),
+                str(case_path), str(result_path), str(scratch),
             ],
             stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
             preexec_fn=lambda: os.sched_setaffinity(0, CORES),

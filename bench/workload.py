@@ -89,6 +89,11 @@ class Workload:
     claims: Sequence[Claim] = ()
     lacking: Callable[[Case], str | None] = lambda case: None  # why this machine cannot run a case
 
+    @property
+    def address(self) -> str:
+        """Of `run`, as `pkgutil.resolve_name` takes it."""
+        return f"{self.run.__module__}:{getattr(self.run, '__qualname__', '<no name>')}"
+
 
 WORKLOADS: dict[str, Workload] = {}
 #: Modules that `--load` names: the process of a case imports them as well, for the strategies they may register.
@@ -101,10 +106,10 @@ def register(workload: Workload) -> Workload:
     Raises:
         ValueError: another has that name, or a case's own process could not import its `run`.
     """
-    known = WORKLOADS.get(workload.name)
-    if known and (known.run.__module__, known.run.__qualname__) != (workload.run.__module__, workload.run.__qualname__):
+    known, address = WORKLOADS.get(workload.name), workload.address
+    if known and known.address != address:
         raise ValueError(f"there is a workload {workload.name!r} already, in {known.run.__module__}")
-    if "<" in getattr(workload.run, "__qualname__", "<"):  # a lambda, a function within a function, a partial
+    if "<" in address:  # a lambda, a function within a function, a partial
         raise ValueError(f"run of {workload.name!r} must be a function of a module: a process imports it")
     WORKLOADS[workload.name] = workload
     return workload
