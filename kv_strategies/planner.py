@@ -65,7 +65,7 @@ ATTENTION = {
     "codes": Attention(0.72, 0.28),
     "codes of query groups": Attention(0.92, 0.28),  # a decode kernel of their own (`triton_decode_groups.py`)
     "4 bits": Attention(0.78, 0.28),  # the same kernel
-    "codes of few pairs": Attention(0.45, 0.28),  # of a row and a KV head: what the last two are in less than FEW_PAIRS
+    "codes of few pairs": Attention(0.45, 0.28),  # either, where rows times KV heads are fewer than FEW_PAIRS
 }
 MASKED_RATE = 0.17  # in a chunk of which some is out of sight: not by the library (`kernels/blocks/gpu.py`)
 
@@ -258,7 +258,8 @@ class Ours:
         by_library = not is_decode and not is_masked and before + num_tokens > SHORT_ROW
         rate = LIBRARY_RATE if by_library else MASKED_RATE if is_masked else reached.rate
         compute = rows * (model.products(num_tokens) + model.attention(pairs) / rate) / card.rate + gaps
-        compute += LIBRARY_GAP * model.num_layers * by_library
+        if by_library:
+            compute += LIBRARY_GAP * model.num_layers
         streams = link != 0 and (placement.prefetches or not is_decode)
         if link is not None:
             link = rows * link / card.link
