@@ -39,7 +39,6 @@ class Record:
     repeats: int | None
     status: str
     error: str
-    command: str
     commit: str
     time: str
 
@@ -55,7 +54,7 @@ def of_lines(lines: Iterable[dict]) -> list[Record]:
 def of_line(line: dict) -> Iterator[Record]:
     head = [machine_of(line), *(line[name] for name in ("model", "dtype", "suite", "workload", "system"))]
     commit = line["commit"][:12] + ("+" if line["dirty"] else "")
-    tail = [line["status"], line.get("error", ""), command(line), commit, line["time"]]
+    tail = [line["status"], line.get("error", ""), commit, line["time"]]
     if line["status"] != "ok":
         yield Record(*head, "", "", None, None, None, None, *tail)
         return
