@@ -244,6 +244,14 @@ for write in (lambda: driver._append(path, {{"n": "x" * 50}}),
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20
 
 
+@pytest.mark.parametrize("first", ["bench.report.frontier", "bench.suites.tensorflow"])
+def test_workloads_have_one_order_whatever_is_imported_first(first):
+    program = f"import {first}, bench.workload; print(*bench.workload.WORKLOADS, sep=';')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    ours = [name for name, workload in WORKLOADS.items() if workload.run.__module__.startswith("bench.suites.")]
+    assert done.stdout.strip().split(";") == ours, done.stderr
+
+
 # --- what is asked wrongly
 
 

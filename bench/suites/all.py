@@ -1,4 +1,4 @@
-"""Importing this makes all workloads of ours known, in the order of their tables and of the cases of a suite."""
+"""All workloads of ours, in the order of their tables and of the cases of a suite; imported with the package."""
 
 # isort: off
 from bench.suites import machine  # noqa: F401
