@@ -11,7 +11,8 @@ stay as the softmax over *all* tokens gave them. What is dropped is then replace
     |out - exact| <= (1 - p(S)) * max |v|
 
 holds with the dropped mass as its only unknown, which is reported. Dividing by p(S) (`renormalise`) replaces the
-dropped values by the mean of the kept ones instead: twice the bound, and no better where the tail of V averages out.
+dropped values by the mean of the kept ones instead: twice the bound, no better where the tail of V averages out, and
+far better for the text of docs/offload.md.
 
 From KCache (He and Wu, 2024, arXiv 2404.18057), which keeps K near and V far.
 """
