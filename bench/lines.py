@@ -166,11 +166,14 @@ class Found:
         by_system = {line["system"]: line for line in found if dtype is None or line["dtype"] == dtype}
         return {name: by_system[name] for name in in_order(by_system)}
 
-    def share(self, line: dict, rate: float) -> float | None:
-        """Of a rate in bytes/s: what it is of the read bandwidth measured last before this line: in its own suite, or
-        else in any, or else first.
-        """
+    def read_bandwidth(self, line: dict) -> float | None:
+        """In bytes/s, measured last before this line: in its own suite, or else in any, or else first."""
         before = [limit for limit in self._every_limit if limit["time"] <= line["time"]]
         own = [limit for limit in before if limit["suite"] == line["suite"]]
         limits = [*own[-1:], *before[-1:], *self._every_limit[:1]]
-        return rate / limits[0]["result"]["limits"]["read"] if limits else None
+        return limits[0]["result"]["limits"]["read"] if limits else None
+
+    def share(self, line: dict, rate: float) -> float | None:
+        """Of a rate in bytes/s: what it is of the read bandwidth that goes with this line."""
+        read = self.read_bandwidth(line)
+        return rate / read if read else None

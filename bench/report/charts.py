@@ -181,6 +181,7 @@ _COLOUR = _field("system", None, "nominal", sort=None, legend={"orient": "bottom
 
 
 _IS_NATIVE = f"indexof({list(NATIVE)}, datum.system) >= 0"
+_SHAPE = {"condition": {"test": _IS_NATIVE, "value": "square"}, "value": "circle"}
 _NUMBERS = {"step_ms", "ttft_ms", "rate", "share", "gigabytes", "peak_gb", "kl", "perplexity", "seconds", "megabytes"}
 
 
@@ -280,13 +281,13 @@ def _roofline(points: Sequence[dict], limits: Sequence[dict]) -> Chart:
             {
                 "transform": [{"filter": f"!({is_limit})"}],
                 "mark": {"type": "point", "filled": True, "size": 70, "opacity": 0.8},
-                "encoding": {"color": _COLOUR, "tooltip": _tooltip(**_STEP, gigabytes="GB to read")},
+                "encoding": {"color": _COLOUR, "shape": _SHAPE, "tooltip": _tooltip(**_STEP, gigabytes="GB to read")},
             },
         ],
     )
     note = (
         "The dashed line is the measured read bandwidth, over the weights and the K and V that a step has to read. On "
-        "it, a step is all reading."
+        "it, a step is all reading. Squares: native caches."
     )
     return Chart("roofline", "How near to the limit: time against bytes", note, spec)
 
@@ -298,14 +299,15 @@ def _throughput(rows: Sequence[dict]) -> Chart:
         "color": _COLOUR,
     }
     point = {
-        "mark": {"type": "point", "filled": True, "size": 120},
-        "encoding": {
-            "shape": {"condition": {"test": _IS_NATIVE, "value": "square"}, "value": "circle"},
-            "tooltip": _tooltip(rate="tokens/s", peak_gb="peak, GB"),
-        },
+        "mark": {"type": "point", "filled": True, "size": 100},
+        "encoding": {"shape": _SHAPE, "tooltip": _tooltip(rate="tokens/s", peak_gb="peak, GB")},
     }
-    name = {"mark": {"type": "text", "dy": -12, "fontSize": 11}, "encoding": {"text": {"field": "label"}}}
-    spec = _spec(_labelled(rows), encoding=encoding, layer=[point, name])
+    above, beside = ({"type": "text", "fontSize": 11, **at} for at in ({"dy": -12}, {"dx": 10, "align": "left"}))
+    names = [
+        {"transform": [{"filter": where}], "mark": mark, "encoding": {"text": {"field": "label"}}}
+        for where, mark in ((f"!({_IS_NATIVE})", above), (_IS_NATIVE, beside))
+    ]
+    spec = _spec(_labelled(rows), encoding=encoding, layer=[point, *names])
     note = "A ragged batch. Up and to the left is better. Squares: native caches."
     return Chart("memory", "Throughput against peak memory", note, spec)
 

@@ -38,6 +38,9 @@ def section(found: Found) -> str:
     parts = [conditions(found), limits(found)]
     for model in found.models():
         parts.append(f"### {model}")
+        dtypes = {line["dtype"] for line in found.lines if line["model"] == model and line["workload"] != "machine"}
+        if len(dtypes) == 1:  # else the tables say which is which
+            parts.append(f"All in {dtypes.pop()}.")
         if model.endswith("-random"):
             parts.append("Random weights: the shape only, for speed and memory. Its tokens mean nothing.")
         with blame(f"{model} on {machine_of(found.lines[0])}"):

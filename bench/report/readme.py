@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from bench.lines import Found, commits_of, hosts_of, machine_of
+from bench.markdown import unique
 from bench.report.claims import claims
 from bench.report.comparison import comparison
 from bench.suites.limit.table import headline
@@ -51,9 +52,11 @@ def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
             headline(Found(limit), model),
         ]
     if measured := _on_a_gpu(lines, "strategies", model, machine_of(best)):
+        dtypes = unique(line["dtype"] for line in measured if line["model"] == model and line["workload"] != "machine")
         figures += [
-            f"What each strategy is for, on {machine_of(measured[-1])}{_with(measured, measured[-1], model)}, against "
-            "the figure it was built to reach, both sides of a ratio in one process (`make bench SUITE=strategies`, "
+            f"What each strategy is for: {model}, {', '.join(dtypes)}, on {machine_of(measured[-1])}"
+            f"{_with(measured, measured[-1], model)}, against the figure it was built to reach, both sides of a ratio in "
+            "one process (`make bench SUITE=strategies`, "
             "[bench/results/strategies_table.md](bench/results/strategies_table.md)):",
             claims(Found(measured), model),
         ]

@@ -49,7 +49,7 @@ def full_precision(measured: Measured) -> Answer | None:
         for line in lines
         for result in [line["result"]]
     ]
-    head = ["system", "dtype", "prompts with the same tokens", "first difference", "logits apart there"]
+    head = ["system", "dtype", "prompts with the same tokens", "first difference", "margin of logits there"]
     lengths = [length for line in lines for length in line["params"].get("lengths", ())]
     about = f"prompts of {min(lengths)} to {max(lengths)} tokens, greedy, each alone as reference" if lengths else ""
     return Answer(" ".join(texts), lines, about, head, rows)

@@ -94,7 +94,8 @@ def kv_and_parameters(measured: Measured) -> Answer | None:
         [name, f"{line['result']['kv']['bytes'] / 1e9:.2f}", f"{line['result']['kv']['bytes'] / weights:.2f}"]
         for name, line in lines.items()
     ]
-    return Answer(text, [*lines.values()], batch_of(lines["paged"]), ["system", "KV, GB", "KV / parameters"], rows)
+    head = ["system", "KV on all tiers, GB", "KV / parameters"]
+    return Answer(text, [*lines.values()], batch_of(lines["paged"]), head, rows)
 
 
 def peak_and_card(measured: Measured) -> Answer | None:

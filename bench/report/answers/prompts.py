@@ -90,7 +90,8 @@ def best_batch(measured: Measured) -> Answer | None:
         for p in points
     ]
     head = ["requests at once", "tokens/s", "of the most", "ms between tokens"]
-    return Answer(text, [line], f"`{line['system']}`", head, rows)
+    about = f"`{line['system']}`" + (f"; {batch_of(line)}" if "lengths" in line["params"] else "")
+    return Answer(text, [line], about, head, rows)
 
 
 def more_at_once(measured: Measured) -> Answer | None:

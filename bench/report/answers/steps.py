@@ -55,14 +55,22 @@ def kv_access(measured: Measured) -> Answer | None:
     equal = (first["step_bytes"] - tokens * per_token) / per_token
     text = (
         f"With more than {equal:.0f} tokens in a batch: from there on a step reads more bytes of K and V than of "
-        f"weights. Of all that it reads, K and V are {share_of(first):.0%} at {shape_of(first)} (requests x tokens) "
+        "weights (but for the embedding, of which it reads a row a token). Of all "
+        f"that it reads, K and V are {share_of(first):.0%} at {shape_of(first)} (requests x tokens) "
         f"and {share_of(last):.0%} at {shape_of(last)}."
     )
     rows = [
-        [shape_of(point), milliseconds(point["step"]), f"{share_of(point):.0%}", _of_limit(measured.found, of, point)]
+        [
+            shape_of(point),
+            of["suite"],
+            milliseconds(point["step"]),
+            f"{share_of(point):.0%}",
+            *_of_limit(measured.found, of, point),
+        ]
         for of, point in points
     ]
-    head = ["requests x tokens", "decode step, ms", "K and V, of the bytes read", "of the measured bandwidth"]
+    head = ["requests x tokens", "suite", "decode step, ms", "K and V, of the bytes read"]
+    head += ["of the measured bandwidth", "measured bandwidth, GB/s"]
     return Answer(text, used, "`paged`", head, rows)
 
 
@@ -124,6 +132,8 @@ def _speed_and_ttft(point: dict) -> str:
     return f"{_speed(point)} / {milliseconds(point['ttft'], 0)}"
 
 
-def _of_limit(found: Found, line: dict, point: dict) -> str:
-    share = found.share(line, point["step_bytes"] / point["step"]["median"])
-    return f"{share:.0%}" if share else "bandwidth not measured"
+def _of_limit(found: Found, line: dict, point: dict) -> list[str]:
+    read = found.read_bandwidth(line)
+    if read is None:
+        return ["bandwidth not measured", "-"]
+    return [f"{point['step_bytes'] / point['step']['median'] / read:.0%}", f"{read / 1e9:.0f}"]

@@ -79,7 +79,10 @@ def _memory(found: Found, model: str, dtype: str) -> str:
             ]
         )
     head = ["system", "KV memory (MB)", "by the allocator", "KV / weights", "tokens held", "token places", "wasted"]
-    note = "KV memory of the same batch at its fullest moment; wasted: places that hold no token."
+    note = (
+        "KV memory of the same batch at its fullest moment, on all tiers; by the allocator: what torch handed out "
+        "for it, in MB; wasted: places that hold no token."
+    )
     return f"**KV memory, {dtype}**\n\n{note}\n\n" + table(head, rows) if rows else ""
 
 

@@ -104,7 +104,8 @@ def tables(found: Found, model: str) -> str:
             rows.append([line["system"], line["dtype"], same, first, margin, hit, again])
     note = (
         "Greedy tokens of a ragged batch against the native DynamicCache with each prompt alone. "
-        "Margin: by how much the logits of the two tokens differ where they first part."
+        "Margin: by how much the logits of the two tokens differ where they first part; negative where one pass over "
+        "the text before them prefers the other to the native cache's own."
     )
     head = ["system", "dtype", "prompts identical", "first divergence", "margin"]
     head += ["hit rate when sent again", "same tokens then"]

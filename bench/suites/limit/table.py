@@ -121,8 +121,8 @@ PEERS_NOTE = (
     "vLLM's figures are fixed references of another card (H100: 3062 GB/s), there in ms and its share of that card's "
     "limit. Native: share and step of transformers' `DynamicCache`, and of `StaticCache` compiled. They wait for the "
     "host, and differ by up to 2.7 times between runs on machines of one kind: a ratio to them is an order of "
-    "magnitude. `generate_batch` runs on torch's SDPA; with the flash-attn package it is several times faster upstream "
-    "(1373 to 6729 tokens/s in transformers #42839)."
+    "magnitude. `generate()` behind a strategy waits for it, too. `generate_batch` runs on torch's SDPA; with the "
+    "flash-attn package it is several times faster upstream (1373 to 6729 tokens/s in transformers #42839)."
 )
 
 
