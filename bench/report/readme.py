@@ -55,8 +55,8 @@ def with_headline(readme: str, lines: list[dict], compared: list[dict]) -> str:
         dtypes = unique(line["dtype"] for line in measured if line["model"] == model and line["workload"] != "machine")
         figures += [
             f"What each strategy is for: {model}, {', '.join(dtypes)}, on {machine_of(measured[-1])}"
-            f"{_with(measured, measured[-1], model)}, against the figure it was built to reach, both sides of a ratio in "
-            "one process (`make bench SUITE=strategies`, "
+            f"{_with(measured, measured[-1], model)}, against the figure it was built to reach, both sides of a ratio "
+            "in one process (`make bench SUITE=strategies`, "
             "[bench/results/strategies_table.md](bench/results/strategies_table.md)):",
             claims(Found(measured), model),
         ]
