@@ -19,6 +19,7 @@ from .models.load import DEFAULT_MODEL, model_shape
 from .models.room import NoRoom
 from .planner import Card, Model, Plan, Work, plan_all, settings
 from .registry import STRATEGIES, check, options_of_each
+from .step.context import longest_row
 
 DTYPES = ("bfloat16", "float16", "float32")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -159,7 +160,7 @@ def _too_large(
 ) -> str:
     least = min(plans, key=lambda plan: (plan.beyond, plan.missing))
     if least.beyond:
-        return f"nothing fits: {_beyond(least)} (of {model.config.max_position_embeddings} tokens), whatever the card"
+        return f"nothing fits: {_beyond(least)} (of {longest_row(model.config)} tokens), whatever the card"
     text = f"nothing fits: {least.label} lacks least, {_gb(least.missing)}"
     if model.weights > card.usable:
         text += f" (the weights alone take {_gb(model.weights)} of {_gb(card.usable)})"

@@ -28,6 +28,7 @@ from transformers import LlamaForCausalLM
 from .base import KeepAllTokens, NoSharing, Policies, Site
 from .kernels.reference import HALF_BYTES
 from .registry import STRATEGIES, bytes_per_block, outline, parts_of
+from .step.context import longest_row
 from .step.graphs import SHORT_ROW
 from .step.plan import FEW_PAIRS
 from .step.rings import ring_bytes
@@ -320,7 +321,7 @@ def plan(name: str, options: dict[str, object], model: Model, work: Work, card: 
     tiers, workspace = system.memory(work)
 
     def beyond(context: int) -> int:
-        return max(0, system.num_visible(context) - model.config.max_position_embeddings)
+        return max(0, system.num_visible(context) - longest_row(model.config))
 
     def fits(work: Work) -> bool:
         if beyond(work.context):

@@ -35,6 +35,7 @@ from .offload import Offload
 from .prefix import PrefixCache
 from .quantized import Fp8, Int4, Int8, Key8Value4
 from .step.checked import checked
+from .step.context import longest_row
 from .step.defaults import plain_defaults
 from .step.forward import NEEDS_STACK
 from .step.fused import supports
@@ -290,7 +291,7 @@ def _put_together(
     policies = Policies()
     for part in parts:
         _answer(policies, part, given[part])
-    block_size = policies.layout.block_size(block_size, model.config.max_position_embeddings)
+    block_size = policies.layout.block_size(block_size, longest_row(model.config))
     site = Site(KVShape.of(model), block_size, model.model.rotary_emb, ranks_of(model).size)
     for policy in vars(policies).values():
         policy.bind(site)
@@ -545,7 +546,7 @@ def _blocks_that_fit(model: LlamaForCausalLM, policies: Policies, site: Site, me
     scarce = min(needed, key=lambda device: usable[device] // needed[device])
     num_blocks = usable[scarce] // needed[scarce]
     if not on_gpu and memory_fraction is None:
-        num_blocks = min(num_blocks, -(-16 * model.config.max_position_embeddings // block_size))
+        num_blocks = min(num_blocks, -(-16 * longest_row(model.config) // block_size))
     num_blocks = min(ranks.all(num_blocks))
     if num_blocks < 1:
         raise ValueError(

@@ -40,6 +40,7 @@ from .sequences import NO_TOKENS, ActiveSequence
 from .speculative import Proposer, Row
 from .step.budget import TokenBudget, Work
 from .step.checked import checked
+from .step.context import longest_row
 from .step.forward import AttendingCache, forward
 from .step.graphs import Rehearsal, StepGraphs
 from .step.interrupts import uninterrupted
@@ -529,7 +530,7 @@ class Runner:
     @property
     def max_context(self) -> int:
         """Tokens of the longest row that model and pool have room for."""
-        longest = self.model.config.max_position_embeddings
+        longest = longest_row(self.model.config)
         return longest if isinstance(self.strategy, Baseline) else min(longest, self.strategy.max_tokens)
 
     @property
@@ -918,7 +919,7 @@ class Runner:
         if has_box:  # a number in a list means something to the call alone that finds its events there
             active -= {request.request_id for request in requests if request.is_numbered}
         vocab_size = self.model.config.vocab_size
-        max_context = self.model.config.max_position_embeddings
+        max_context = longest_row(self.model.config)
         for request in requests:
             name = f"request {request.request_id!r}"
             if request.request_id in active:

@@ -238,6 +238,63 @@ def test_a_model_of_no_depth_or_without_end(kind, num_layers, tmp_path, capsys):
     assert f"num_hidden_layers must be from 1 to 4096, got {num_layers}" in capsys.readouterr().err
 
 
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            {"model_type": "llama"},
+            "it lacks vocab_size, hidden_size, intermediate_size, num_hidden_layers",
+        ),
+        ({"model_type": "mistral", **SIZES, "intermediate_size": None}, "it lacks intermediate_size"),
+        ({"model_type": ["llama"], **SIZES}, "is a model of type ['llama']"),
+        (
+            {"model_type": "llama", **SIZES, "num_key_value_heads": 3},
+            "num_attention_heads 4 is no multiple of num_key",
+        ),
+        ({"model_type": "llama", **SIZES, "torch_dtype": "auto"}, "describes no model that could be built"),
+        (
+            {"model_type": "llama", **SIZES, "quantization_config": {"quant_method": "awq", "bits": 4}},
+            "its weights are quantised (awq), which cannot be planned",
+        ),
+    ],
+)
+def test_a_config_of_which_nothing_could_be_built(config, said, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", "--model", str(tmp_path), "--context", "64", "--gpu-memory", "24GB"]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_type": "default"}, 64),
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),  # stretched there already
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            | {"original_max_position_embeddings": 8},
+            64,
+        ),
+    ],
+)
+def test_a_scaled_rotary_embedding_stretches_the_context(rope, longest):
+    """For the plan and the runner alike, whose tokens are the native ones up to there."""
+    model = tiny_llama(max_position_embeddings=64, rope_parameters={"rope_theta": 1e4, **rope})
+    card = Card(10**9, 1e9, 1e9, 1e12)
+    assert plan("paged", {}, Model(_meta(model)), Work(longest, 1, 4), card).longest_context == longest
+    prompt = torch.randint(1, VOCAB, (1, longest - 7), generator=torch.Generator().manual_seed(0))
+    native = model.generate(prompt, max_new_tokens=8, do_sample=False)[0, longest - 7 :].tolist()
+    runner = Runner(model, build("paged", model, num_blocks=32))
+    (found,) = runner.generate([Request(prompt[0], max_new_tokens=8, stop_token_ids=())])
+    assert found.token_ids == native
+    with pytest.raises(ValueError, match=f"the model's context.* {longest}"):
+        runner.generate([Request(prompt[0], max_new_tokens=9, stop_token_ids=())])
+
+
 def test_what_does_not_fit_says_how_much_is_missing(capsys):
     assert kv_plan("--context", "4k", "--gpu-memory", "24GB", "--dtype", "float32") == 1
     error = capsys.readouterr().err
@@ -286,6 +343,23 @@ def test_a_gguf_of_another_architecture(tmp_path, capsys):
     writer.close()
     assert main(["plan", "--model", str(path), "--context", "4k", "--gpu-memory", "24GB"]) == 1
     assert "mamba" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [("llama.expert_count", 8, "is a mixture of experts"), ("split.count", 3, "is one of the 3 files of a model")],
+)
+def test_a_gguf_that_could_not_be_loaded_is_not_planned(field, value, said, tmp_path, capsys):
+    import gguf
+
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint32(field, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert main(["plan", "--model", str(path), "--context", "4k", "--gpu-memory", "24GB"]) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_without_a_gpu_its_size_must_be_said(capsys, monkeypatch):

@@ -70,11 +70,28 @@ def open_gguf(path: Path) -> GGUFReader:
     kind, pre = _field(reader, "general.architecture"), _field(reader, "tokenizer.ggml.pre")
     if kind not in KINDS:
         raise ValueError(f"{path} is of kind {kind!r}; the strategies run gguf files of kind {' or '.join(KINDS)}")
+    if _field(reader, f"{kind}.expert_count"):
+        raise ValueError(f"{path} is a mixture of experts, which the strategies do not run")
     if (num_parts := _field(reader, "split.count") or 1) > 1:
         raise ValueError(f"{path} is one of the {num_parts} files of a model: merge them, llama-gguf-split --merge")
     if _splits_words(reader) and pre is not None and pre not in known and pre not in _PRE_TOKENIZERS:
         raise ValueError(f"{path} names a pre-tokenizer {pre!r}, which is unknown here: text would be cut otherwise")
     return reader
+
+
+def config_of(path: Path, reader: GGUFReader) -> PreTrainedConfig:
+    """What would be the config of an open file, whose tensors are those that it asks for.
+
+    Raises:
+        ValueError: as `load_gguf`.
+    """
+    with _naming(path), torch.device("meta"):
+        config = AutoConfig.from_pretrained(path.parent.absolute(), gguf_file=path.name)
+        shape = AutoModelForCausalLM.from_config(config)
+    _check_tensors(path, reader, shape)
+    if (scaling := _scaling(path, reader, config)) is not None:
+        config.rope_parameters = scaling | {"rope_theta": config.rope_parameters["rope_theta"]}
+    return config
 
 
 def load_gguf(path: Path, reader: GGUFReader, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -89,10 +106,7 @@ def load_gguf(path: Path, reader: GGUFReader, dtype: torch.dtype) -> tuple[PreTr
     was_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with _naming(path), torch.device("meta"):
-            config = AutoConfig.from_pretrained(**source)
-            shape = AutoModelForCausalLM.from_config(config)
-        _check_tensors(path, reader, shape)
+        config = config_of(path, reader)
         with _naming(path):
             model = AutoModelForCausalLM.from_pretrained(
                 **source, config=config, quantization_config=GgufConfig(dequantize=True), dtype=dtype
@@ -101,7 +115,6 @@ def load_gguf(path: Path, reader: GGUFReader, dtype: torch.dtype) -> tuple[PreTr
     finally:
         if was_shown:
             logging.enable_progress_bar()
-    _scale_rope(path, reader, model)
     if _splits_words(reader) and (make := _PRE_TOKENIZERS.get(_field(reader, "tokenizer.ggml.pre"))):
         tokenizer.backend_tokenizer.pre_tokenizer = make()
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -154,15 +167,11 @@ def _check_tensors(path: Path, reader: GGUFReader, model: PreTrainedModel) -> No
             )
 
 
-def _scale_rope(path: Path, reader: GGUFReader, model: PreTrainedModel) -> None:
-    """Give the model the rope scaling that the file has."""
+def _scaling(path: Path, reader: GGUFReader, config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The rope scaling that the file has."""
     factors = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
-    scaling = _told_scaling(path, reader, model.config)
-    if factors is not None:
-        scaling = _found_scaling(path, model.config, torch.tensor(factors))
-    if scaling is not None:
-        model.config.rope_parameters = scaling | {"rope_theta": model.config.rope_parameters["rope_theta"]}
-        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    told = _told_scaling(path, reader, config)
+    return told if factors is None else _found_scaling(path, config, torch.tensor(factors))
 
 
 def _told_scaling(path: Path, reader: GGUFReader, config: PreTrainedConfig) -> dict[str, Any] | None:

@@ -76,6 +76,7 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
 }
 
 MOST_LAYERS = 4096
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 #: From a `config.json`, by its model type, the Llama that computes what it says.
 _CONFIGS = {
@@ -131,7 +132,7 @@ def _load(
     config = read_config(spec)
     if Path(spec).is_dir():
         files.check_folder(Path(spec))
-    if config.get("model_type") in _CONFIGS:
+    if str(config.get("model_type")) in _CONFIGS:
         checked, places = llama_config(spec, config), (torch.device("cpu"), device)
         num_shares = parallel.num_ranks() if is_parallel and config["model_type"] == "llama" else 1
         check_room(spec, num_weights(checked) // num_shares, dtype, *places)
@@ -169,30 +170,33 @@ def model_shape(spec: str | Path | None, dtype: torch.dtype) -> LlamaForCausalLM
     if means_random(spec):
         config = _random_config(spec)
     else:
-        raw = gguf_config(Path(spec)) if spec.endswith(".gguf") else read_config(spec)
-        if raw.get("model_type") not in _CONFIGS:
+        raw = gguf_config(spec) if spec.endswith(".gguf") else read_config(spec)
+        if str(raw.get("model_type")) not in _CONFIGS:
             raise ValueError(
                 f"{spec} is a model of type {raw.get('model_type')!r}: the strategies run on the Llama architecture"
+            )
+        if method := (raw.get("quantization_config") or {}).get("quant_method"):
+            raise ValueError(
+                f"{spec}/config.json says that its weights are quantised ({method}), which cannot be planned: how many "
+                "bytes they take, and how fast they are read, is for its package to say. Give the model in 16 bits"
             )
         config = llama_config(spec, raw)
     with torch.device("meta"):
         return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def gguf_config(path: Path) -> dict[str, Any]:
+def gguf_config(spec: str) -> dict[str, Any]:
     """What would be the `config.json` of a gguf file.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, no gguf file, or of an architecture that Transformers cannot read.
+        FileNotFoundError, ValueError: as `load_model`; reading it takes the package gguf, which is not installed.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    path = find_gguf(spec)
     try:
-        return PreTrainedConfig.get_config_dict(path.parent, gguf_file=path.name)[0]
-    except ImportError as error:
-        raise ValueError(f"{path}: reading gguf files takes the package gguf (pip install gguf)") from error
-    except Exception as error:  # whatever the reader meets in a file that is none
-        raise ValueError(f"{path} is no gguf file of a kind that can be read: {error}") from error
+        reader = gguf.open_gguf(path)
+    except RuntimeError as error:  # no package
+        raise ValueError(str(error)) from error
+    return gguf.config_of(path, reader).to_dict()
 
 
 def read_config(spec: str) -> dict[str, Any]:
@@ -233,16 +237,23 @@ def _refused_by_the_hub(spec: str) -> Exception | None:
 
 def llama_config(spec: str, config: dict[str, Any]) -> LlamaConfig:
     """The Llama that a `config.json` describes, one that can be built."""
-    source = f"{spec}/config.json"
+    source = spec if spec.endswith(".gguf") else f"{spec}/config.json"
     num_layers = config.get("num_hidden_layers", 1)
     if isinstance(num_layers, int) and not 1 <= num_layers <= MOST_LAYERS:  # asked first: a config makes a list of them
         raise ValueError(f"{source}: num_hidden_layers must be from 1 to {MOST_LAYERS}, got {num_layers}")
+    if lacking := [name for name in _SIZES if config.get(name) is None]:  # upstream would take those of Llama-2-7B
+        raise ValueError(f"{source} describes no model that could be built: it lacks {', '.join(lacking)}")
     try:
         found = _CONFIGS[config["model_type"]](config)
         files.check_token_ids(source, found.to_dict(), found.vocab_size)
         num_weights(found)  # which builds it
-    except (StrictDataclassError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
+    except (StrictDataclassError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{source} describes no model that could be built: {type(error).__name__}: {error}") from error
+    if found.num_attention_heads % found.num_key_value_heads:
+        raise ValueError(
+            f"{source} describes no model that could be built: num_attention_heads {found.num_attention_heads} is no "
+            f"multiple of num_key_value_heads {found.num_key_value_heads}"
+        )
     return found
 
 
