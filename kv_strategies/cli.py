@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 from .shell import ended
 
 if TYPE_CHECKING:
+    import torch
+
     from .batch import Answering
     from .cluster import Cluster
 
@@ -62,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--model", help="a folder, a hub id, a gguf file, or a known random shape (default: SmolLM2-135M-Instruct)"
     )
+    _add_dtype(generate)
     count = plan_command.positive(int)
     generate.add_argument("--max-new-tokens", type=count, default=64)
     generate.add_argument("--temperature", type=float, default=0.0)
@@ -90,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("--strategy", default="prefix", help="a name or a sum of names (default: %(default)s)")
     batch.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the strategy")
     batch.add_argument("--model", help="as of generate")
+    _add_dtype(batch)
     batch.add_argument(
         "--max-new-tokens", type=count, default=64, help="of lines that do not say (default: %(default)s)"
     )
@@ -120,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("prompt", nargs="+", help="one or more prompts")
     diff.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of whichever takes it")
     diff.add_argument("--model", help="as of generate")
-    diff.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model (default: its own)")
+    _add_dtype(diff)
     diff.add_argument("--max-new-tokens", type=count, default=64)
     diff.add_argument("--json", action="store_true", help="print one JSON object")
     diff.set_defaults(run=_explain_diff)
@@ -140,7 +144,7 @@ def _generate(options: argparse.Namespace) -> int:
     texts = [_as_text(prompt) for prompt in options.prompt]
     given = _parse_options(options)
     check(options.strategy, given)
-    model, tokenizer = load_model(options.model)
+    model, tokenizer = load_model(options.model, **_of_dtype(options.dtype))
     if tokenizer is None:
         raise ValueError(f"{options.model} has random weights and no tokenizer; it serves benchmarks only")
     strategy = build(options.strategy, model, **given)
@@ -275,7 +279,7 @@ def _batch(options: argparse.Namespace) -> int:
         raise ValueError("--address answers by replicas that have a GPU each, and torchrun spreads one model: choose")
     batch = Batch(options.prompts, options.out, resume=options.resume) if is_first else None
     model = str(Path(options.model).resolve()) if options.model and Path(options.model).exists() else options.model
-    load = partial(load_answering, model, options.strategy, given, options.max_new_tokens)
+    load = partial(load_answering, model, options.strategy, given, options.max_new_tokens, options.dtype)
     answer = _cluster(load, options) if options.address else load()
     if not options.address:
         batch = answer.runner.strategy.ranks.first(lambda: batch)
@@ -300,17 +304,32 @@ def _batch(options: argparse.Namespace) -> int:
     return 1 if found.num_failed else 0
 
 
-def load_answering(model: str | None, strategy: str, options: dict[str, object], max_new_tokens: int) -> Answering:
+def load_answering(
+    model: str | None, strategy: str, options: dict[str, object], max_new_tokens: int, dtype: str | None = None
+) -> Answering:
     """What answers lines, by names alone: so another machine can make the same."""
+
     from . import Runner, build
     from .batch import Answering
     from .models import load_model
 
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, **_of_dtype(dtype))
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer")
     runner = Runner(loaded, build(strategy, loaded, **options), tokenizer=tokenizer)
     return Answering(runner, tokenizer, max_new_tokens=max_new_tokens)
+
+
+def _add_dtype(command: argparse.ArgumentParser) -> None:
+    known = ["float32", "bfloat16", "float16"]
+    command.add_argument("--dtype", choices=known, help="of the model (default: float32 on a CPU, bfloat16 on a GPU)")
+
+
+def _of_dtype(name: str | None) -> dict[str, torch.dtype]:
+    """What `load_model` is told of it."""
+    import torch
+
+    return {"dtype": getattr(torch, name)} if name else {}
 
 
 def _cluster(load: Callable[[], Answering], options: argparse.Namespace) -> Cluster:
@@ -330,7 +349,6 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _explain_diff(options: argparse.Namespace) -> int:
-    import torch
 
     from . import build
     from .compare import first_difference
@@ -342,7 +360,7 @@ def _explain_diff(options: argparse.Namespace) -> int:
     each = options_of_each(names, _parse_options(options))
     for name, given in zip(names, each, strict=True):
         check(name, given)
-    model, tokenizer = load_model(options.model, dtype=getattr(torch, options.dtype) if options.dtype else None)
+    model, tokenizer = load_model(options.model, **_of_dtype(options.dtype))
     if tokenizer is None:
         raise ValueError(f"{options.model} has random weights and no tokenizer; it serves benchmarks only")
     pair = [build(name, model, **given) for name, given in zip(names, each, strict=True)]
@@ -373,9 +391,8 @@ def _explain(options: argparse.Namespace) -> int:
     shown = {}
     for part in parts_of(options.strategy):
         preset, text = STRATEGIES[part], io.StringIO()
-        module = importlib.import_module(
-            "kv_strategies.paged" if preset.answers == "layout" else preset.make.__module__
-        )
+        name = "kv_strategies.paged" if preset.answers == "layout" else preset.make.__module__
+        module = importlib.import_module("kv_strategies.baseline" if part == "baseline" else name)
         with contextlib.redirect_stdout(text):
             module.main() if hasattr(module, "main") else print(f"{part}: {preset.summary}")
         shown[part] = {"answers": preset.answers, "summary": preset.summary, "example": text.getvalue()}

@@ -158,7 +158,7 @@ def _model(spec: str | None, dtype: str) -> Model:
 def _too_large(
     plans: Sequence[Plan], options: argparse.Namespace, chosen: list, model: Model, work: Work, card: Card
 ) -> str:
-    least = min(plans, key=lambda plan: (plan.beyond, plan.missing))
+    least = min((plan for plan in plans if not plan.refused), key=lambda plan: (plan.beyond, plan.missing))
     if least.beyond:
         return f"nothing fits: {_beyond(least)} (of {longest_row(model.config)} tokens), whatever the card"
     text = f"nothing fits: {least.label} lacks least, {_gb(least.missing)}"
@@ -198,6 +198,8 @@ def _row(plan: Plan, losses: Sequence[Loss] | None) -> list[str]:
     def seconds(value: float | None) -> str:
         return "-" if value is None else f"{value * 1e3:.1f} ms"
 
+    if plan.refused:
+        return [plan.label, "refused", *[""] * (len(_COLUMNS) - 2)]
     host = plan.tiers.get("host", 0)
     return [
         plan.label,
@@ -222,6 +224,11 @@ def _beyond(plan: Plan) -> str:
 def _notes(plans: Sequence[Plan], losses: Sequence[Sequence[Loss] | None]) -> list[str]:
     """What the table cannot say: why there is a dash, and what the last column is."""
     notes = [f"{plan.strategy}: no time, since {plan.unknown}" for plan in plans if plan.unknown]
+    refused: dict[str, list[str]] = {}
+    for plan in plans:
+        if plan.refused:
+            refused.setdefault(plan.refused.replace(repr(plan.strategy), "it"), []).append(plan.label)
+    notes += [f"refused, {', '.join(labels)}: {why}" for why, labels in refused.items()]
     if any(found is not None for found in losses):
         notes.append(
             "cost in quality: beside the exact cache, on the model and at the length of text that are named. What "

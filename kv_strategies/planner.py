@@ -143,6 +143,7 @@ class Model:
 class Plan:
     """One strategy on one card. Bytes and seconds; None where nothing says, and `unknown` says why.
 
+    `refused` says why the strategy does not serve the model, and then there is nothing else.
     `missing` is what the card lacks, 0 where all fits; `beyond`, how many tokens a row would see more than the model's
     context has. `bound` names what a step or the first token waits for:
     "memory", "link", "compute" or "host".
@@ -162,6 +163,7 @@ class Plan:
     largest_batch: int | None = 0  # likewise
     beyond: int = 0
     unknown: str = ""
+    refused: str = ""
 
     @property
     def label(self) -> str:
@@ -170,7 +172,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return not self.missing and not self.beyond
+        return not self.refused and not self.missing and not self.beyond
 
     @property
     def peak(self) -> int:
@@ -383,4 +385,17 @@ def settings() -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def plan_all(chosen: Sequence[tuple[str, dict[str, object]]], model: Model, work: Work, card: Card) -> list[Plan]:
-    return [plan(name, options, model, work, card) for name, options in chosen]
+    """What each of them takes; of several, those that do not serve the model say why.
+
+    Raises:
+        ValueError: none does.
+    """
+    found = []
+    for name, options in chosen:
+        try:
+            found.append(plan(name, options, model, work, card))
+        except ValueError as error:
+            found.append(Plan(name, options, {"gpu": 0}, model.weights, 0, 0, refused=str(error)))
+    if all(each.refused for each in found):
+        raise ValueError(found[0].refused)
+    return found

@@ -238,6 +238,23 @@ def test_a_model_of_no_depth_or_without_end(kind, num_layers, tmp_path, capsys):
     assert f"num_hidden_layers must be from 1 to 4096, got {num_layers}" in capsys.readouterr().err
 
 
+def test_a_strategy_that_does_not_serve_the_model_is_a_row_that_says_why(tmp_path, capsys):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES, "rope_parameters": rope}))
+    arguments = ["plan", "--model", str(tmp_path), "--context", "64", "--gpu-memory", "24GB"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"\nbaseline +yes ", shown) and re.search(r"\npaged +refused\n", shown)
+    assert shown.count("rotary embeddings of type 'dynamic'") == 1
+    assert main([*arguments, "--json"]) == 0
+    baseline, contiguous, *_ = json.loads(capsys.readouterr().out)["plans"]
+    assert (
+        baseline["fits"] and not baseline["refused"] and not contiguous["fits"] and "'dynamic'" in contiguous["refused"]
+    )
+    assert main([*arguments, "--strategy", "paged"]) == 1
+    assert "rotary embeddings of type 'dynamic'" in capsys.readouterr().err
+
+
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 

@@ -49,6 +49,14 @@ _LLAMA3 = {
 _LLAMA3_FACTORS = (8.0, 32.0)
 
 
+class OtherKind(ValueError):
+    """A gguf file of a kind that the strategies do not run."""
+
+    def __init__(self, path: Path, kind: str):
+        super().__init__(f"{path} is of kind {kind!r}; the strategies run gguf files of kind {' or '.join(KINDS)}")
+        self.kind = kind
+
+
 def open_gguf(path: Path) -> GGUFReader:
     """A file of a kind that can be loaded.
 
@@ -69,7 +77,7 @@ def open_gguf(path: Path) -> GGUFReader:
         raise ValueError(f"{path} is no gguf file, or is cut short: {error}") from error
     kind, pre = _field(reader, "general.architecture"), _field(reader, "tokenizer.ggml.pre")
     if kind not in KINDS:
-        raise ValueError(f"{path} is of kind {kind!r}; the strategies run gguf files of kind {' or '.join(KINDS)}")
+        raise OtherKind(path, kind)
     if _field(reader, f"{kind}.expert_count"):
         raise ValueError(f"{path} is a mixture of experts, which the strategies do not run")
     if (num_parts := _field(reader, "split.count") or 1) > 1:

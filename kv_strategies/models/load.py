@@ -194,6 +194,8 @@ def gguf_config(spec: str) -> dict[str, Any]:
     path = find_gguf(spec)
     try:
         reader = gguf.open_gguf(path)
+    except gguf.OtherKind as error:  # said as of a folder
+        return {"model_type": error.kind}
     except RuntimeError as error:  # no package
         raise ValueError(str(error)) from error
     return gguf.config_of(path, reader).to_dict()
