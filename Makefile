@@ -94,13 +94,15 @@ lint: install  ## check style and the layers: who may import whom
 	@$(python) -m ruff check . && $(python) -m ruff format --check .
 	@$(python) -c 'from importlinter.cli import lint_imports_command as main; main()' --no-cache
 
-# Exported and quoted by the shell: whatever they hold is one argument.
+# Exported as they were given and quoted by the shell: whatever they hold, a $ too, is one argument.
+$(foreach name,MODEL SUITE ONLY OUT A B,$(eval override $(name) := $$(value $(name))))
 export MODEL SUITE ONLY OUT A B
+asked = $(filter-out 0 no false,$(1))
 bench_out = $${OUT:+--out="$$OUT"}
 
 bench: install model  ## measure every strategy and the native caches [MODEL= SUITE= ONLY= OUT= RESUME=1 KEEP_FAILURES=1]
 	@$(python) -m bench $${MODEL:+--model="$$MODEL"} $${SUITE:+--suite="$$SUITE"} $${ONLY:+--only="$$ONLY"} $(bench_out) \
-	  $(if $(RESUME),--resume) $(if $(KEEP_FAILURES),--keep-failures)
+	  $(if $(call asked,$(RESUME)),--resume) $(if $(call asked,$(KEEP_FAILURES)),--keep-failures)
 
 report: install model  ## write the tables, report.html (one page, all results) and results.csv from the results [OUT=]
 	@$(python) -m bench report $(bench_out)

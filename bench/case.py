@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -40,7 +42,17 @@ class Case:
 
 def model_name(spec: str | None) -> str:
     """A model's name without its path."""
-    return Path(spec).name if spec else DEFAULT_MODEL
+    if not spec:
+        return DEFAULT_MODEL
+    path = Path(spec)
+    return path.name if path.name.strip(".") else path.resolve().name  # "." and ".."
+
+
+def place_of(spec: str | None) -> str | None:
+    """What tells models of one name in several folders apart, and names no folder; None of others."""
+    if not spec or not Path(spec).exists():
+        return None
+    return hashlib.sha256(os.fsencode(Path(spec).resolve())).hexdigest()[:12]
 
 
 def is_random(spec: str | None) -> bool:

@@ -18,7 +18,7 @@ import torch
 
 import bench.suites.all  # noqa: F401  registers the workloads
 from bench import compare, driver, lines, machine, report
-from bench.case import Case
+from bench.case import Case, model_name, place_of
 from bench.measure import reason
 from bench.report import browse, predictions
 from bench.report.page import blame
@@ -105,6 +105,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict | list, str]:
     check_out(options.out)
     check_models(cases)
     results = options.out / f"{options.suite}-{machine.device_name(options.device)}.jsonl"
+    check_places(cases, options.out)
     done = driver.done_already(cases, results) if options.resume else []
     if done:
         print(f"{len(done)} of {len(cases)} cases are in {results} already.")
@@ -147,7 +148,7 @@ def choose(options: argparse.Namespace) -> list[Case]:
         pattern = re.compile(options.only)
     except re.error as error:
         raise Refused(f"--only {options.only!r} is no regular expression: {error}") from None
-    chosen = [case for case in cases if pattern.search(case.name)]
+    chosen = [case for case in cases if pattern.search(case.name) or options.only in case.name]  # or as --list has it
     if not chosen:
         workloads = dict.fromkeys(case.workload for case in cases)
         systems = dict.fromkeys(case.system for case in cases)
@@ -180,6 +181,18 @@ def check_out(folder: Path) -> None:
         raise Refused(str(error)) from None
     if not os.access(folder, os.W_OK):
         raise Refused(f"--out {folder}: nothing may be written there")
+
+
+def check_places(cases: Sequence[Case], folder: Path) -> None:
+    """One name in a table is one model."""
+    found = {(line["model"], line.get("place")) for line in lines.read(folder)} if folder.is_dir() else set()
+    for spec in dict.fromkeys(case.model for case in cases if case.workload != "machine"):
+        name, place = model_name(spec), place_of(spec)
+        if place and any(other == name and at not in (None, place) for other, at in found):
+            raise Refused(
+                f"--model {spec}: {folder} has results of another model named {name}, which lay in another folder; put "
+                "these elsewhere (--out), or give the folder another name"
+            )
 
 
 def check_models(cases: Sequence[Case]) -> None:

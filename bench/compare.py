@@ -8,7 +8,7 @@ an unknown one: it is shown where it moved by more than `ONE_RUN`.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,13 +69,16 @@ def _of_commit(name: str) -> list[dict]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many figures both sides have, those that changed, and how many only one side has."""
+    """How many figures both sides have, those that changed, how many only one side has, and the cases that both ran and
+    one of them did not end.
+    """
 
     num_compared: int
     changes: list[Change]
     only_a: int
     only_b: int
     machines: tuple[list[str], list[str]]
+    failures: list[str]
 
     @property
     def across_machines(self) -> bool:
@@ -92,7 +95,16 @@ def compare(a: Sequence[Record], b: Sequence[Record]) -> Comparison:
     pairs = [Change(sides[0][key], sides[1][key]) for key in sides[0] if key in sides[1]]
     changes = [pair for pair in pairs if is_beyond_noise(pair.a, pair.b)]
     only = [len(own) - len(pairs) for own in sides]
-    return Comparison(len(pairs), changes, *only, machines)
+    return Comparison(len(pairs), changes, *only, machines, list(_failures(a, b, together)))
+
+
+def _failures(a: Sequence[Record], b: Sequence[Record], together: bool) -> Iterator[str]:
+    """Where one side has figures of a case and the other says why it has none."""
+    ran = [{_key(record, together)[:-2]: record for record in side} for side in (a, b)]
+    for case in ran[0].keys() & ran[1].keys():
+        told = [side[case].status + f" ({side[case].error})" * bool(side[case].error) for side in ran]
+        if (ran[0][case].status == "ok") != (ran[1][case].status == "ok"):
+            yield f"{' / '.join(case[-4:])}: {told[0]} in A, {told[1]} in B"
 
 
 def is_beyond_noise(a: Record, b: Record) -> bool:
@@ -137,7 +149,7 @@ def render(found: Comparison) -> str:
     )
     if found.across_machines:
         text = f"A: {found.machines[0][0]}. B: {found.machines[1][0]}. " + text
-    return f"{text}\n\n{table(head, rows)}" if rows else text
+    return "\n\n".join([text, *sorted(found.failures), *([table(head, rows)] if rows else [])])
 
 
 def _shown(record: Record) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bench import CORES, lines, machine
-from bench.case import Case, model_name
+from bench.case import Case, model_name, place_of
 from bench.systems import missing
 from bench.workload import LOADED, WORKLOADS, in_words
 
@@ -82,7 +82,9 @@ def done_already(cases: Sequence[Case], results: Path) -> list[Case]:
 
 
 def _key(line: dict) -> str:
-    return json.dumps([line[name] for name in ("workload", "system", "model", "dtype", "params")], sort_keys=True)
+    """What a case asks, and of what."""
+    names = ("workload", "system", "model", "dtype", "params", "place")
+    return json.dumps([line.get(name) for name in names], sort_keys=True)
 
 
 def _conditions(line: dict) -> list:
@@ -98,7 +100,7 @@ def _head(case: Case) -> dict:
         "dtype": case.dtype,
         "device": machine.device_name(case.device),
         "params": case.params,
-    }
+    } | ({"place": place} if (place := place_of(case.model)) else {})
 
 
 def run_one(case: Case, scratch: Path, suite_name: str, say=lambda text: None) -> dict:

@@ -41,7 +41,7 @@ def read_text(text: str, source: str) -> list[dict]:
         if not one.strip():
             continue
         try:
-            line = json.loads(one)
+            line = json.loads(one, parse_constant=_no_number)
         except (json.JSONDecodeError, RecursionError) as error:
             why = f"{error.msg}, column {error.colno}" if isinstance(error, ValueError) else "nested too deeply"
             raise ValueError(f"{source}, line {number} is no JSON ({why}): mend or delete it") from None
@@ -49,6 +49,10 @@ def read_text(text: str, source: str) -> list[dict]:
             raise ValueError(f"{source}, line {number} is not a result of this bench: {wrong}")
         lines.append(line)
     return lines
+
+
+def _no_number(name: str) -> None:
+    raise json.JSONDecodeError(f"{name} is no figure", "", 0)
 
 
 def _wrong(line: object) -> str | None:

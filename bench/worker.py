@@ -24,7 +24,9 @@ def run(measures: Callable[[Bench], dict], case: Case, scratch: Path, say) -> di
     """The status, what was measured or why it failed, and the conditions: machine, versions, commit."""
     conditions = machine.conditions(case.device)
     try:
-        return {"status": "ok", "result": measures(Bench(case, scratch, say)), **conditions}
+        result = measures(Bench(case, scratch, say))
+        json.dumps(result, allow_nan=False)  # a figure that is no number is a fault
+        return {"status": "ok", "result": result, **conditions}
     except Exception as error:  # a failing case is a row of the table, not the end of the bench
         traceback.print_exc()
         return {"status": "failed", "error": reason(error)[:300], **conditions}

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import driver, lines, machine, report
+from bench import driver, lines, machine, report, worker
 from bench.__main__ import main
 from bench.case import Case, model_name
 from bench.driver import run_all, run_one
@@ -209,6 +209,39 @@ def test_resume_skips_what_the_same_code_measured_here(tmp_path, monkeypatch):
     assert driver.done_already(cases, results) == cases[:1]
     monkeypatch.setenv("BENCH_COMMIT", "another")
     assert driver.done_already(cases, results) == []
+
+
+def test_models_of_one_name_are_told_apart(tmp_path, capsys, monkeypatch):
+    """Checkpoints are called alike. The place itself, which is nobody's business, stands in no line."""
+    monkeypatch.setattr("bench.command.check_models", lambda cases: None)
+    results, found = tmp_path / "default-cpu.jsonl", []
+    for run in ("run1", "run2"):
+        (tmp_path / run / "checkpoint").mkdir(parents=True)
+        found.append(Case("machine", "limits", str(tmp_path / run / "checkpoint"), "float32", "cpu", {"size": 1 << 20}))
+    lines.append(results, run_one(found[0], tmp_path, "default"))
+    assert str(tmp_path) not in results.read_text()
+    assert driver.done_already(found, results) == found[:1]
+    given = ["--device", "cpu", "--only", "throughput / paged /", "--out", str(tmp_path), "--model", found[1].model]
+    assert main(given) == 2
+    assert "has results of another model named checkpoint, which lay in another folder" in capsys.readouterr().err
+    assert model_name(".") == ROOT.name and model_name("a/b.v1") == "b.v1" and model_name(None) == model_name("")
+
+
+def test_a_name_as_it_is_listed_is_taken_as_it_stands(capsys):
+    name = "throughput / paged, generate() / SmolLM2-135M-Instruct / float32"
+    assert main(["--device", "cpu", "--list", "--only", name]) == 0
+    assert capsys.readouterr().out == f"{name}\n"
+
+
+def test_a_figure_that_is_no_number_is_a_failure(tmp_path):
+    measured = worker.run(
+        lambda bench: {"perplexity": float("nan")}, Case("toy", "a", None, "float32", "cpu"), tmp_path, print
+    )
+    assert measured["status"] == "failed" and "not JSON compliant" in measured["error"]
+    path = tmp_path / "default-cpu.jsonl"
+    path.write_text(json.dumps(LINE | {"result": {"perplexity": float("nan")}}) + "\n")
+    with pytest.raises(ValueError, match=r"default-cpu.jsonl, line 1 is no JSON \(NaN is no figure"):
+        lines.read(tmp_path)
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
@@ -453,14 +486,17 @@ def test_the_installed_command_finds_the_checkout(tmp_path):
     assert outside.returncode == 1 and "run this again from inside it" in outside.stderr
 
 
-def test_make_passes_everything_on(tmp_path):
+@pytest.mark.parametrize("asked", [{"RESUME": "1"}, {"RESUME": "0", "KEEP_FAILURES": "no"}])
+@pytest.mark.parametrize("only", ["x|y", "(paged$|window) # $(HOME) ${HOME}"])
+def test_make_passes_everything_on(tmp_path, only, asked):
     """Whatever the variables hold; the interpreter shows what it was given."""
     shown = tmp_path / "python"
     shown.write_text('#!/bin/sh\n[ "$2" != bench ] || printf "%s\\n" "$@"\n')
     shown.chmod(shown.stat().st_mode | stat.S_IXUSR)
-    values = {"MODEL": """a 'b' "c" ;d""", "SUITE": "limit", "ONLY": "x|y", "OUT": "some folder"}
-    command = ["make", "-s", "bench", f"PYTHON={shown}", *(f"{k}={v}" for k, v in values.items()), "RESUME=1"]
+    values = {"MODEL": """a 'b' "c" ;d""", "SUITE": "limit", "ONLY": only, "OUT": "some folder"}
+    command = ["make", "-s", "bench", f"PYTHON={shown}", *(f"{k}={v}" for k, v in (values | asked).items())]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     options = [f"--{name.lower()}={value}" for name, value in values.items()]
-    assert made.stdout.splitlines() == ["-m", "bench", *options, "--resume"], made.stderr
+    options += ["--resume"] * (asked["RESUME"] == "1")
+    assert made.stdout.splitlines() == ["-m", "bench", *options], made.stderr

@@ -86,6 +86,17 @@ def test_two_folders_a_file_and_a_commit(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("0 of ")
 
 
+def test_a_case_that_only_one_side_ended_is_told(tmp_path, capsys):
+    failed = {key: value for key, value in LINE.items() if key != "result"} | {"status": "failed", "error": "no room"}
+    a = write(tmp_path / "a", LINE | {"result": {"step": spread([1.0, 1.1])}})
+    b = write(tmp_path / "b", failed)
+    assert main(["compare", a, b]) == 0
+    name = " / ".join(LINE[key] for key in ("workload", "system", "model", "dtype"))
+    assert f"{name}: ok in A, failed (no room) in B" in capsys.readouterr().out
+    assert main(["compare", b, b]) == 0
+    assert "failed" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
