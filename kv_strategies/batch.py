@@ -241,6 +241,7 @@ class Answering:
         self._max_new_tokens = max_new_tokens
         self._lock = threading.Lock()
         self._callers: list[_Caller] = []
+        self._gone: deque[_Caller] = deque()  # those of them who wait no more
         self._open: dict[int, _Open] = {}  # by request id
         self._ids = counter()  # a line may be asked again, in another call
 
@@ -254,12 +255,26 @@ class Answering:
                     yield caller.rows.popleft()
                 with self._lock:
                     self._advance()
+                self._forget()
         finally:
-            with self._lock:
-                self._callers.remove(caller)
-                for request_id in [key for key, entry in self._open.items() if entry.caller is caller]:
-                    del self._open[request_id]
-                    self.runner.cancel(request_id)
+            caller.has_more = False
+            self._gone.append(caller)
+            self._forget()
+
+    def _forget(self) -> None:
+        """Cancel what is open of callers that are gone, at once, or behind the step that runs: who is gone may be found
+        by the garbage collector in the middle of it, and waits for nobody.
+        """
+        while self._gone and self._lock.acquire(blocking=False):
+            try:
+                while self._gone:
+                    caller = self._gone.popleft()
+                    self._callers.remove(caller)
+                    for request_id in [key for key, entry in self._open.items() if entry.caller is caller]:
+                        del self._open[request_id]
+                        self.runner.cancel(request_id)
+            finally:
+                self._lock.release()
 
     def _advance(self) -> None:
         """One step, for all callers. It holds enough of their lines to keep all seats taken, and never a whole file."""

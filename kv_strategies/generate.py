@@ -216,9 +216,10 @@ class StrategyCache(AttendingCache):
         """What `LlamaModel` runs: all layers as one, so that what happens to them happens to all."""
         return [self._run_layers]
 
+    @torch.no_grad()  # what is stored in blocks must not keep what it was computed from
     def _run_layers(self, hidden_states: Tensor, **options) -> Tensor:
         """The layers one after the other. Arguments as of `LlamaDecoderLayer.forward`."""
-        with self.strategy.lock:
+        with uninterrupted() as shield, self.strategy.lock, shield.lifted():
             if self._pending is None:
                 raise RuntimeError("another forward has begun with the same cache: one call of generate(), one cache")
             try:
@@ -311,8 +312,9 @@ class StrategyCache(AttendingCache):
         removed = self.num_columns - keep
         if removed <= 0:
             return
-        kept = self._column_mask()[:, : max(0, keep)]
         with self.strategy.lock:
+            self._undo()
+            kept = self._column_mask()[:, : max(0, keep)]
             rows = list(zip(self.tables, kept.sum(dim=1).tolist(), strict=True))
             for table, num_tokens in rows:
                 self.strategy.check_truncate(table, num_tokens)
@@ -335,13 +337,15 @@ class StrategyCache(AttendingCache):
 
     @uninterrupted()
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Row i continues from the i-th of `indices`: row numbers, or a bool for each row that is to stay."""
         with self.strategy.lock:
-            chosen = _fork([self.tables[index] for index in indices.tolist()])
+            self._undo()
+            rows = torch.arange(len(self.tables), device="cpu")[indices.cpu()]
+            chosen = _fork([self.tables[row] for row in rows.tolist()])
             release_all(self.tables)
             self.tables[:] = chosen
-            rows = indices.cpu()
             if self._origins is not None:
-                self._origins = self._origins[indices.to(self._origins.device)]
+                self._origins = self._origins[rows.to(self._origins.device)]
             self._columns = [(n, None if is_token is None else is_token[rows]) for n, is_token in self._columns]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -352,6 +356,7 @@ class StrategyCache(AttendingCache):
         """Another cache that goes on from here: tables are forked, no K or V moves."""
         twin = StrategyCache(self.strategy, self._door)
         with self.strategy.lock:
+            self._undo()
             twin.tables.extend(_fork(self.tables))
             twin.num_columns, twin._columns, twin._origins = self.num_columns, list(self._columns), self._origins
         return twin
@@ -515,7 +520,7 @@ class PromptCache(StrategyCache):
         super()._commit()
         for prompt, table in zip(self._prompts, self.tables, strict=bool(self._prompts)):
             self.strategy.sharing.publish(prompt, table, self._salt)
-        if all(table.num_tokens >= len(prompt) for prompt, table in zip(self._prompts, self.tables, strict=False)):
+        if all(table.num_seen >= len(prompt) for prompt, table in zip(self._prompts, self.tables, strict=False)):
             self._prompts = []
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -556,8 +561,8 @@ class PromptCache(StrategyCache):
         rows, _, is_token, _, _ = self._pending
         tokens, positions, packed, begin = [], [], [], 0
         for (table, num_new), prompt in zip(rows, self._prompts, strict=True):
-            first = table.num_tokens - num_new
-            known = prompt[first : table.num_tokens]
+            first = table.num_seen - num_new
+            known = prompt[first : table.num_seen]
             tokens += known
             positions += range(first, first + len(known))
             packed += range(begin, begin + len(known))

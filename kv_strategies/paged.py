@@ -21,6 +21,7 @@ Everything here is Python integers, once a step. The tensors live in `BlockStore
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,7 @@ class BlockPool:
         self.tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
         self.idle: dict[int, None] = {}  # an ordered set: longest idle first
         self.kept: set[int] = set()  # for later requests
+        self.content: int | None = None  # the number of the model's state (`follow`); None where nobody tells
         self._free = dict.fromkeys(range(num_blocks))  # an ordered set: first in, first out
 
     @property
@@ -97,6 +99,20 @@ class BlockPool:
         assert self.ref_counts[block] > 0, f"block {block} is free"
         self.ref_counts[block] += 1
         self.idle.pop(block, None)
+
+    def follow(self, content: int) -> None:
+        """The model has changed, to the state of this number: what tables hold is of the states before."""
+        for table in self.tables:
+            table.note(self.content)
+        self.content = content
+
+    def num_new_blocks(self, rows: Sequence[tuple[BlockTable, int]]) -> int:
+        """Blocks that so many more tokens take in each table, one after the other. Where all who hold a block write to
+        it, the last of them makes no copy.
+        """
+        writers = Counter(int(table.blocks[-1]) for table, num_tokens in rows if num_tokens and table._must_copy_last())
+        spared = sum(count == self.ref_counts[block] for block, count in writers.items())
+        return sum(table.num_new_blocks(num_tokens) for table, num_tokens in rows) - spared
 
     def release(self, block: int) -> None:
         assert self.ref_counts[block] > 0, f"block {block} is free already"
@@ -155,7 +171,10 @@ class BlockTable:
         self.num_settled = 0  # tokens seen when it was last compacted: it cannot go back behind them
         self.cap: int | None = None  # tokens that a compaction leaves; None before the first
         self.ring: Ring | None = None  # where its last queries are kept (`step/rings.py`)
-        self.is_mixed = False  # whether the model has changed since its first token was computed
+        self._num_appended = num_tokens  # ever
+        self._content: int | None = None  # the model's state that computed its first token, once that has changed
+        self._num_noted = 0  # of `_num_appended`, when it last did; 0 before
+        self._is_mixed = False  # whether different states have computed its tokens
         self._dropped: Ranges = ()  # the last that `drop` was given
         pool.tables.add(self)
 
@@ -200,6 +219,7 @@ class BlockTable:
         self._ids[size:wanted] = taken
         self._size = wanted
         self.num_tokens += num_tokens
+        self._num_appended += num_tokens
         return copies
 
     def retract(self, num_tokens: int, copies: Iterable[tuple[int, int]]) -> None:
@@ -313,6 +333,21 @@ class BlockTable:
         return self.num_tokens + self.num_cut
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether another state of the model computed some of its tokens than it is in now. It may come back."""
+        return self._is_mixed or (self._num_noted > 0 and self._content != self.pool.content)
+
+    def note(self, content: int | None) -> None:
+        """The model is about to leave the state of this number."""
+        if not self.num_tokens:
+            return
+        if not self._num_noted:
+            self._content = content
+        elif self._num_appended != self._num_noted and self._content != content:
+            self._is_mixed = True
+        self._num_noted = self._num_appended
+
+    @property
     def num_live(self) -> int:
         """Tokens that are still stored."""
         return self.num_tokens - int((self.blocks == NULL_BLOCK).sum()) * self.pool.block_size
@@ -321,11 +356,14 @@ class BlockTable:
         """Give everything back. May be called twice."""
         self.truncate(0)
         self.num_cut = self.num_evicted = self.num_settled = 0
-        self.cap, self.ring, self.is_mixed = None, None, False
+        self.cap, self.ring = None, None
+        self._num_appended, self._content, self._num_noted, self._is_mixed = 0, None, 0, False
 
     def _twin(self, blocks: np.ndarray) -> BlockTable:
         twin = BlockTable(self.pool, blocks, self.num_tokens)
-        twin.num_cut, twin.is_mixed, twin._dropped = self.num_cut, self.is_mixed, self._dropped
+        twin.num_cut, twin._dropped = self.num_cut, self._dropped
+        twin._num_appended, twin._num_noted = self._num_appended, self._num_noted
+        twin._content, twin._is_mixed = self._content, self._is_mixed
         twin.num_evicted, twin.num_settled, twin.cap = self.num_evicted, self.num_settled, self.cap
         twin.ring = self.ring
         if self.ring is not None:

@@ -105,8 +105,7 @@ class PrefixCache(Sharing):
         """Trees of other states of the model stay until their room is needed, but for what was preloaded: it may go."""
         while self._preloaded:
             self._unpin(next(iter(self._preloaded)))
-        for table in self.pool.tables:
-            table.is_mixed |= table.num_tokens > 0
+        self.pool.follow(content)
         self._content, self._told = content, None
 
     def match(self, token_ids: Sequence[int], salt: str) -> tuple[list[int], int]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-import warnings
 import weakref
 from bisect import insort_left, insort_right
 from collections import deque
@@ -48,7 +47,7 @@ from .step.plan import PlanBuffer
 from .step.ranks import ranks_of
 from .step.requests import Event, Output, Request, Result, hash_of
 from .step.sampling import SamplingParams, sample, to_device, warp
-from .step.scores import Logprobs, Shaping, logprobs, shape
+from .step.scores import Logprobs, Shaping, logprobs, shape, warn
 from .step.warm_up import FirstLayer, Step, captures, forwards
 from .strategy import Reservation, Strategy
 from .underway import Underway
@@ -177,7 +176,7 @@ class Runner:
             self._verifying = None if speculate is None else self._capture(all_logits=True)
         warm_up = checked("warm_up", warm_up, bool | None)
         if warm_up is None and self._graphs is not None:
-            with strategy.lock:
+            with uninterrupted(), strategy.lock:
                 strategy.follow()
             warm_up = not strategy.seen.is_opaque  # hooks are not called with what nobody has asked for
         if warm_up:
@@ -318,7 +317,8 @@ class Runner:
                         self._advance()
                 self._ranks.pause()
         finally:
-            if self.strategy.lock.is_mine():  # it was found by the garbage collector, in the middle of something
+            # The garbage collector may have found it, in the middle of anything, so that it must wait for nobody.
+            if self._ranks.size == 1 or self.strategy.lock.is_mine():
                 self.strategy.lock.when_idle(lambda _=requests: self._close(box))  # their ids are theirs until then
             else:
                 self._in_turn("close", ids, lambda: self._close(box))
@@ -327,6 +327,7 @@ class Runner:
         """What a call still waits for."""
         return [seq for seq in self._unfinished() if self._boxes.get(id(seq.request)) is box]
 
+    @torch.inference_mode()
     def _close(self, box: deque[Event]) -> None:
         self._end(self._asked_by(box), "cancelled")
         for key in [key for key, other in self._boxes.items() if other is box]:
@@ -490,10 +491,10 @@ class Runner:
     def cancel(self, request_id: str | int) -> None:
         """End a request and give its blocks back: its last event brings what it has. Unknown or finished ids are
         ignored; one that is a number in a list ends in all calls that have it. Asked for in the middle of a step, by a
-        logits processor or the handler of a signal, it is done behind the step.
+        logits processor, the handler of a signal or another thread, it is done behind the step.
         """
         self._check_batches()
-        if self.strategy.lock.is_mine():
+        if self._ranks.size == 1 or self.strategy.lock.is_mine():
             self.strategy.lock.when_idle(lambda: self._cancel(request_id))
         else:
             self._in_turn("cancel", [request_id], lambda: self._cancel(request_id))
@@ -609,11 +610,9 @@ class Runner:
         try:
             proposals = self._speculate.propose(rows)
         except Exception as error:  # rows can do without
-            warnings.warn(
+            warn(
                 f"{type(self._speculate).__name__} has failed ({type(error).__name__}: {error}); nothing is guessed "
-                "wherever it does",
-                RuntimeWarning,
-                stacklevel=2,
+                "wherever it does"
             )
             proposals = [NO_TOKENS] * len(rows)
         for seq, row, proposal in zip(asking, rows, proposals, strict=True):
@@ -634,9 +633,10 @@ class Runner:
         return self._admit() or begun
 
     def _in_prompt(self) -> ActiveSequence | None:
-        """The sequence that is in the middle of its prompt; of several that whose turn it is."""
-        running = self._running[-1:] if self._shortest_first is None else self._running
-        return min((seq for seq in running if not seq.is_decoding), key=self._turn, default=None)
+        """The sequence that is in the middle of its prompt; of several, as a step that failed leaves them, that whose
+        turn it is.
+        """
+        return min((seq for seq in self._running if not seq.is_decoding), key=self._turn, default=None)
 
     def _turn(self, seq: ActiveSequence) -> tuple[int, float]:
         """Among those whose prompts are to be computed, the lower, the sooner."""
@@ -858,7 +858,7 @@ class Runner:
     def _receive(self, step: LaunchedStep, found: Found) -> None:
         now = time.perf_counter()
         self._budget.learn(step.work, now)
-        ended = []
+        ended, failed = [], None
         for seq, entries in found.scored:
             seq.output.prompt_logprobs += entries
         for seq, proposal, drawn in zip(step.sequences, step.proposals, found.drawn, strict=True):
@@ -866,7 +866,10 @@ class Runner:
                 continue
             num_right = next((i for i, guess in enumerate(proposal) if guess != drawn[i][0]), len(proposal))
             for token, entry in drawn[: num_right + 1]:
-                event = seq.output.receive(token, now, entry)
+                try:
+                    event = seq.output.receive(token, now, entry)
+                except BaseException as error:  # it stops all: when others have their tokens
+                    event, failed = seq.output.finish("error"), failed or error
                 self._tell(seq, event)
                 if event.result is not None:
                     break
@@ -887,6 +890,8 @@ class Runner:
                 seq.table = None
             if ended:
                 self._promise()
+        if failed is not None:
+            raise failed
 
     def _keep(self, seq: ActiveSequence, num_guessed: int, num_right: int) -> None:
         """Of a row that was fed guesses, keep what was computed of the tokens that it has now, but for the newest."""

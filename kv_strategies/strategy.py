@@ -300,7 +300,7 @@ class Strategy:
             OutOfBlocks: there is not enough room. Whatever is raised, no table was changed but for its dead blocks.
         """
         self.retire([table for table, _ in rows])
-        self._make_room(sum(table.num_new_blocks(num_tokens) for table, num_tokens in rows), owner)
+        self._make_room(self.pool.num_new_blocks(rows), owner)
         self.compaction.watch(rows)
         done: list[tuple[BlockTable, int, list[tuple[int, int]]]] = []
         try:
@@ -529,12 +529,12 @@ class Strategy:
             ValueError: no token ids, fewer than a block of them, or the strategy keeps nothing for later.
             OutOfBlocks: it does not fit; what was computed of it is cached as usual.
         """
-        with self.lock:
+        with uninterrupted() as shield, self.lock, shield.lifted():
             return self.door.preload(self, integers("token_ids", token_ids).tolist(), salt)
 
     def forget(self, token_ids: Sequence[int], salt: str = "") -> None:
         """Undo one `preload`: after the last, the blocks stay cached until their room is needed."""
-        with self.lock:
+        with uninterrupted(), self.lock:
             self.sharing.forget(integers("token_ids", token_ids), salt)
 
     def save(self, path: str | Path) -> int:
@@ -545,7 +545,7 @@ class Strategy:
         Raises:
             ValueError: hooks or replaced methods steer the model, of which a file could not tell.
         """
-        with self.lock:
+        with uninterrupted() as shield, self.lock, shield.lifted():
             self.look_closely()
             self.follow()
             return self.sharing.save(self.ranks.own(path), self.placement, self._weights_in_files())
@@ -557,7 +557,7 @@ class Strategy:
             ValueError: hooks or replaced methods steer the model, of which no file tells; or ranks find different
                 blocks in their files, as one is damaged: nothing is kept of any.
         """
-        with self.lock:
+        with uninterrupted() as shield, self.lock, shield.lifted():
             self.look_closely()
             self.follow()
             loaded = error = None
@@ -581,8 +581,8 @@ class Strategy:
         """What the K and V in a file were computed with."""
         if is_steered(self.model):
             raise ValueError(
-                "hooks or replaced methods steer this model, and a file tells of its weights alone: its blocks would "
-                "pass for those of the model without them. Take them away, or do without a file"
+                "hooks or replaced methods steer this model, or autocast does, and a file tells of its weights alone: "
+                "its blocks would pass for those of the model without them. Take them away, or do without a file"
             )
         return weights_hash(self.model)
 
@@ -590,7 +590,7 @@ class Strategy:
 
     def stats(self) -> dict[str, object]:
         """What the pool holds and what has moved. Bytes are what the allocators have set aside for blocks."""
-        with self.lock:
+        with uninterrupted(), self.lock:
             return self._stats()
 
     def _stats(self) -> dict[str, object]:
@@ -624,7 +624,7 @@ class Strategy:
 
     def check_integrity(self) -> None:
         """Raises AssertionError where the books of pool, tables, sharing and tiers do not balance (a bug of ours)."""
-        with self.lock:
+        with uninterrupted(), self.lock:
             self.pool.check_integrity(self.sharing.held_blocks())
             self.sharing.check_integrity()
             self.compaction.check_integrity()
@@ -636,7 +636,7 @@ class Strategy:
         Raises:
             RuntimeError: some are still in use.
         """
-        with self.lock:
+        with uninterrupted(), self.lock:
             in_use = sum(table.num_tokens > 0 for table in self.pool.tables)
             if in_use:
                 raise RuntimeError(
@@ -677,17 +677,27 @@ class Lock:
             self._lock.release()
             raise
         self._depth += 1
+        if self._waiting:  # put there while the last one left
+            try:
+                self._do_what_waits()
+            except BaseException as error:
+                self.__exit__(error)
+                raise
+
+    def _do_what_waits(self) -> None:
+        while self._depth == 1 and self._waiting:
+            self._waiting.popleft()()
 
     def __exit__(self, *error: object) -> None:
         try:
-            while self._depth == 1 and self._waiting:
-                self._waiting.popleft()()
+            self._do_what_waits()
         finally:
             if self._depth == 1:
                 self._defaults.close()
             self._depth -= 1
             self._lock.release()
 
+    @uninterrupted()
     def is_mine(self) -> bool:
         """Whether this thread is at work already: a callback of the user's, a signal's handler or a finalizer asks."""
         if not self._lock.acquire(blocking=False):

@@ -570,6 +570,47 @@ def test_no_file_takes_one_model_for_another(change, tmp_path):
         assert not strategy.sharing.held_blocks()
 
 
+def test_blocks_of_other_products_are_others(tmp_path):
+    """Under autocast products are of another dtype: its K and V are for those alone who ask under it, and no file."""
+    model = tiny_llama()
+    strategy, cast = build("prefix", model, num_blocks=64, block_size=4), partial(torch.autocast, "cpu", torch.bfloat16)
+    before, found = logits_of(model, strategy), []
+    for _ in range(2):
+        with cast():
+            found.append((logits_of(model, strategy), strategy.num_hit_tokens))
+            for asked in (strategy.save, strategy.load):
+                with pytest.raises(ValueError, match="steer this model, or autocast does"):
+                    asked(tmp_path / "saved")
+        torch.testing.assert_close(logits_of(model, strategy), before, **LOGITS)
+    assert found[0][1] == 0, "blocks of float32 are not given under autocast"
+    assert found[1][1] > 0 and (found[0][0] - before).abs().max() > 1e-3
+
+
+def test_a_row_whose_model_comes_back_is_published():
+    """A hook, or an early exit of assisted decoding, that came and went; but not one under which the row grew."""
+    model = tiny_llama()
+    for grows in (False, True):
+        strategy = build("prefix", model, num_blocks=64, block_size=4)
+        runner = Runner(model, strategy, max_num_seqs=1)
+        runner.submit([Request(PROMPT, max_new_tokens=8)])
+        runner.step()
+        hook = layer_of(model).register_forward_hook(lambda module, args, output: output * 1.5)
+        if grows:
+            runner.step()
+        else:
+            strategy.follow()
+        hook.remove()
+        while runner.num_running:
+            runner.step()
+        assert (len(strategy.sharing.held_blocks()) > len(PROMPT) // 4) == (not grows)
+    hits = build("prefix", model, num_blocks=200, block_size=4)
+    with hits.installed():
+        found = [model.generate(IDS, max_new_tokens=12, do_sample=False, assistant_early_exit=1) for _ in range(2)]
+    assert hits.num_hit_tokens > 0
+    for each in found:
+        assert torch.equal(each, model.generate(IDS, max_new_tokens=12, do_sample=False))
+
+
 @pytest.mark.parametrize("changed", EVERYWHERE)
 def test_no_file_is_of_what_is_done_to_all_modules(changed, tmp_path):
     strategy = build("prefix", tiny_llama(), num_blocks=64, block_size=4)

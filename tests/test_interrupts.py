@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import random
 import signal
+import threading
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from kv_strategies.step.upstream import with_cache
 
 MODEL = tiny_llama(num_heads=2, num_kv_heads=1)
 BOOKS = tuple(f"{kv_strategies.__path__[0]}/{name}" for name in ("paged.py", "prefix.py", "generate.py", "tiers"))
+LOCKS = tuple(f"{kv_strategies.__path__[0]}/{name}" for name in ("strategy.py", "generate.py", "step/interrupts.py"))
 SMALL = {"num_blocks": 15, "block_size": 4}
 REQUESTS = [Request(list(range(1, n)), max_new_tokens=8, request_id=n) for n in (8, 20, 27)]
 NAMES = ["paged", "prefix+offload"]
@@ -83,6 +85,37 @@ def test_a_call_of_generate_gives_all_back(name):
         assert torch.equal(call(), expected)
         gc.collect()
         strategy.reset()
+
+
+def _is_free(lock) -> bool:
+    """Asked by another thread: the one that was interrupted could enter again."""
+    entered = threading.Event()
+
+    def enter():
+        with lock:
+            entered.set()
+
+    threading.Thread(target=enter, daemon=True).start()
+    return entered.wait(10)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("stats", 1), ("check_integrity", 1), ("preload", 1), ("save", 1), ("generate", 5), ("cancel", 1)],
+)
+def test_no_lock_is_left_behind(name, step, tmp_path):
+    strategy, ids = small("prefix"), torch.tensor([list(range(1, 20))])
+    strategy.preload(list(range(1, 9)))
+    work = {
+        "preload": lambda: strategy.preload(list(range(1, 9))),
+        "save": lambda: strategy.save(tmp_path / "saved"),
+        "generate": lambda: MODEL.generate(ids, max_new_tokens=2, **with_cache(strategy.cache(ids))),
+        "cancel": lambda: Runner(MODEL, strategy).cancel(0),
+    }.get(name) or getattr(strategy, name)
+    for _ in every_moment(work, step=step, of=LOCKS):
+        assert _is_free(strategy.lock)
+        gc.collect()
 
 
 def test_a_preload_that_raises_keeps_nothing():

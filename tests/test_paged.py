@@ -37,17 +37,32 @@ class PoolMachine(RuleBasedStateMachine):
                 table.append(count)
             assert before == (table.num_tokens, table.blocks.tolist(), self.pool.ref_counts)
             return
+        self.append_tokens(table, count)
+        assert self.pool.num_free == free - needed
+
+    def append_tokens(self, table, count):
         for source, destination in table.append(count):
             size = self.pool.block_size
             self.memory[destination * size : (destination + 1) * size] = self.memory[
                 source * size : (source + 1) * size
             ]
-        assert self.pool.num_free == free - needed
         tokens = list(range(self.next_token, self.next_token + count))
         self.next_token += count
         for slot, token in zip(slots(table, table.num_tokens - count, table.num_tokens), tokens, strict=True):
             self.memory[slot] = token
         self.expected[table] += tokens
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data(), count=st.integers(0, 4))
+    def append_to_several(self, data, count):
+        """They take what the pool says, one after the other, to the block."""
+        tables = data.draw(st.lists(st.sampled_from(list(self.expected)), unique=True, max_size=3))
+        needed, free = self.pool.num_new_blocks([(table, count) for table in tables]), self.pool.num_free
+        if needed > free:
+            return
+        for table in tables:
+            self.append_tokens(table, count)
+        assert self.pool.num_free == free - needed
 
     @precondition(lambda self: self.expected)
     @rule(data=st.data())

@@ -49,6 +49,12 @@ class uninterrupted(contextlib.ContextDecorator):
             self._restore(list(self._handlers))
             self.check()
 
+    def lifted(self) -> _Lifted:
+        """For a block within, as long as it takes: what was noted is raised, and signals come as they do outside. What
+        stands around that block is entered and left without them.
+        """
+        return _Lifted(self)
+
     def _restore(self, numbers: list[int]) -> None:
         """All of them, whatever the first ones raise as soon as they are back."""
         try:
@@ -69,3 +75,20 @@ class uninterrupted(contextlib.ContextDecorator):
         while self._noted:
             signum, frame = self._noted.popitem()
             self._handlers[signum](signum, frame)
+
+
+class _Lifted:
+    def __init__(self, shield: uninterrupted):
+        self._shield = shield
+
+    def __enter__(self) -> None:
+        if self._shield._handlers:
+            uninterrupted._is_on = False
+            self._shield._restore(list(self._shield._handlers))
+            self._shield.check()
+
+    def __exit__(self, *error: object) -> None:
+        for number in self._shield._handlers:
+            signal.signal(number, self._shield._note)
+        if self._shield._handlers:
+            uninterrupted._is_on = True

@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 from . import stop as stop_strings
 from .checked import checked
 from .sampling import SamplingParams
-from .scores import Shaping, warn_of_error
+from .scores import STOPS_ALL, Shaping, warn_of_error
 
 #: What turns (input_ids [1, n], scores [1, V]) into scores [1, V]: a `transformers.LogitsProcessor`, say.
 Processor = Callable[[Tensor, Tensor], Tensor]
@@ -326,7 +326,9 @@ class Output:
         event = Event(self.request.request_id, self.sample_index, token, logprobs=logprobs)
         try:
             stopped = token in self.request.stop_token_ids or self._completes_stop_string()
-        except Exception as error:
+        except STOPS_ALL:
+            raise
+        except BaseException as error:
             warn_of_error(self.request.name, "its tokenizer", error)
             event.result = self._result("error")
             return event

@@ -9,6 +9,7 @@ drawn from. Nothing here runs for rows that ask for nothing.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -18,6 +19,10 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from .sampling import to_device
+
+#: What user code raises to stop more than its own request. All else, whatever it derives from, ends that alone.
+STOPS_ALL = (KeyboardInterrupt, SystemExit, GeneratorExit)
+_log = logging.getLogger(__name__)
 
 
 class Shaping(NamedTuple):
@@ -41,7 +46,9 @@ def shape(logits: Tensor, rows: Mapping[int, Shaping]) -> Tensor:
             input_ids = torch.tensor(token_ids(), dtype=torch.int64, device=scores.device)[None]
             try:
                 scores[row] = _processed(processors, input_ids, scores[row : row + 1].clone())
-            except Exception as error:
+            except STOPS_ALL:
+                raise
+            except BaseException as error:
                 warn_of_error(name, "a logits processor", error)
                 scores[row] = torch.nan
     return scores
@@ -56,11 +63,19 @@ def _processed(processors: LogitsProcessorList, input_ids: Tensor, scores: Tenso
     return found[0]
 
 
-def warn_of_error(name: str, what: str, error: Exception) -> None:
+def warn_of_error(name: str, what: str, error: BaseException) -> None:
     """What a request has brought along has failed: the request ends, and others go on."""
-    warnings.warn(
-        f"{name} ends with an error: {what} has failed ({type(error).__name__}: {error})", RuntimeWarning, stacklevel=3
-    )
+    warn(f"{name} ends with an error: {what} has failed ({type(error).__name__}: {error})")
+
+
+def warn(text: str) -> None:
+    """A warning in the middle of a step. Where warnings are made errors it is logged: a step of many requests does not
+    end for one of them.
+    """
+    try:
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    except RuntimeWarning:
+        _log.warning(text)
 
 
 class Logprobs(NamedTuple):

@@ -238,6 +238,11 @@ def has_upstream_functions() -> bool:
     )
 
 
+def autocast(device_type: str) -> torch.dtype | None:
+    """What torch turns the numbers of products into in this thread, as the user has told it, if into anything."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
 def is_globally_hooked() -> bool:
     """Whether hooks are called in the forward of every module."""
     return bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
@@ -321,13 +326,18 @@ class _Snapshot:
         # A sharded tensor has a counter of its own, for what is done to the whole.
         counted = [*self._tensors, *(tensor for tensor in self._members if tensor is not local(tensor))]
         self._counted = [tensor for tensor in counted if not tensor.is_inference()]
+        self._device_types = list(dict.fromkeys(tensor.device.type for tensor in self._tensors))
         self.count()
 
     def count(self) -> None:
         self.versions = self._count()
 
     def _count(self) -> tuple:
-        return *map(_version, self._counted), *map(_words, map(_told_by, self._steering))
+        return (
+            *map(_version, self._counted),
+            *map(_words, map(_told_by, self._steering)),
+            *map(autocast, self._device_types),
+        )
 
     @torch.no_grad()
     def sample(self) -> bytes:

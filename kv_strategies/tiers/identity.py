@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..step.ranks import ranks_of
 from ..step.store import Planes
-from ..step.version import CONFIG_KEYS, OWN, has_upstream_functions, is_patched, tensors_of, watch
+from ..step.version import CONFIG_KEYS, OWN, autocast, has_upstream_functions, is_patched, tensors_of, watch
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -88,11 +88,14 @@ def weights_hash(model: LlamaForCausalLM) -> str:
 
 
 def is_steered(model: LlamaForCausalLM) -> bool:
-    """Whether K and V depend on what no hash of weights tells another process: hooks, or methods that are replaced."""
+    """Whether K and V depend on what no hash of weights tells another process: hooks, methods that are replaced, or
+    products in another dtype (autocast).
+    """
     watched = watch(model)
     watched.numbers  # noqa: B018  looks whether it is opaque
     kinds = set(map(type, model.modules()))
-    return watched.is_opaque or not has_upstream_functions() or any(map(is_patched, kinds))
+    is_cast = any(map(autocast, {parameter.device.type for parameter in model.parameters()}))
+    return watched.is_opaque or is_cast or not has_upstream_functions() or any(map(is_patched, kinds))
 
 
 def told_weights(model: LlamaForCausalLM) -> str | None:
