@@ -15,17 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
-from kv_strategies.baseline import Baseline
-from kv_strategies.step.forward import AttendingCache, forward
-from kv_strategies.step.plan import PlanBuffer
-from kv_strategies.step.upstream import with_cache
-from kv_strategies.strategy import Strategy
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from kv_strategies.baseline import Baseline
+    from kv_strategies.strategy import Strategy
 
 MIN_JUDGED = 200  # tokens; the perplexity of fewer moves by more than what most settings lose
 
@@ -97,6 +97,8 @@ def cost(
 
 def _pieces(model, strategy, token_ids: Tensor, num_prompt: int, chunk: int) -> Iterator[tuple[int, Tensor]]:
     """(index of the first token, logits [B, c, V]) of the forwards after the prompt."""
+    from kv_strategies.step.upstream import with_cache
+
     cache = strategy.cache()
     prompt, rest = token_ids.to(model.device).split((num_prompt, token_ids.shape[1] - num_prompt), dim=1)
     for piece in prompt.split(512, dim=1) if num_prompt else ():
@@ -119,6 +121,9 @@ def stream_logits(
     Yields:
         index of the chunk's first token, logits [c, V] of its tokens. `strategy.stats()` says what is held meanwhile.
     """
+    from kv_strategies.step.forward import AttendingCache, forward
+    from kv_strategies.step.plan import PlanBuffer
+
     cache, table = AttendingCache(strategy), strategy.open_table(())
     try:
         for begin in range(0, len(token_ids), chunk):

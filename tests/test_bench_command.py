@@ -285,6 +285,13 @@ def test_workloads_have_one_order_whatever_is_imported_first(first):
     assert done.stdout.strip().split(";") == ours, done.stderr
 
 
+def test_the_process_of_a_case_imports_what_it_measures_and_no_more():
+    """What a suite imports at its top is in the peak memory of every case on a CPU."""
+    program = "import bench.worker, bench.suites, sys; print({'kv_strategies', 'tensorflow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
 # --- what is asked wrongly
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ from bench.lines import Found
 from bench.markdown import NONE, cell, table
 from bench.systems import BLOCK_SIZE
 from bench.workload import Target, Workload, register
-from kv_strategies.base import Codec, Placement
+
+if TYPE_CHECKING:
+    from kv_strategies.base import Codec, Placement
 
 ROUNDING = 1e-7  # nats: differences of float32 logits alone
 

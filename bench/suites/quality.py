@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,8 +28,9 @@ from bench.systems import BLOCK_SIZE, Capacity, Native, Ours
 from bench.tasks import TASKS, answers, power
 from bench.tasks.story import Sample, samples
 from bench.workload import Target, Workload, register
-from kv_strategies import STRATEGIES, build
-from kv_strategies.strategy import Strategy
+
+if TYPE_CHECKING:
+    from kv_strategies.strategy import Strategy
 
 SCORES = ("snapkv", "expected", "tova", "h2o", "keydiff", "knorm", "random", "window")
 
@@ -54,7 +56,6 @@ def settings(on_gpu: bool) -> dict[str, list[dict]]:
             for score in SCORES
         ]
         for keep in ((0.75, 0.5, 0.25, 0.125) if on_gpu else (0.5,))
-        if "evict" in STRATEGIES
     }
 
 
@@ -156,6 +157,8 @@ def _marks(right: Sequence[bool]) -> str:
 
 def _judged(bench: Bench) -> tuple[torch.Tensor, int, Reference]:
     """Natural texts, how many tokens of them are a prompt, and the baseline's logits of the rest."""
+    from kv_strategies import build
+
     num_prompt = bench.params["length"] - bench.params["judged"]
     texts = torch.tensor(bench.prompts([bench.params["length"]] * bench.params["texts"], seed=11))
     return texts, num_prompt, judge(bench.model, build("baseline", bench.model), texts, num_prompt=num_prompt)
@@ -186,6 +189,8 @@ def _row_of(bench: Bench, wanted: dict, asked: dict, drawn: dict, judged: tuple)
 
 def _built(bench: Bench, wanted: dict) -> Strategy:
     """With room for all rows at once, their new tokens, and a fork of each."""
+    from kv_strategies import build
+
     blocks = -(-(bench.params["length"] + 128) // BLOCK_SIZE) + 1
     num_blocks = blocks * (max(bench.params[name] for name in ("rows", "batch", "texts")) + 1)
     return build(wanted["strategy"], bench.model, num_blocks=num_blocks, block_size=BLOCK_SIZE, **wanted["options"])

@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
-
-from kv_strategies.models import text as texts
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SPARE = 8  # new tokens beyond those of the answer
 
@@ -76,6 +76,8 @@ def samples(
 
 
 def _sample(tokenizer, task: Task, level: dict, length: int, rng: random.Random) -> Sample:
+    from kv_strategies.models.text import passage
+
     def encode(text: str, *, is_first: bool = False) -> list[int]:
         return tokenizer(text, add_special_tokens=is_first, verbose=False)["input_ids"]
 
@@ -90,7 +92,7 @@ def _sample(tokenizer, task: Task, level: dict, length: int, rng: random.Random)
     if story.fill:
         text = [token for word in story.fill(room) for token in encode(f" {word}")]
     else:
-        text = _hidden(facts, *texts.passage(tokenizer, room, rng), rng)
+        text = _hidden(facts, *passage(tokenizer, room, rng), rng)
     turns = [
         Turn(rest, question, len(encode(" " + ", ".join(question.answers))) + SPARE)
         for rest, question in zip(rests, story.questions, strict=True)
@@ -146,7 +148,9 @@ def _chat(tokenizer: PreTrainedTokenizerBase, intro: str, questions: Sequence[Qu
 @lru_cache(maxsize=4)
 def words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Words of the text that are one token each behind a space, the most frequent first: what keys and lists are of."""
-    counts = Counter(re.findall(r"\b[a-z]{5,9}\b", texts.TEXT.read_text(encoding="utf-8")))
+    from kv_strategies.models.text import TEXT
+
+    counts = Counter(re.findall(r"\b[a-z]{5,9}\b", TEXT.read_text(encoding="utf-8")))
     known = [word for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if count >= 3]
     ids = tokenizer([f" {word}" for word in known], add_special_tokens=False)["input_ids"]
     return [word for word, tokens in zip(known, ids, strict=True) if len(tokens) == 1]
