@@ -117,7 +117,7 @@ plan-check: install model  ## what `kv-strategies plan` would have said of the r
 	@$(python) -m bench plan-check $(bench_out)
 
 refresh: $(venv)  ## export the commits of transformers-dev into patches/ [CHECK=1] [FORCE=1]
-	@$(python) patches/fork.py refresh $(if $(CHECK),--check) $(if $(FORCE),--force)
+	@$(python) patches/fork.py refresh $(if $(call asked,$(CHECK)),--check) $(if $(call asked,$(FORCE)),--force)
 
 bundle: install model  ## write build/bundle/: everything a host without a network needs, in parts of at most 56 MiB
 	@$(python) patches/bundle.py

@@ -95,7 +95,7 @@ def compare(a: Sequence[Record], b: Sequence[Record]) -> Comparison:
     pairs = [Change(sides[0][key], sides[1][key]) for key in sides[0] if key in sides[1]]
     changes = [pair for pair in pairs if is_beyond_noise(pair.a, pair.b)]
     only = [len(own) - len(pairs) for own in sides]
-    return Comparison(len(pairs), changes, *only, machines, list(_failures(a, b, together)))
+    return Comparison(len(pairs), changes, *only, machines, sorted(_failures(a, b, together)))
 
 
 def _failures(a: Sequence[Record], b: Sequence[Record], together: bool) -> Iterator[str]:
@@ -149,7 +149,7 @@ def render(found: Comparison) -> str:
     )
     if found.across_machines:
         text = f"A: {found.machines[0][0]}. B: {found.machines[1][0]}. " + text
-    return "\n\n".join([text, *sorted(found.failures), *([table(head, rows)] if rows else [])])
+    return "\n\n".join([text, *found.failures, *([table(head, rows)] if rows else [])])
 
 
 def _shown(record: Record) -> str:
