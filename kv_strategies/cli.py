@@ -308,7 +308,6 @@ def load_answering(
     model: str | None, strategy: str, options: dict[str, object], max_new_tokens: int, dtype: str | None = None
 ) -> Answering:
     """What answers lines, by names alone: so another machine can make the same."""
-
     from . import Runner, build
     from .batch import Answering
     from .models import load_model
@@ -321,8 +320,9 @@ def load_answering(
 
 
 def _add_dtype(command: argparse.ArgumentParser) -> None:
-    known = ["float32", "bfloat16", "float16"]
-    command.add_argument("--dtype", choices=known, help="of the model (default: float32 on a CPU, bfloat16 on a GPU)")
+    from .plan_command import DTYPES
+
+    command.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32 on a CPU, bfloat16 on a GPU)")
 
 
 def _of_dtype(name: str | None) -> dict[str, torch.dtype]:
@@ -349,7 +349,6 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _explain_diff(options: argparse.Namespace) -> int:
-
     from . import build
     from .compare import first_difference
     from .models import load_model

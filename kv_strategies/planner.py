@@ -109,10 +109,20 @@ class Work:
 
 
 class Model:
-    """The sizes of a model, which may be on the meta device."""
+    """The sizes of a model, which may be on the meta device.
+
+    Raises:
+        ValueError: its weights are quantised.
+    """
 
     def __init__(self, model: LlamaForCausalLM):
         self.model, self.config = model, model.config
+        if quantised := getattr(model.config, "quantization_config", None):
+            raise ValueError(
+                f"its config says that its weights are quantised ({quantised.get('quant_method')}), which cannot be "
+                "planned: how many bytes they take, and how fast they are read, is for its package to say. Give the "
+                "model in 16 bits"
+            )
         self.weights = sum(p.numel() * p.element_size() for p in model.parameters())
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         tied = embedding is head
@@ -143,10 +153,9 @@ class Model:
 class Plan:
     """One strategy on one card. Bytes and seconds; None where nothing says, and `unknown` says why.
 
-    `refused` says why the strategy does not serve the model, and then there is nothing else.
     `missing` is what the card lacks, 0 where all fits; `beyond`, how many tokens a row would see more than the model's
-    context has. `bound` names what a step or the first token waits for:
-    "memory", "link", "compute" or "host".
+    context has. `bound` names what a step or the first token waits for: "memory", "link", "compute" or "host".
+    `refused` says why the strategy does not serve the model: then nothing else is told.
     """
 
     strategy: str

@@ -175,12 +175,9 @@ def model_shape(spec: str | Path | None, dtype: torch.dtype) -> LlamaForCausalLM
             raise ValueError(
                 f"{spec} is a model of type {raw.get('model_type')!r}: the strategies run on the Llama architecture"
             )
-        if method := (raw.get("quantization_config") or {}).get("quant_method"):
-            raise ValueError(
-                f"{spec}/config.json says that its weights are quantised ({method}), which cannot be planned: how many "
-                "bytes they take, and how fast they are read, is for its package to say. Give the model in 16 bits"
-            )
         config = llama_config(spec, raw)
+        if "quantization_config" in raw:  # which says that the weights are others than these
+            config.quantization_config = raw["quantization_config"]
     with torch.device("meta"):
         return LlamaForCausalLM(config).to(dtype).eval()
 

@@ -12,4 +12,4 @@ def longest_row(config: LlamaConfig) -> int:
     longest, rope = config.max_position_embeddings, config.rope_parameters or {}
     if rope.get("rope_type") not in ("linear", "yarn"):
         return longest
-    return max(longest, int(rope["factor"] * rope.get("original_max_position_embeddings", longest)))
+    return max(longest, int((rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or longest)))
