@@ -83,7 +83,6 @@ class PrefixCache(Sharing):
         self._tiers = tiers or LowerTiers()
         self.identity = identity
         self._fingerprint = fingerprint(identity)
-        self._content: int | None = None
         self._told: dict[str, object] | None = None  # the identity as other processes are told it, where it is known
         self._roots: dict[bytes, Node] = {}
         self._nodes: dict[bytes, Node] = {}
@@ -106,7 +105,7 @@ class PrefixCache(Sharing):
         while self._preloaded:
             self._unpin(next(iter(self._preloaded)))
         self.pool.follow(content)
-        self._content, self._told = content, None
+        self._told = None
 
     def match(self, token_ids: Sequence[int], salt: str) -> tuple[list[int], int]:
         held: list[Node] = []
@@ -289,9 +288,9 @@ class PrefixCache(Sharing):
         return salt_digest(self._fingerprint, salt)
 
     def _root_digest(self, salted: bytes) -> bytes:
-        if self._content is None:  # there is no model
+        if self.pool.content is None:  # there is no model
             return salted
-        return hashlib.blake2b(salted + self._content.to_bytes(8, "little"), digest_size=32).digest()
+        return hashlib.blake2b(salted + self.pool.content.to_bytes(8, "little"), digest_size=32).digest()
 
     # --- for people
 

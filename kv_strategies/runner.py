@@ -868,7 +868,7 @@ class Runner:
             for token, entry in drawn[: num_right + 1]:
                 try:
                     event = seq.output.receive(token, now, entry)
-                except BaseException as error:  # it stops all: when others have their tokens
+                except BaseException as error:  # SystemExit, say: raised below
                     event, failed = seq.output.finish("error"), failed or error
                 self._tell(seq, event)
                 if event.result is not None:

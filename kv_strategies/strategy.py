@@ -543,7 +543,7 @@ class Strategy:
         Of a model over several ranks each writes a file of its own, `path` with its number behind: its heads.
 
         Raises:
-            ValueError: hooks or replaced methods steer the model, of which a file could not tell.
+            ValueError: hooks, replaced methods or autocast steer the model, of which a file could not tell.
         """
         with uninterrupted() as shield, self.lock, shield.lifted():
             self.look_closely()
@@ -554,8 +554,8 @@ class Strategy:
         """Take in what `save` has written, as far as free blocks go. See `saved.load`.
 
         Raises:
-            ValueError: hooks or replaced methods steer the model, of which no file tells; or ranks find different
-                blocks in their files, as one is damaged: nothing is kept of any.
+            ValueError: hooks, replaced methods or autocast steer the model, of which no file tells; or ranks find
+                different blocks in their files, as one is damaged: nothing is kept of any.
         """
         with uninterrupted() as shield, self.lock, shield.lifted():
             self.look_closely()

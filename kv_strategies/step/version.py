@@ -238,7 +238,7 @@ def has_upstream_functions() -> bool:
     )
 
 
-def autocast(device_type: str) -> torch.dtype | None:
+def autocast_dtype(device_type: str) -> torch.dtype | None:
     """What torch turns the numbers of products into in this thread, as the user has told it, if into anything."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
@@ -336,7 +336,7 @@ class _Snapshot:
         return (
             *map(_version, self._counted),
             *map(_words, map(_told_by, self._steering)),
-            *map(autocast, self._device_types),
+            *map(autocast_dtype, self._device_types),
         )
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..step.ranks import ranks_of
 from ..step.store import Planes
-from ..step.version import CONFIG_KEYS, OWN, autocast, has_upstream_functions, is_patched, tensors_of, watch
+from ..step.version import CONFIG_KEYS, OWN, autocast_dtype, has_upstream_functions, is_patched, tensors_of, watch
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -94,7 +94,7 @@ def is_steered(model: LlamaForCausalLM) -> bool:
     watched = watch(model)
     watched.numbers  # noqa: B018  looks whether it is opaque
     kinds = set(map(type, model.modules()))
-    is_cast = any(map(autocast, {parameter.device.type for parameter in model.parameters()}))
+    is_cast = any(map(autocast_dtype, {parameter.device.type for parameter in model.parameters()}))
     return watched.is_opaque or is_cast or not has_upstream_functions() or any(map(is_patched, kinds))
 
 
