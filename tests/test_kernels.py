@@ -6,7 +6,7 @@ import inspect
 import random
 from dataclasses import dataclass, field, replace
 from itertools import product
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -403,13 +403,15 @@ def test_triton_decode(device, name, part, num_warps):
     sinks=st.sampled_from([0, 3]),
     programs=st.integers(1, 40),
     least=st.sampled_from([8, 24]),
+    fan=st.sampled_from([2, 3, 16]),
 )
-def test_triton_decode_in_parts_of_any_size(row_lens, heads, group, codes, window, sinks, programs, least):
+def test_triton_decode_in_parts_of_any_size(row_lens, heads, group, codes, window, sinks, programs, least, fan):
     shape = Shape((1,) * len(row_lens), tuple(row_lens), heads, group, codes=codes, window=window, sinks=sinks)
     shape = replace(shape, dtype=torch.float16, block_size=4, sink_query=sinks > 0)
     tuned = replace(TINY_DECODE, programs=programs, least=least)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_decode(shape, device, replace(tuned, tile=16) if device.type == "cuda" else tuned)
+    with patch.object(triton_decode, "FAN", fan):
+        check_decode(shape, device, replace(tuned, tile=16) if device.type == "cuda" else tuned)
 
 
 @settings(deadline=None, max_examples=12)
@@ -421,11 +423,22 @@ def test_triton_decode_in_parts_of_any_size(row_lens, heads, group, codes, windo
     block_size=st.sampled_from([4, 12, 16]),
     programs=st.integers(1, 40),
     least=st.sampled_from([8, 24]),
+    fan=st.sampled_from([2, 3, 16]),
 )
-def test_triton_decode_of_groups_in_parts_of_any_size(row_lens, heads, group, codes, block_size, programs, least):
+def test_triton_decode_of_groups_in_parts_of_any_size(row_lens, heads, group, codes, block_size, programs, least, fan):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = Shape((1,) * len(row_lens), tuple(row_lens), heads, group, 64, block_size, torch.float16, codes)
-    check_decode(shape, device, replace(TINY_DECODE, programs=programs, least=least, tile=16))
+    with patch.object(triton_decode, "FAN", fan):
+        check_decode(shape, device, replace(TINY_DECODE, programs=programs, least=least, tile=16))
+
+
+def test_triton_decode_merges_groups_of_groups(device, monkeypatch):
+    """Of 1, 2 and 3 groups of groups, the last of which is one part alone."""
+    monkeypatch.setattr(triton_decode, "FAN", 2)
+    for tokens in (2 * 16, 3 * 16, 5 * 16, 9 * 16, 13 * 16):
+        for part in (0, 16):
+            shape = Shape((1,), (tokens,), 1, 2, block_size=16, dtype=torch.float16)
+            check_decode(shape, device, replace(TINY_DECODE, tile=16, programs=30, least=16, part=part))
 
 
 TAKEN = [{}, {"codes": "fp8"}, {"group": 2}, {"group": 8}, {"dim": 128}, {"block_size": 4}, {"dtype": torch.bfloat16}]
@@ -443,7 +456,7 @@ def test_which_groups_stay_in_registers(monkeypatch, change, is_taken):
         shape = replace(GROUPS, query_lens=(1,) * num_rows, row_lens=(9,) * num_rows, **change)
         case = build(shape)
         triton_decode.decode(case.query, case.layer, case.plan, torch.empty_like(case.query), **case.options)
-        assert taken.called == (is_taken and (num_rows == 32 or change.get("codes") in ("k8v4", "int4")))
+        assert taken.called == is_taken
 
 
 @pytest.mark.parametrize("shape", [Shape((1, 1), (20, 1), window=8, sinks=2), GROUPS])
@@ -456,8 +469,10 @@ def test_triton_decode_padding_row(device, shape):
 
 
 @pytest.mark.parametrize("group", [1, 2])
-def test_triton_decode_row_ignores_its_neighbours(device, group):
-    """The same row alone and in a batch, to the bit."""
+def test_triton_decode_row_ignores_its_neighbours(device, group, monkeypatch):
+    """The same row alone and in a batch, to the bit, also where only one of them has few pairs."""
+    monkeypatch.setattr(triton_decode, "FEW_PAIRS", 4)
+    monkeypatch.setattr(triton_decode, "FAN", 2)
     tuned = replace(TINY_DECODE, tile=16, part=16)
     batch = build(Shape((1, 1), (23, 77), group=group), device)
     out = torch.empty_like(batch.query)

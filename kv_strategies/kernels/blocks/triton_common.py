@@ -128,21 +128,22 @@ def attend(
 
 @triton.jit
 def merge_parts(
-    parts, part_lses, num_parts, rows, rows_mask, dims,
-    STRIDE: tl.constexpr, DIM_P2: tl.constexpr, TILE_PARTS: tl.constexpr,
-):  # fmt: skip
-    """Parts [num_parts, STRIDE, DIM_P2] and their log-sum-exp [num_parts, STRIDE] -> of these rows the merged
-    [ROWS_P2, DIM_P2].
+    parts, part_lses, num_parts, rows, rows_mask, dims, stride, DIM_P2: tl.constexpr, TILE_PARTS: tl.constexpr
+):
+    """Parts [num_parts, stride, DIM_P2] and their log-sum-exp [num_parts, stride] -> of these rows the merged
+    [ROWS_P2, DIM_P2] and its log-sum-exp [ROWS_P2].
 
     Weights first: the sums that follow do not wait for each other then, only for the memory.
     """
     best = tl.full(rows.shape, LOWEST, tl.float32)
     total = tl.zeros(rows.shape, tl.float32)
-    for start in range(0, num_parts, 4 * TILE_PARTS):
-        part = start + tl.arange(0, 4 * TILE_PARTS)
+    # Of few rows more, so that memory is waited for once, not once for a few numbers.
+    AT_ONCE: tl.constexpr = 4 * TILE_PARTS if 4 * TILE_PARTS * rows.shape[0] > 64 else 64 // rows.shape[0]
+    for start in range(0, num_parts, AT_ONCE):
+        part = start + tl.arange(0, AT_ONCE)
         mask = (part < num_parts)[:, None] & rows_mask[None, :]
         # .cg: other programs wrote these, so they are read from L2, past this core's own cache.
-        lse = tl.load(part_lses + part[:, None] * STRIDE + rows[None, :], mask=mask, other=LOWEST, cache_modifier=".cg")
+        lse = tl.load(part_lses + part[:, None] * stride + rows[None, :], mask=mask, other=LOWEST, cache_modifier=".cg")
         new_best = tl.maximum(best, tl.max(lse, 0))
         total = total * tl.exp2(best - new_best) + tl.sum(tl.where(mask, tl.exp2(lse - new_best[None, :]), 0.0), 0)
         best = new_best
@@ -150,12 +151,13 @@ def merge_parts(
     for start in tl.range(0, num_parts, TILE_PARTS, loop_unroll_factor=4):
         part = start + tl.arange(0, TILE_PARTS)
         mask = (part < num_parts)[:, None] & rows_mask[None, :]
-        at = part[:, None] * STRIDE + rows[None, :]  # [TILE_PARTS, ROWS_P2]
+        at = part[:, None] * stride + rows[None, :]  # [TILE_PARTS, ROWS_P2]
         lse = tl.load(part_lses + at, mask=mask, other=LOWEST, cache_modifier=".cg")
         address = parts + at[:, :, None] * DIM_P2 + dims[None, None, :]
         data = tl.load(address, mask=mask[:, :, None], other=0.0, cache_modifier=".cg")
         out += tl.sum(tl.exp2(lse - best[None, :])[:, :, None] * data, 0)
-    return out / tl.where(total > 0, total, 1.0)[:, None]
+    total = tl.where(total > 0, total, 1.0)
+    return out / total[:, None], best + tl.log2(total)
 
 
 @triton.jit

@@ -36,26 +36,26 @@ from .triton_decode_parts import Tuning
 
 #: Parts of one row and KV head at most, where its length alone decides.
 MAX_PARTS = 64
+#: Parts of few rows that are merged at once. Those of many rows are few a row, and all together.
+FAN = 16
 
 
 def tuning(group: int, dtype: torch.dtype, num_pairs: int, in_registers: bool = False) -> Tuning:
-    """The sizes for a number of query heads a KV head and the dtype of V as stored, swept on an H100; those of 4 bits
-    and few pairs on an H200.
+    """The sizes for a number of query heads a KV head and the dtype of V as stored, swept on an H100; those of few
+    pairs in registers on an H200.
 
     Float32 is for float32 queries on any store: they take the most registers, and their results are compared.
 
     Args:
-        num_pairs: rows times KV heads. Few have many parts each, which one warp is long to merge: only 4 bits gain more
-            than that. And few rows follow kernels that need little shared memory: a change of it takes as long as it
-            may spare.
+        num_pairs: rows times KV heads. Few follow kernels that need little shared memory: a change of it takes as long
+            as it may spare.
         in_registers: whether `triton_decode_groups.py` can do it.
     """
     if dtype == torch.float32:
         return Tuning(tile=32, num_warps=4, part=256)
     few = num_pairs < FEW_PAIRS
-    if in_registers and (dtype == HALF_BYTES or (group > 1 and not few)):
-        programs, least = (8, 64) if few else (16, 128)
-        return Tuning(tile=16, num_warps=1, programs=programs, registers=128, least=least)
+    if in_registers and (dtype == HALF_BYTES or group > 1):
+        return Tuning(tile=16, num_warps=1, programs=16, registers=128, least=64 if few else 128)
     if group > 1 and few:
         return Tuning(tile=64, num_warps=2, num_stages=2, programs=4)
     if group > 1:
@@ -129,7 +129,7 @@ def prepare(
         wanted = tuned.programs * num_multiprocessors(query.device)
         num_programs = min(wanted + num_pairs, num_pairs * triton.cdiv(longest, tuned.least))
     dim_p2, group_p2 = max(triton.next_power_of_2(dim), 16), triton.next_power_of_2(group)
-    parts, part_lses, arrived = workspace(plan, "decode", num_programs, 1, group, dim_p2, counters=num_pairs)
+    parts, part_lses, arrived = workspace(plan, "decode", num_programs, 1, group, dim_p2, counters=num_programs)
     shared_lens = plan.context_lens if shared is None else plan.shared_lens  # not read unless shared
     shared_parts, shared_lses, shared_split = shared or (parts, part_lses, 1)
     numbers = [
@@ -145,6 +145,8 @@ def prepare(
         "TILE_PARTS": max(16 * tuned.num_warps // max(group_p2, 4), 1),
         "WINDOW": window, "SINKS": sinks, "SINK_PLACES": sink_places,
         "CASCADE": shared is not None, "SHARED_SPLIT": shared_split,
+        # Where the row's length alone decides, so does it in which order parts are merged.
+        "FAN": FAN if num_pairs < FEW_PAIRS and not tuned.part else 0,
         "WANTED": wanted, "PART": tuned.part, "MAX_PARTS": MAX_PARTS, "LEAST": tuned.least, "TILE": tuned.tile,
         "num_warps": tuned.num_warps,
     }  # fmt: skip

@@ -71,7 +71,7 @@ def decode_codes_kernel(
     k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head, table_stride,
     scores, scores_stride,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, ROWS_P2: tl.constexpr,
-    TILE_PARTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, SINK_PLACES: tl.constexpr,
+    TILE_PARTS: tl.constexpr, FAN: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, SINK_PLACES: tl.constexpr,
     CASCADE: tl.constexpr, SHARED_SPLIT: tl.constexpr, WANTED: tl.constexpr, PART: tl.constexpr,
     MAX_PARTS: tl.constexpr, LEAST: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, WORDS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -165,7 +165,7 @@ def decode_codes_kernel(
         tl.full([1], 0.0, tl.float32) + best, tl.sum(total, 0, keep_dims=True), tl.sum(acc, 0, keep_dims=True),
         out, parts, part_lses, arrived, shared_parts, shared_lses, shared_splits, shared_len,
         row, kv_head, part, num_parts, heads, dims, out_stride_row, out_stride_head,
-        1, 1, HEADS, DIM, DIM_P2, CASCADE, SHARED_SPLIT, TILE_PARTS,
+        1, 1, HEADS, DIM, DIM_P2, CASCADE, SHARED_SPLIT, TILE_PARTS, FAN,
     )  # fmt: skip
 
 

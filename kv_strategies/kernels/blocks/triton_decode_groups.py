@@ -75,10 +75,10 @@ def decode_groups_kernel(
     k_stride_block, k_stride_head, k_stride_token, v_stride_block, v_stride_head, v_stride_token,
     k_scale_stride_block, k_scale_stride_head, v_scale_stride_block, v_scale_stride_head, table_stride,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P2: tl.constexpr, DIM: tl.constexpr,
-    DIM_P2: tl.constexpr, ROWS_P2: tl.constexpr, TILE_PARTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    SINK_PLACES: tl.constexpr, CASCADE: tl.constexpr, SHARED_SPLIT: tl.constexpr, WANTED: tl.constexpr,
-    PART: tl.constexpr, MAX_PARTS: tl.constexpr, LEAST: tl.constexpr, TILE: tl.constexpr, FAST: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    DIM_P2: tl.constexpr, ROWS_P2: tl.constexpr, TILE_PARTS: tl.constexpr, FAN: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, SINK_PLACES: tl.constexpr, CASCADE: tl.constexpr,
+    SHARED_SPLIT: tl.constexpr, WANTED: tl.constexpr, PART: tl.constexpr, MAX_PARTS: tl.constexpr, LEAST: tl.constexpr,
+    TILE: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The arguments of `decode_kernel`, as far as `suits` lets them pass."""
     followed(OVERLAP)
@@ -151,7 +151,7 @@ def decode_groups_kernel(
     finish_part(
         best * q_scale - UNIT, total, acc, out, parts, part_lses, arrived, shared_parts, shared_lses, shared_splits,
         shared_len, row, kv_head, part, num_parts, tl.arange(0, 8), tl.arange(0, DIM), out_stride_row, out_stride_head,
-        GROUP, GROUP_P2, HEADS, DIM, DIM_P2, CASCADE, SHARED_SPLIT, TILE_PARTS,
+        GROUP, GROUP_P2, HEADS, DIM, DIM_P2, CASCADE, SHARED_SPLIT, TILE_PARTS, FAN,
     )  # fmt: skip
 
 

@@ -128,9 +128,9 @@ def finish_part(
     best, total, acc, out, parts, part_lses, arrived, shared_parts, shared_lses, shared_splits, shared_len,
     row, kv_head, part, num_parts, heads, dims, out_stride_row, out_stride_head,
     GROUP: tl.constexpr, GROUP_P2: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr,
-    CASCADE: tl.constexpr, SHARED_SPLIT: tl.constexpr, TILE_PARTS: tl.constexpr,
+    CASCADE: tl.constexpr, SHARED_SPLIT: tl.constexpr, TILE_PARTS: tl.constexpr, FAN: tl.constexpr,
 ):  # fmt: skip
-    """Store what a program has found for its heads [ROWS]; the last of a row and KV head merges all parts."""
+    """Store what a program has found for its heads [ROWS]; the last to arrive of a row and KV head merges its parts."""
     if CASCADE:  # what the row shares with others has been read for all of them
         best, total, acc = fold_shared(
             best, total, acc, row, heads, heads < GROUP, dims, kv_head, part, shared_len, shared_parts, shared_lses,
@@ -144,22 +144,76 @@ def finish_part(
         mask = (heads < GROUP)[:, None] & (dims < DIM)[None, :]
         tl.store(target + heads[:, None] * out_stride_head + dims[None, :], acc.to(out.dtype.element_ty), mask=mask)
     else:
+        # This head of [num_parts, HEADS, GROUP, DIM_P2], and the counters of its groups of parts.
         first_program = (tl.program_id(0) - part * HEADS).to(tl.int64)
-        parts += first_program * GROUP * DIM_P2  # [num_parts, HEADS, GROUP, DIM_P2], this head of it
+        parts += first_program * GROUP * DIM_P2
         part_lses += first_program * GROUP
+        arrived += first_program
         at = part * (HEADS * GROUP) + heads
         tl.store(part_lses + at, best + tl.log2(total), mask=heads < GROUP)
         tl.store(parts + at[:, None] * DIM_P2 + dims[None, :], acc, mask=(heads < GROUP)[:, None])
-        tl.debug_barrier()  # all threads have stored before one of them says so
-        pair = row * HEADS + kv_head
-        if tl.atomic_add(arrived + pair, 1) == num_parts - 1:
-            tl.store(arrived + pair, 0)
-            own = tl.arange(0, GROUP_P2)  # the query heads without the padding that tensor cores want
-            merged = merge_parts(parts, part_lses, num_parts, own, own < GROUP, dims, HEADS * GROUP, DIM_P2, TILE_PARTS)
+        index, count, step, level = part, num_parts, 1, 0
+        if FAN == 0:
+            merge_group(
+                target, parts, part_lses, arrived, index, count, step, level, dims, out_stride_head,
+                GROUP, GROUP_P2, HEADS, DIM, DIM_P2, TILE_PARTS, FAN,
+            )  # fmt: skip
+        else:
+            while count > 1:
+                count = merge_group(
+                    target, parts, part_lses, arrived, index, count, step, level, dims, out_stride_head,
+                    GROUP, GROUP_P2, HEADS, DIM, DIM_P2, TILE_PARTS, FAN,
+                )  # fmt: skip
+                index, step, level = index // FAN, step * FAN, level + 1
+
+
+@triton.jit
+def merge_group(
+    target, parts, part_lses, arrived, index, count, step, level, dims, out_stride_head,
+    GROUP: tl.constexpr, GROUP_P2: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr,
+    TILE_PARTS: tl.constexpr, FAN: tl.constexpr,
+):  # fmt: skip
+    """Of each FAN parts that lie side by side (0: of all) the last to arrive merges them and puts the result where the
+    first of them lies, or, of no more than these, where the row's belongs. So the last of a long row need not read
+    many parts, one after the other: some hundred of them took longer than the tokens of the row.
+
+    Args:
+        index, count: which part this is, and how many there are; of what has been merged `level` times, `step` apart.
+
+    Returns:
+        How many there are merged once more, one of which this is; 0 where others have not arrived yet.
+    """
+    first, size = 0, count
+    if FAN > 0:
+        first = index // FAN * FAN
+        size = tl.minimum(count - first, FAN)
+    own = tl.arange(0, GROUP_P2)  # the query heads without the padding that tensor cores want
+    # A counter is that of the `level`-th part: groups that begin together have one each, as the larger spans more parts
+    # than that. One part alone needs none.
+    counter = arrived + (first * step + level) * HEADS
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    before = 0
+    if size > 1:
+        before = tl.atomic_add(counter, 1)
+    merged_count = 0
+    if before == size - 1:
+        tl.store(counter, 0, mask=size > 1)
+        start = first * step * (HEADS * GROUP)
+        merged, lse = merge_parts(
+            parts + start * DIM_P2, part_lses + start, size, own, own < GROUP, dims, step * (HEADS * GROUP),
+            DIM_P2, TILE_PARTS,
+        )  # fmt: skip
+        if size == count:
             tl.store(
-                target + own[:, None] * out_stride_head + dims[None, :], merged.to(out.dtype.element_ty),
+                target + own[:, None] * out_stride_head + dims[None, :], merged.to(target.dtype.element_ty),
                 mask=(own < GROUP)[:, None] & (dims < DIM)[None, :],
             )  # fmt: skip
+        else:
+            merged_count = tl.cdiv(count, FAN)
+            tl.debug_barrier()  # all threads have read
+            tl.store(part_lses + start + own, lse, mask=own < GROUP)
+            tl.store(parts + (start + own)[:, None] * DIM_P2 + dims[None, :], merged, mask=(own < GROUP)[:, None])
+    return merged_count
 
 
 @triton.jit

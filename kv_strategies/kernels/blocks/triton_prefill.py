@@ -226,7 +226,7 @@ def prefill_kernel(
         tl.debug_barrier()  # all threads have stored before one of them says so
         if tl.atomic_add(arrived + pair, 1) == num_parts - 1:
             tl.store(arrived + pair, 0)
-            merged = merge_parts(parts, part_lses, num_parts, rows, rows_mask, dims, ROWS, DIM_P2, 1)
+            merged, _lse = merge_parts(parts, part_lses, num_parts, rows, rows_mask, dims, ROWS, DIM_P2, 1)
             tl.store(target, merged.to(out.dtype.element_ty), mask=mask)
 
 
