@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import product
 from unittest.mock import Mock, patch
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.runtime import interpreter
 
 from kv_strategies import kernels
 from kv_strategies.kernels import reference
@@ -432,13 +434,32 @@ def test_triton_decode_of_groups_in_parts_of_any_size(row_lens, heads, group, co
         check_decode(shape, device, replace(TINY_DECODE, programs=programs, least=least, tile=16))
 
 
-def test_triton_decode_merges_groups_of_groups(device, monkeypatch):
-    """Of 1, 2 and 3 groups of groups, the last of which is one part alone."""
+def shuffled(programs: Iterable[int]) -> list[int]:
+    return random.Random(0).sample(list(programs), len(programs))
+
+
+def programs_run_in(order: Callable, monkeypatch) -> None:
+    """Triton's interpreter runs one program after the other; a GPU promises no order."""
+    builder = type(interpreter.interpreter_builder)
+    set_index, set_size, programs = builder.set_grid_idx, builder.set_grid_dim, []
+
+    def sized(self, x, y, z):
+        programs[:] = order(range(x))
+        set_size(self, x, y, z)
+
+    monkeypatch.setattr(builder, "set_grid_dim", sized)
+    monkeypatch.setattr(builder, "set_grid_idx", lambda self, x, y, z: set_index(self, programs[x], y, z))
+
+
+@pytest.mark.parametrize("order", [None, reversed, shuffled])
+def test_triton_decode_merges_groups_of_groups(device, monkeypatch, order):
+    """Whoever arrives last; of groups the last of which is one part alone, too."""
     monkeypatch.setattr(triton_decode, "FAN", 2)
-    for tokens in (2 * 16, 3 * 16, 5 * 16, 9 * 16, 13 * 16):
-        for part in (0, 16):
-            shape = Shape((1,), (tokens,), 1, 2, block_size=16, dtype=torch.float16)
-            check_decode(shape, device, replace(TINY_DECODE, tile=16, programs=30, least=16, part=part))
+    if order and device.type == "cpu":
+        programs_run_in(order, monkeypatch)
+    for parts in (2, 3, 5, 9, 13):
+        shape = Shape((1,), (16 * parts,), 1, 2, block_size=16, dtype=torch.float16)
+        check_decode(shape, device, replace(TINY_DECODE, tile=16, programs=30, least=16))
 
 
 TAKEN = [{}, {"codes": "fp8"}, {"group": 2}, {"group": 8}, {"dim": 128}, {"block_size": 4}, {"dtype": torch.bfloat16}]
@@ -474,7 +495,7 @@ def test_triton_decode_row_ignores_its_neighbours(device, group, monkeypatch):
     monkeypatch.setattr(triton_decode, "FEW_PAIRS", 4)
     monkeypatch.setattr(triton_decode, "FAN", 2)
     tuned = replace(TINY_DECODE, tile=16, part=16)
-    batch = build(Shape((1, 1), (23, 77), group=group), device)
+    batch = build(Shape((1, 1), (77, 23), group=group), device)
     out = torch.empty_like(batch.query)
     triton_decode.decode(batch.query, batch.layer, batch.plan, out, tuned=tuned, **batch.options)
     plan = replace(
@@ -482,7 +503,7 @@ def test_triton_decode_row_ignores_its_neighbours(device, group, monkeypatch):
         context_lens=batch.plan.context_lens[:1],
         block_tables=batch.plan.block_tables[:1],
         query_lens=[1],
-        row_lens=[23],
+        row_lens=[77],
         num_decodes=1,
         scratch={},
     )

@@ -4,7 +4,7 @@ A part of the tokens yields an output and a log-sum-exp (base 2) a query; parts 
 
     lse = log2 sum_i 2^lse_i          out = sum_i 2^(lse_i - lse) out_i
 
-The last program of a row to arrive does the merge, which saves a launch a layer. Parts are added in their order, not in
+The last program to arrive does the merge, which saves a launch a layer. Parts are added in their order, not in
 the order of arrival, so that a result is the same every time.
 """
 

@@ -3,7 +3,7 @@
 One query a row leaves a GPU idle if a row is one program, so the tokens of a row are split and the parts merged:
 
     row b, KV head h      |-- part 0 --|-- part 1 --|-- ... --|    one program each, all query heads of the KV head
-                            (out, lse)   (out, lse)             the last to arrive merges them
+                            (out, lse)   (out, lse)             the last to arrive merges them, many in two levels
 
 Three kernels compute a part, and take how rows are cut and merged from `triton_decode_parts.py`:
 
@@ -36,7 +36,8 @@ from .triton_decode_parts import Tuning
 
 #: Parts of one row and KV head at most, where its length alone decides.
 MAX_PARTS = 64
-#: Parts of few rows that are merged at once. Those of many rows are few a row, and all together.
+#: Where few rows have many parts each, so many of them at least are merged together, then what that gives. With many
+#: rows all of one are, which takes the fewest instructions.
 FAN = 16
 
 

@@ -152,45 +152,45 @@ def finish_part(
         at = part * (HEADS * GROUP) + heads
         tl.store(part_lses + at, best + tl.log2(total), mask=heads < GROUP)
         tl.store(parts + at[:, None] * DIM_P2 + dims[None, :], acc, mask=(heads < GROUP)[:, None])
-        index, count, step, level = part, num_parts, 1, 0
+        index, count, step = part, num_parts, 1
         if FAN == 0:
             merge_group(
-                target, parts, part_lses, arrived, index, count, step, level, dims, out_stride_head,
+                target, parts, part_lses, arrived, index, count, step, 0, dims, out_stride_head,
                 GROUP, GROUP_P2, HEADS, DIM, DIM_P2, TILE_PARTS, FAN,
             )  # fmt: skip
         else:
+            fan = tl.maximum(FAN, tl.ceil(tl.sqrt(num_parts.to(tl.float32))).to(tl.int32))  # two levels are enough
             while count > 1:
                 count = merge_group(
-                    target, parts, part_lses, arrived, index, count, step, level, dims, out_stride_head,
+                    target, parts, part_lses, arrived, index, count, step, fan, dims, out_stride_head,
                     GROUP, GROUP_P2, HEADS, DIM, DIM_P2, TILE_PARTS, FAN,
                 )  # fmt: skip
-                index, step, level = index // FAN, step * FAN, level + 1
+                index, step = index // fan, step * fan
 
 
 @triton.jit
 def merge_group(
-    target, parts, part_lses, arrived, index, count, step, level, dims, out_stride_head,
+    target, parts, part_lses, arrived, index, count, step, fan, dims, out_stride_head,
     GROUP: tl.constexpr, GROUP_P2: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr,
     TILE_PARTS: tl.constexpr, FAN: tl.constexpr,
 ):  # fmt: skip
-    """Of each FAN parts that lie side by side (0: of all) the last to arrive merges them and puts the result where the
-    first of them lies, or, of no more than these, where the row's belongs. So the last of a long row need not read
-    many parts, one after the other: some hundred of them took longer than the tokens of the row.
+    """Of each `fan` parts that lie side by side (FAN 0: of all) the last to arrive merges them and puts the result
+    where the first of them lies, or, of no more than these, where the row's belongs. So the last of a long row need not
+    read many parts, one after the other: some hundred of them took longer than the tokens of the row.
 
     Args:
-        index, count: which part this is, and how many there are; of what has been merged `level` times, `step` apart.
+        index, count: which part this is, and how many there are, `step` apart: each is the merged one of as many.
 
     Returns:
         How many there are merged once more, one of which this is; 0 where others have not arrived yet.
     """
     first, size = 0, count
     if FAN > 0:
-        first = index // FAN * FAN
-        size = tl.minimum(count - first, FAN)
+        first = index // fan * fan
+        size = tl.minimum(count - first, fan)
     own = tl.arange(0, GROUP_P2)  # the query heads without the padding that tensor cores want
-    # A counter is that of the `level`-th part: groups that begin together have one each, as the larger spans more parts
-    # than that. One part alone needs none.
-    counter = arrived + (first * step + level) * HEADS
+    # A group's counter is that of its second part, where no other group's second one begins. One part alone needs none.
+    counter = arrived + (first + 1) * step * HEADS
     tl.debug_barrier()  # all threads have stored before one of them says so
     before = 0
     if size > 1:
@@ -209,7 +209,7 @@ def merge_group(
                 mask=(own < GROUP)[:, None] & (dims < DIM)[None, :],
             )  # fmt: skip
         else:
-            merged_count = tl.cdiv(count, FAN)
+            merged_count = tl.cdiv(count, fan)
             tl.debug_barrier()  # all threads have read
             tl.store(part_lses + start + own, lse, mask=own < GROUP)
             tl.store(parts + (start + own)[:, None] * DIM_P2 + dims[None, :], merged, mask=(own < GROUP)[:, None])
