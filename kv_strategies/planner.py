@@ -30,7 +30,6 @@ from .kernels.reference import HALF_BYTES
 from .registry import STRATEGIES, bytes_per_block, outline, parts_of
 from .step.context import longest_row
 from .step.graphs import SHORT_ROW
-from .step.plan import FEW_PAIRS
 from .step.rings import ring_bytes
 from .step.store import Planes
 from .strategy import planes_of
@@ -66,7 +65,6 @@ ATTENTION = {
     "codes": Attention(0.72, 0.28),
     "codes of query groups": Attention(0.92, 0.28),  # a decode kernel of their own (`triton_decode_groups.py`)
     "4 bits": Attention(0.78, 0.28),  # the same kernel
-    "codes of few pairs": Attention(0.45, 0.28),  # either, where rows times KV heads are fewer than FEW_PAIRS
 }
 MASKED_RATE = 0.17  # in a chunk of which some is out of sight: not by the library (`kernels/blocks/gpu.py`)
 
@@ -254,7 +252,7 @@ class Ours:
         visible, placement, model = policies.retention.num_visible, policies.placement, self.model
         planes = planes_of(site.shape, policies, site.block_size)
         is_masked = visible(before + num_tokens) < before + num_tokens
-        reached = self._reached(planes, is_masked, rows)
+        reached = self._reached(planes, is_masked)
         seen = min(before + num_tokens, visible(before + num_tokens) + num_tokens - 1)
         read, link = placement.read_bytes(seen, planes, site, is_decode=is_decode)
         pairs = num_tokens * (visible(before + 1) + visible(before + num_tokens)) / 2
@@ -282,14 +280,12 @@ class Ours:
         host = STREAM_GAP * model.num_layers if streams else 0.0
         return {"memory": memory, "link": link, "compute": compute, "host": host}
 
-    def _reached(self, planes: Planes, is_masked: bool, rows: int) -> Attention:
+    def _reached(self, planes: Planes, is_masked: bool) -> Attention:
         if "k_scale" not in planes:
             return ATTENTION["numbers"]
         config, is_of_4_bits = self.model.config, planes["v"][1] == HALF_BYTES
         if is_masked or not (is_of_4_bits or config.num_attention_heads > config.num_key_value_heads):
             return ATTENTION["codes"]
-        if rows * config.num_key_value_heads < FEW_PAIRS:
-            return ATTENTION["codes of few pairs"]
         return ATTENTION["4 bits" if is_of_4_bits else "codes of query groups"]
 
 

@@ -40,8 +40,6 @@ PLAN_TENSORS = (
 )
 #: Of the queries of a row the last so many are kept, where somebody asks for them (`rings.py`).
 RING_SIZE = 64
-#: Fewer pairs of a row and a KV head than these have many parts each in a decode step, and kernels chosen for that.
-FEW_PAIRS = 64
 #: Rows that begin with the same blocks are read as one group where that spares reading so many tokens of a layer. Below
 #: it, one more part to merge costs more (an estimate: 16 KiB a token and layer at 3 TB/s against 20 us).
 MIN_TOKENS_SPARED = 4096

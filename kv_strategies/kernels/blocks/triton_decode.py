@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...step.plan import FEW_PAIRS, LayerStore, Plan
+from ...step.plan import LayerStore, Plan
 from ..reference import HALF_BYTES
 from ..triton_device import num_multiprocessors
 from ..triton_launch import Launch, launch
@@ -36,8 +36,10 @@ from .triton_decode_parts import Tuning
 
 #: Parts of one row and KV head at most, where its length alone decides.
 MAX_PARTS = 64
-#: Where few rows have many parts each, so many of them at least are merged together, then what that gives. With many
-#: rows all of one are, which takes the fewest instructions.
+#: Fewer pairs of a row and a KV head than these have many parts each.
+FEW_PAIRS = 64
+#: Of which so many at least are merged together, and what that gives once more. Of more pairs all parts of one are
+#: merged together, which takes the fewest instructions.
 FAN = 16
 
 
