@@ -33,7 +33,8 @@ def run_command(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Compare KV-cache strategies and native caches.",
-        epilog="Exit status: 0 all done, 1 a case failed, 2 refused before anything ran, 130 interrupted.",
+        epilog="Exit status: 0 all done, 1 a case failed or results cannot be read, 2 refused before anything ran, "
+        "130 interrupted.",
     )
     commands = ["run", "report", "picture", "plan-check", "compare", "workloads"]
     parser.add_argument("command", nargs="?", choices=commands, default="run", help="all but run measure nothing")
