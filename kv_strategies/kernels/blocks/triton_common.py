@@ -198,8 +198,8 @@ def workspace(
     """Memory for the parts [rows, parts, size, dim], some numbers of each [numbers, rows, parts, size] (their
     log-sum-exps, unless told), and arrival counters (zero), one a row unless told.
 
-    One for all layers of a plan: layers follow one another, and the last program to arrive puts the counter back to
-    zero. What a graph capture uses is its own, cleared inside the graph, so that it needs nothing from outside.
+    One for all layers of a plan: layers follow one another, and the last program to arrive at a counter puts it
+    back to zero. What a graph capture uses is its own, cleared inside the graph, so that it needs nothing from outside.
     """
     counters = rows if counters is None else counters
     return plan.once(

@@ -130,7 +130,7 @@ def finish_part(
     GROUP: tl.constexpr, GROUP_P2: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr,
     CASCADE: tl.constexpr, SHARED_SPLIT: tl.constexpr, TILE_PARTS: tl.constexpr, FAN: tl.constexpr,
 ):  # fmt: skip
-    """Store what a program has found for its heads [ROWS]; the last to arrive of a row and KV head merges its parts."""
+    """Store what a program has found for its heads [ROWS]; whoever arrives last merges parts, see `merge_group`."""
     if CASCADE:  # what the row shares with others has been read for all of them
         best, total, acc = fold_shared(
             best, total, acc, row, heads, heads < GROUP, dims, kv_head, part, shared_len, shared_parts, shared_lses,
@@ -144,7 +144,7 @@ def finish_part(
         mask = (heads < GROUP)[:, None] & (dims < DIM)[None, :]
         tl.store(target + heads[:, None] * out_stride_head + dims[None, :], acc.to(out.dtype.element_ty), mask=mask)
     else:
-        # This head of [num_parts, HEADS, GROUP, DIM_P2], and the counters of its groups of parts.
+        # This head of [num_parts, HEADS, GROUP, DIM_P2], and its counters [num_parts, HEADS].
         first_program = (tl.program_id(0) - part * HEADS).to(tl.int64)
         parts += first_program * GROUP * DIM_P2
         part_lses += first_program * GROUP
