@@ -119,11 +119,13 @@ def run(options: argparse.Namespace) -> tuple[int, dict | list, str]:
         return error.code if isinstance(error, SystemExit) else 130, {"results": str(results), "interrupted": True}, ""
     report.write(options.out)
     table = report.page_of(options.suite, options.out)
-    text = f"\n{table.read_text()}\n" if table.exists() else ""
-    text += f"Results: {results}\nTable:   {table}"
+    said = [f"\n{table.read_text()}"] if table.exists() else []
+    said += [f"{name:<8} {path}" for name, path in (("Results:", results), ("Table:", table)) if path.exists()]
     if failed and not options.keep_failures:
-        text += f"\nThe {failed} that failed are not among them; --keep-failures makes them rows that say why."
-    return bool(failed), {"results": str(results), "table": str(table), "cases": len(cases), "failed": failed}, text
+        what = f"The {failed} that failed are not among them" if results.exists() else "There is no result: all failed"
+        said.append(f"{what}; --keep-failures makes them rows that say why.")
+    found = {"results": str(results), "table": str(table), "cases": len(cases), "failed": failed}
+    return bool(failed), found, "\n".join(said)
 
 
 def load(modules: Sequence[str]) -> None:

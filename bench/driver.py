@@ -89,7 +89,7 @@ def _key(line: dict) -> str:
 
 def _conditions(line: dict) -> list:
     about = {name: value for name, value in line["machine"].items() if name != "threads"}
-    return [line["commit"], line["dirty"], line["versions"], about]
+    return [line["commit"], line["dirty"], line.get("changes"), line["versions"], about]
 
 
 def _head(case: Case) -> dict:

@@ -5,6 +5,7 @@ Nothing here names the host, its paths or its user.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -58,21 +59,21 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> dict:
-    """The commit measured, and whether files beside the results differ from it. `BENCH_COMMIT` names it where the tree
-    came without its git history, or with another."""
+    """The commit measured, and whether files beside the results differ from it, with a digest of how. `BENCH_COMMIT`
+    names it where the tree came without its git history, or with another."""
     if named := os.environ.get("BENCH_COMMIT"):
         return {"commit": named, "dirty": None}
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-        return {"commit": head, "dirty": bool(changed)}
+        head = _git("rev-parse", "--short=12", "HEAD").decode().strip()
+        changed = _git("diff", "--binary", "HEAD", "--", ".", ":!bench/results")
     except (OSError, subprocess.CalledProcessError):
         return {"commit": "unknown", "dirty": None}
+    digest = {"changes": hashlib.sha256(changed).hexdigest()[:12]} if changed else {}
+    return {"commit": head, "dirty": bool(changed)} | digest
+
+
+def _git(*arguments: str) -> bytes:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=True).stdout
 
 
 def conditions(device: str) -> dict:

@@ -30,6 +30,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": len(values)}
 
 
+def is_steady(values: Sequence[float], within: float = 0.05) -> bool:
+    """Whether the last of at least three repeats moved their median by no more than this share of it."""
+    if len(values) < 3:
+        return False
+    before, now = statistics.median(values[:-1]), statistics.median(values)
+    return abs(before - now) <= within * now
+
+
 def seconds(
     work: Callable[[], object], device: str | torch.device, repeats: int = 5, warmup: int = 1
 ) -> dict[str, float]:

@@ -184,13 +184,14 @@ class Native:
     def _fill(self, cache, num_tokens: int) -> dict | None:
         if self.strategy is not None:
             return filling(self.strategy.stats())
-        layers = getattr(cache, "layers", [])
-        tensors = [t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-        tensors = [t for t in tensors if torch.is_tensor(t) and t.dim() == 4]
-        if not tensors or self.cache == "quantized":
+        names = ("keys", "values", "_quantized_keys", "_quantized_values")
+        found = [[getattr(layer, name, None) for name in names] for layer in getattr(cache, "layers", [])]
+        found = [[t for t in layer if torch.is_tensor(t) and t.dim() == 4] for layer in found]
+        if not all(found) or not found:
             return None
-        num_bytes = sum(t.numel() * t.element_size() for t in tensors)
-        return {"bytes": num_bytes, "tokens": num_tokens, "places": tensors[0].shape[0] * tensors[0].shape[2]}
+        places = sum(t.shape[0] * t.shape[2] for t in found[0]) // 2  # of K and of V
+        num_bytes = sum(stored_bytes(t) for layer in found for t in layer)
+        return {"bytes": num_bytes, "tokens": num_tokens, "places": places}
 
 
 class Stopwatch:
@@ -215,7 +216,7 @@ class NativeBatch:
     PAGE = 256
 
     def __init__(self, model, capacity: Capacity) -> None:
-        self.model, self.capacity = model, capacity
+        self.model, self._num_blocks = model, capacity.blocks(self.PAGE) + 1
 
     def __call__(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
         start = time.perf_counter()
@@ -250,13 +251,17 @@ class NativeBatch:
         config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
         batching = ContinuousBatchingConfig(
             page_size=self.PAGE,
-            num_blocks=self.capacity.blocks(self.PAGE) + 1,
+            num_blocks=self._num_blocks,
             max_batch_tokens=2048,
             allow_block_sharing=False,
         )
         return {"generation_config": config, "continuous_batching_config": batching}
 
-    filling = None  # it does not show what its pool holds
+    @property
+    def filling(self) -> dict:
+        """Its pool is as large as it was asked for; how much of it is in use it does not show."""
+        num_bytes = self._num_blocks * self.PAGE * kv_bytes_per_token(self.model)
+        return {"bytes": num_bytes, "tokens": None, "places": self._num_blocks * self.PAGE}
 
     def warm_up(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         """See `Native.warm_up`."""
@@ -323,6 +328,13 @@ def bytes_read(system, model, prompt: int, new: int = 0) -> float:
     if strategy:
         seen = strategy.retention.num_visible(min(prompt, strategy.selection.cap(prompt)) + new)
     return seen * bytes_per_token(system, model)
+
+
+def stored_bytes(tensor) -> int:
+    """Of all that a tensor is made of: the native quantized cache keeps codes, scales and shifts in one."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.numel() * tensor.element_size()
+    return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 def bytes_per_block(strategy) -> int:

@@ -211,10 +211,16 @@ def _row(plan: Plan, losses: Sequence[Loss] | None) -> list[str]:
         plan.step_bound or "",
         seconds(plan.ttft),
         plan.ttft_bound or "",
-        "no end" if plan.longest_context is None else str(plan.longest_context),
+        _longest(plan),
         "no end" if plan.largest_batch is None else str(plan.largest_batch),
         in_words(losses),
     ]
+
+
+def _longest(plan: Plan) -> str:
+    if plan.longest_context is None:
+        return "no end"
+    return f"{plan.longest_context}" + " (the model's)" * (plan.longest_context_bound == "model")
 
 
 def _beyond(plan: Plan) -> str:

@@ -152,7 +152,8 @@ class Plan:
     """One strategy on one card. Bytes and seconds; None where nothing says, and `unknown` says why.
 
     `missing` is what the card lacks, 0 where all fits; `beyond`, how many tokens a row would see more than the model's
-    context has. `bound` names what a step or the first token waits for: "memory", "link", "compute" or "host".
+    context has. `bound` names what a step or the first token waits for: "memory", "link", "compute" or "host"; of the
+    longest context, what ends it: the card's "memory" or the "model", None where nothing does.
     `refused` says why the strategy does not serve the model: then nothing else is told.
     """
 
@@ -167,6 +168,7 @@ class Plan:
     ttft: float | None = None
     ttft_bound: str | None = None
     longest_context: int | None = 0  # None where no length is too long
+    longest_context_bound: str | None = None
     largest_batch: int | None = 0  # likewise
     beyond: int = 0
     unknown: str = ""
@@ -336,10 +338,12 @@ def plan(name: str, options: dict[str, object], model: Model, work: Work, card: 
         tiers, workspace = system.memory(work)
         return model.weights + tiers["gpu"] + workspace <= card.usable
 
+    longest = largest(lambda n: fits(replace(work, context=n)))
     found = Plan(
         system.name, options, tiers, model.weights, workspace,
         missing=max(0, model.weights + tiers["gpu"] + workspace - card.usable),
-        longest_context=largest(lambda n: fits(replace(work, context=n))),
+        longest_context=longest,
+        longest_context_bound=None if longest is None else "model" if beyond(longest + 1) else "memory",
         largest_batch=largest(lambda n: fits(replace(work, batch=n))),
         beyond=beyond(work.context),
     )  # fmt: skip

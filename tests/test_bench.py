@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,7 @@ from bench.suites.limit import batching, decode, profile
 from bench.suites.limit.attention import ATTENTION
 from bench.suites.limit.table import GQA, MHA
 from bench.suites.strategies.fan_out import without_cascade
-from bench.systems import DOOR, PEERS, Capacity, Native, bytes_read, filled, open_system
+from bench.systems import DOOR, PEERS, Capacity, Native, Run, bytes_read, filled, open_system, stored_bytes
 from bench.workload import WORKLOADS, Target, in_words, suite, suites
 from kv_strategies import build
 from kv_strategies.step.upstream import with_cache
@@ -184,6 +185,36 @@ def test_steady_steps_leave_out_prefill_and_what_follows_the_first_end():
     assert measure.steady_steps([[0.5, 1.0, 2.0]]) == [0.5, 1.0]
 
 
+def test_repeats_are_steady_when_the_last_hardly_moved_their_median():
+    assert not measure.is_steady([1.0, 1.0])
+    assert measure.is_steady([1.0, 1.0, 1.0]) and measure.is_steady([2.0, 1.0, 1.02, 1.01])
+    assert not measure.is_steady([2.3, 1.0, 0.9])  # 1.65 before the last, 1.0 with it
+
+
+@pytest.mark.parametrize("runs, expected", [([1, 1, 9], 3), ([2, 1, 1.2, 1.15], 4), ([32, 16, 8, 4, 2, 1], 6)])
+def test_a_native_cache_runs_until_its_median_is_steady(monkeypatch, runs, expected):
+    from bench.suites.default.throughput import run_throughput
+
+    took, lengths = iter([1.0, *runs]), [3, 5]  # the first is not counted
+    monkeypatch.setattr(
+        Native, "__call__", lambda self, prompts, new: Run([[0]] * len(prompts), [[1.0]] * len(prompts), next(took))
+    )
+    monkeypatch.setattr(Native, "filling", None, raising=False)
+    params = {"lengths": lengths, "new_tokens": 1, "repeats": 3, "until_steady": 6}
+    bench = Bench(Case("throughput", "baseline", None, "float32", "cpu", params), None, say=lambda text: None)
+    bench.loaded = tiny_llama(), None
+    assert run_throughput(bench)["seconds"]["repeats"] == expected
+
+
+def test_the_native_quantized_cache_holds_codes_scales_and_what_is_not_quantised_yet():
+    from optimum.quanto import MaxOptimizer, qint4, quantize_weight
+
+    rows, columns = torch.randn(64, 32), 32
+    scale, shift = MaxOptimizer()(rows, qint4, 0, None)
+    codes = quantize_weight(rows, qtype=qint4, axis=0, scale=scale, shift=shift)
+    assert stored_bytes(codes) == 64 * columns // 2 + stored_bytes(scale) + stored_bytes(shift)
+
+
 def test_capacity_counts_blocks_of_the_fullest_batch():
     capacity = Capacity([[1, 16, 17], [100]])
     assert (capacity.max_requests, capacity.max_length, capacity.blocks(16)) == (3, 100, 7)
@@ -301,6 +332,26 @@ def test_what_a_strategy_is_for(tiny, workload):
     page = pages.render([found], "title")
     assert f"| {workload} |" in page and "and not judged" in page and "{" not in page
     assert in_words(found)
+
+
+def test_an_answer_longer_than_its_prompt(tiny):
+    params = {"prompt": 8, "new_tokens": 12, "parts": 3}
+    systems = ["baseline", "prefix+int8"]
+    found = [measured(tiny, "long generation", system, params, suite="strategies") for system in systems]
+    baseline, both = (own["result"] for own in found)
+    for result in (baseline, both):
+        points = [(point["context"], point["step"]["repeats"], point["mean_step"]) for point in result["points"]]
+        assert [point[:2] for point in points] == [(12, 3), (16, 4), (20, 4)]
+        assert result["ttft"] + sum(count * mean for _, count, mean in points) <= result["seconds"]
+    per_token = baseline["kv_bytes_per_token"]
+    assert baseline["kv_bytes_used"] == baseline["kv"]["bytes"] == 19 * per_token  # the last token is not stored
+    read = [point["step_bytes"] for point in baseline["points"]]
+    assert [b - a for a, b in pairwise(read)] == [4 * per_token] * 2
+    codes = per_token * 10 // 32  # 8 and a scale of 2 bytes, of 8 numbers
+    assert both["kv_bytes_used"] == both["kv"]["bytes"] == 2 * 16 * codes
+    page = pages.render([*found, line("long generation", "int4", params=params, error="no room")], "title")
+    assert "| step, ms, 8 to 12 | step, ms, 12 to 16 | step, ms, 16 to 20 |" in page and in_words(found[1])
+    assert [row[0] for row in rows_of(page, "baseline")] and "no room" in page
 
 
 SMALL_EVICT = {

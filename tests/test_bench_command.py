@@ -196,6 +196,18 @@ def test_failures_stay_out_of_the_results_unless_asked(tmp_path):
     assert "| out of memory | failed: MemoryError: no room for it |" in (out / "toys_table.md").read_text()
 
 
+def test_files_that_are_not_there_are_not_named(tmp_path):
+    toy(tmp_path, "killed")
+    arguments = ["--load", "toy", "--suite", "toys", "--only", "toy", "--out", "out"]
+    done = bench(tmp_path, *arguments)
+    assert done.returncode == 1 and "There is no result: all failed; --keep-failures makes" in done.stdout
+    assert "Results:" not in done.stdout and "Table:" not in done.stdout
+    found = json.loads(bench(tmp_path, *arguments, "--json").stdout)
+    assert found == {"results": "out/toys-cpu.jsonl", "table": "out/toys_table.md", "cases": 1, "failed": 1}
+    kept = bench(tmp_path, *arguments, "--keep-failures").stdout
+    assert "Results: out/toys-cpu.jsonl\nTable:   out/toys_table.md\n" in kept and "There is no result" not in kept
+
+
 def test_git_ignores_what_failed():
     path = report.RESULTS / "failed" / "default-cpu.jsonl"
     assert subprocess.run(["git", "check-ignore", "-q", str(path)], cwd=ROOT).returncode == 0
@@ -209,6 +221,25 @@ def test_resume_skips_what_the_same_code_measured_here(tmp_path, monkeypatch):
     assert driver.done_already(cases, results) == cases[:1]
     monkeypatch.setenv("BENCH_COMMIT", "another")
     assert driver.done_already(cases, results) == []
+
+
+def test_what_other_uncommitted_changes_measured_is_measured_again(tmp_path, monkeypatch):
+    root = tmp_path / "checkout"
+    root.mkdir()
+    git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    (root / "code.py").write_text("1")
+    subprocess.run([*git, "add", "code.py"], check=True)
+    case = Case("machine", "limits", None, "float32", "cpu", {"size": 1 << 20})
+    measured = run_one(case, tmp_path, "default")
+    monkeypatch.setattr(machine, "ROOT", root)
+    lines.append(tmp_path / "r.jsonl", measured | machine.commit())
+    assert driver.done_already([case], tmp_path / "r.jsonl") == [case]
+    (root / "code.py").write_text("2")
+    assert machine.commit()["dirty"] and driver.done_already([case], tmp_path / "r.jsonl") == []
+    subprocess.run([*git, "commit", "-q", "-a", "-m", "second"], check=True)
+    assert machine.commit().keys() == {"commit", "dirty"} and not machine.commit()["dirty"]
 
 
 def test_models_of_one_name_are_told_apart(tmp_path, capsys, monkeypatch):

@@ -97,6 +97,26 @@ def test_a_case_that_only_one_side_ended_is_told(tmp_path, capsys):
     assert "failed" not in capsys.readouterr().out
 
 
+def test_cases_that_were_asked_otherwise_are_told_and_not_compared(tmp_path, capsys):
+    old = LINE | {"params": {"lengths": [9], "new_tokens": 1}, "time": "2025-01-01T00:00:00+00:00"}
+    slow = LINE | {"result": {"step": spread([1.0, 1.1]), "peak": 100}}
+    fast = LINE | {"result": {"step": spread([0.5, 0.6]), "peak": 90}}
+    others = [side | {"system": "window"} for side in (slow, fast)]
+    asked = fast | {"params": {"lengths": [1, 2], "new_tokens": 1, "repeats": 3}}
+    a, b = write(tmp_path / "a", slow, others[0]), write(tmp_path / "b", old, asked, others[1])
+    assert main(["compare", a, b]) == 0
+    out = capsys.readouterr().out
+    assert "2 of 2 figures changed beyond noise; 0 are only in A, 0 only in B." in out
+    said = "throughput / paged / m / float32: not compared, since A and B differ in lengths, repeats"
+    assert said in out.splitlines() and "| throughput / paged" not in out
+    assert main(["compare", a, b, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["other_params"] == [said] and {change["a"]["system"] for change in found["changes"]} == {"window"}
+    again = write(tmp_path / "again", old, slow)  # of two runs the later counts
+    assert main(["compare", a, again, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["other_params"] == []
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

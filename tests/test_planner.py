@@ -121,6 +121,35 @@ def test_what_the_results_say_of_the_planner():
         assert len(of[what]) >= 20 and within >= 0.75 * len(of[what]), predictions.render(of[what], only_missed=True)
 
 
+@pytest.mark.parametrize("system", ["baseline", "paged", "prefix+int8", "prefix+window"])
+def test_a_long_answer_is_compared_part_by_part(system):
+    """Compositions as well; each step in the middle of its part."""
+    part = {"step": {"median": 0.01, "min": 0.009, "max": 0.011, "repeats": 128}, "mean_step": 0.01, "step_bytes": 1}
+    result = {"points": [part | {"context": n} for n in (1536, 2560)], "peak": 15 * 10**9, "kv": {"bytes": 10**9}}
+    head = {"suite": "strategies", "device": "cuda", "model": "llama-2-7b-random", "dtype": "bfloat16", "status": "ok"}
+    head |= {"time": "2026-01-01T00:00:00", "machine": {"gpu": "A card", "gpu_memory": 80 << 30}}
+    limits = {"limits": {"read": 3e12, "host_to_device": 50e9}}
+    params = {"prompt": 512, "new_tokens": 2048, "parts": 2}
+    found = predictions.compare(
+        [
+            head | {"workload": "machine", "system": "limits", "params": {}, "result": limits},
+            head | {"workload": "long generation", "system": system, "params": params, "result": result},
+        ]
+    )
+    steps = {compared.at: compared.predicted for compared in found if compared.what == "step"}
+    memory = {compared.what: compared.predicted for compared in found if compared.what != "step"}
+    token = 524288 * 130 // 256 if system == "prefix+int8" else 524288  # 128 codes and a scale of 2 bytes
+    assert memory["KV bytes"] == (2559 if system == "baseline" else 2560) * token
+    assert memory["peak"] > memory["KV bytes"] + 13 * 10**9
+    model = Model(model_shape("llama-2-7b-random", torch.bfloat16))
+    card = predictions.Card(80 << 30, 3e12, 50e9, predictions.LINEAR_RATE)
+    parts = {"1 x 512 to 1536": Work(1024, 1, 512), "1 x 1536 to 2560": Work(2048, 1, 1536)}
+    alone = system.removeprefix("prefix+")  # nothing is shared
+    assert steps == {
+        at: max(Ours(alone, {}, model).step(work, card).values()) for at, work in parts.items() if system != "baseline"
+    }
+
+
 # --- the command
 
 
@@ -154,6 +183,9 @@ def test_a_narrow_terminal_gets_a_list(capsys, monkeypatch):
     assert kv_plan("--context", "4k", "--gpu-memory", "24GB", "--strategy", "paged", "--strategy", "evict") == 0
     out = capsys.readouterr().out
     assert "\npaged\n  fits: yes\n" in out and max(map(len, out.splitlines())) <= 40
+    assert kv_plan("--context", "4k", "--gpu-memory", "999GB", "--strategy", "paged") == 0
+    out = capsys.readouterr().out
+    assert "\n  longest context: 32768 (the model's)\n" in out and max(map(len, out.splitlines())) <= 40
 
 
 def test_a_gguf_file_is_planned_without_its_weights(capsys):
@@ -331,6 +363,18 @@ def test_a_row_may_not_see_more_than_the_context_of_the_model(capsys):
     shown = capsys.readouterr()
     assert "no, 32768 tokens beyond the model's context" in shown.out
     assert "nothing fits: 32768 tokens beyond the model's context (of 32768 tokens), whatever the card" in shown.err
+
+
+def test_a_longest_context_that_is_the_models_is_marked(capsys):
+    """And not the card's memory, which ends it on a smaller card."""
+    asked = ["--context", "1k", "--strategy", "paged", "--strategy", "window"]
+    for memory, bound, mark in [("999GB", "model", " 32768 (the model's) "), ("24GB", "memory", None)]:
+        assert kv_plan(*asked, "--gpu-memory", memory, "--json") == 0
+        paged, window = json.loads(capsys.readouterr().out)["plans"]
+        assert (paged["longest_context_bound"], window["longest_context_bound"]) == (bound, None)
+        assert kv_plan(*asked, "--gpu-memory", memory) == 0
+        out = capsys.readouterr().out
+        assert (mark or f" {paged['longest_context']} ") in out and ("the model's" in out) == bool(mark)
 
 
 def test_the_end_of_a_prompt_is_no_decode_step(capsys):

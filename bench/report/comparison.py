@@ -62,6 +62,7 @@ def comparison(found: Found, model: str, dtype: str) -> str:
     params = next(iter(throughput.values()))["params"]
     lengths, new_tokens = params["lengths"], params["new_tokens"]
     text = f"Batch: {len(lengths)} requests of {min(lengths)} to {max(lengths)} tokens, {new_tokens} new each, greedy."
+    text += " Weights and token ids are random: only the shape of the model is real." * is_random(model)
     if sample:
         text += f" Weights: {sample['parameter_bytes'] / 1e9:.2f} GB."
     peak = "`torch.cuda.max_memory_allocated`" if found.on_gpu else "peak resident size of the process"

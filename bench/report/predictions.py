@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 
@@ -163,13 +164,13 @@ def _compared(line: dict, system: str, at: str, what: str, predicted: float, mea
 
 
 def _step(
-    line: dict, found: Found, name: str, batch: int, context: int, new: int, measured: dict, **options
+    line: dict, found: Found, name: str, batch: int, context: int, new: int, measured: dict, at: str = "", **options
 ) -> Iterator[Compared]:
     """A decode step in the middle of `new` tokens behind `context` others, where its time can be predicted."""
     if card := _card(found):
         ours = Ours(name, options, _sizes(line["model"], line["dtype"]))
         predicted = max(ours.step(Work(context + new // 2, batch, new // 2), card).values())
-        yield _compared(line, _label(name, options), f"{batch} x {context}", "step", predicted, measured)
+        yield _compared(line, _label(name, options), at or f"{batch} x {context}", "step", predicted, measured)
 
 
 def _first_token(line: dict, found: Found, name: str, context: int, measured: dict, **options) -> Iterator[Compared]:
@@ -194,17 +195,21 @@ def _pool(line: dict, capacity: Capacity) -> dict[str, int]:
     return Ours(name, {}, sizes).tiers(capacity.blocks(BLOCK_SIZE), capacity.max_length)
 
 
-def _throughput(line: dict, found: Found) -> Iterator[Compared]:
-    lengths, new = line["params"]["lengths"], line["params"]["new_tokens"]
-    system, sizes = line["system"], _sizes(line["model"], line["dtype"])
+def _memory(line: dict, lengths: Sequence[int], new: int, at: str) -> Iterator[Compared]:
+    """Bytes of K and V and the peak of one batch of prompts of these lengths, `new` tokens for each."""
+    system, sizes, result = line["system"], _sizes(line["model"], line["dtype"]), line["result"]
     if system == "baseline":  # it grows to one token less than it has said
         tiers, workspace = Native(sizes).memory(Work(max(lengths) + new - 1, len(lengths), new - 1))
     else:
         tiers = _pool(line, Capacity([[length + new for length in lengths]]))
         workspace = sizes.workspace(min(CHUNK, sum(lengths)), len(lengths))
-    at, result = f"{len(lengths)} requests", line["result"]
     yield _compared(line, system, at, "KV bytes", sum(tiers.values()), result["kv"]["bytes"])
     yield _compared(line, system, at, "peak", sizes.weights + tiers["gpu"] + workspace, result["peak"])
+
+
+def _throughput(line: dict, found: Found) -> Iterator[Compared]:
+    lengths = line["params"]["lengths"]
+    yield from _memory(line, lengths, line["params"]["new_tokens"], f"{len(lengths)} requests")
 
 
 def _points(line: dict, found: Found) -> Iterator[Compared]:
@@ -226,6 +231,19 @@ def _points(line: dict, found: Found) -> Iterator[Compared]:
             yield from _step(line, found, system, batch, context, new, point["step"])
         if batch == 1 and point["ttft"]["repeats"] > 1:
             yield from _first_token(line, found, system, context, point["ttft"])
+
+
+def _long_generation(line: dict, found: Found) -> Iterator[Compared]:
+    """Memory of the whole, and each part's step in the middle of it."""
+    prompt, new, system = line["params"]["prompt"], line["params"]["new_tokens"], line["system"]
+    yield from _memory(line, [prompt], new, f"1 x {prompt} + {new}")
+    if system == "baseline":
+        return
+    points = line["result"]["points"]
+    starts = [prompt, *(point["context"] for point in points)]
+    for (start, end), point in zip(pairwise(starts), points, strict=True):
+        at, both = f"1 x {start} to {end}", start + end - 2 * prompt  # twice the new tokens in the middle
+        yield from _step(line, found, system, 1, prompt, both, point["step"], at)
 
 
 def _decode(line: dict, found: Found) -> Iterator[Compared]:
@@ -278,4 +296,5 @@ _READ = {
     "8 bits": _eight_bits,
     "evict step": _evict_step,
     "evict first token": _evict_first_token,
+    "long generation": _long_generation,
 }

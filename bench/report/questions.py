@@ -116,7 +116,7 @@ def render(lines: Sequence[dict]) -> str:
         "# Questions, answered from the results",
         "Written by `make report`; nothing is typed. Each answer is of one machine, named below it with the model and "
         "the conditions; a link leads to the whole table. A name that ends in `-random` is a model's shape with random "
-        "weights, which serves for speed and memory.",
+        "weights, which is asked with random token ids and serves for speed and memory.",
     ]
     for number, one in enumerate(answered(lines), 1):
         parts += [f"## {number}. {one.asked}", *_paragraphs(one)]

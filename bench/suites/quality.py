@@ -24,7 +24,7 @@ from bench.case import Bench, Case, is_random
 from bench.lines import Found, commits_of, machine_of
 from bench.markdown import NONE, table
 from bench.suites.cost import gpu_bytes_per_block
-from bench.systems import BLOCK_SIZE, Capacity, Native, Ours
+from bench.systems import BLOCK_SIZE, NATIVE_CACHES, Capacity, Native, Ours
 from bench.tasks import TASKS, answers, power
 from bench.tasks.story import Sample, samples
 from bench.workload import Target, Workload, register
@@ -50,6 +50,7 @@ def settings(on_gpu: bool) -> dict[str, list[dict]]:
             *(setting(f"top-{top_n}", "offload", top_n=top_n) for top_n in heaviest),
             *(setting(f"mass {mass}", "offload", mass=mass) for mass in masses),
         ],
+        **({"compositions": COMPOSITIONS, "native": [setting("native, 4 bits", "quantized")]} if on_gpu else {}),
     } | {
         f"evict, keep {keep}": [
             setting(f"{score}, keep {keep}", "evict", forms=("shown", "hidden"), score=score, keep=keep)
@@ -63,6 +64,17 @@ def setting(label: str, strategy: str | None = None, forms: Sequence[str] = ("sh
     return {"label": label, "strategy": strategy or label, "options": options, "forms": list(forms)}
 
 
+#: Sums of what saves memory, as `plan` looks at them; offload alone is exact, and holds half.
+COMPOSITIONS = [
+    setting("offload"),
+    setting("prefix+offload"),
+    setting("offload+int8"),
+    setting("top-128+int8", "offload+int8", top_n=128),
+    setting("window 1024+offload", "window+offload", window=1024),
+    setting("window 1024+int8", "window+int8", window=1024),
+    setting("snapkv, keep 0.25+int8", "evict+int8", score="snapkv", keep=0.25),
+    setting("snapkv, keep 0.25+offload+k8v4", "evict+offload+k8v4", score="snapkv", keep=0.25),
+]
 FORMS = {"shown": answers.shown, "hidden": answers.hidden}
 ON_GPU = {
     "tried": 12,
@@ -172,6 +184,8 @@ def _row_of(bench: Bench, wanted: dict, asked: dict, drawn: dict, judged: tuple)
         right = {"shown": {name: asked[name]["right"] for name in drawn}}
         kv_bytes = length * measure.kv_bytes_per_token(model)
         return {"right": right, "kv_bytes": kv_bytes, **_steps(bench, Native(model, None))}
+    if wanted["strategy"] in NATIVE_CACHES:
+        return _native_row(bench, NATIVE_CACHES[wanted["strategy"]], drawn)
     strategy = _built(bench, wanted)
     right = {}
     for form in wanted["forms"]:
@@ -185,6 +199,16 @@ def _row_of(bench: Bench, wanted: dict, asked: dict, drawn: dict, judged: tuple)
     stream = system.stream(bench.prompts([length], seed=5), 8)
     num_held = [strategy.stats()["blocks_used"] for _ in stream][4]  # in the midst of its new tokens
     return found | {"kv_bytes": num_held * gpu_bytes_per_block(strategy, model.dtype), **_steps(bench, system)}
+
+
+def _native_row(bench: Bench, cache: str, drawn: dict) -> dict:
+    """Likewise of a native cache, but for its logits."""
+    model, tokenizer = bench.loaded
+    way = answers.native(model, bench.params["rows"], cache)
+    right = {name: _marks(answers.right(some, way, tokenizer.decode)) for name, some in drawn.items()}
+    system = Native(model, cache)
+    steps = _steps(bench, system)  # at last those of a batch: what it holds is that of all its rows
+    return {"right": {"shown": right}, "kv_bytes": system.filling["bytes"] // bench.params["batch"], **steps}
 
 
 def _built(bench: Bench, wanted: dict) -> Strategy:

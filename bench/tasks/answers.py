@@ -19,9 +19,9 @@ from bench.tasks.story import Sample
 Way = Callable[[Sequence[Sample]], list[list[list[int]]]]
 
 
-def native(model, rows: int) -> Way:
-    """Exact: the native DynamicCache, `rows` at a time."""
-    generate = Native(model, None)
+def native(model, rows: int, cache: str | None = None) -> Way:
+    """By a native cache, `rows` at a time: DynamicCache, which is exact, or what `generate()` knows by that name."""
+    generate = Native(model, cache)
 
     def answer(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         return [row for some in _batches(prompts, rows) for row in generate(some, new_tokens).token_ids]

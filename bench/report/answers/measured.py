@@ -53,9 +53,9 @@ def batch_of(line: dict) -> str:
     return f"{len(lengths)} requests of {min(lengths)} to {max(lengths)} tokens, {new_tokens} new each"
 
 
-def empty_share(kv: dict) -> str:
+def empty_share(kv: dict | None) -> str:
     """Of the places for tokens in a KV store, those that hold none."""
-    return f"{1 - kv['tokens'] / kv['places']:.1%}"
+    return f"{1 - kv['tokens'] / kv['places']:.1%}" if kv and kv["tokens"] else "it does not say"
 
 
 def rate_of(point: dict) -> float:

@@ -39,7 +39,7 @@ def padded_or_ragged(measured: Measured) -> Answer | None:
             name,
             how[name],
             spread(line["result"]["tokens_per_second"], 1, 1),
-            empty_share(line["result"]["kv"]) if line["result"]["kv"] else "it does not say",
+            empty_share(line["result"]["kv"]),
         ]
         for name, line in shown.items()
     ]

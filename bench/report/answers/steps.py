@@ -25,6 +25,8 @@ def step_time(measured: Measured) -> Answer | None:
     if entries and "kernels" in entries[0]:
         used += profiled
         text += f" Of the time of its kernels behind {profiled[0]['params']['context']} tokens {_parts(entries[0])}."
+        others = [f"{entry['name']}: {_parts(entry)}" for line in profiled for entry in _of_one_row(line)[1:]]
+        text += f" Of others: {'; '.join(others)}." * bool(others)
     lengths = unique(point["context"] for line in lines.values() for point in steps_of(line))
     rows = [
         [name, *(milliseconds(found[n]["step"]) if n in found else "not run" for n in lengths)]
@@ -117,6 +119,12 @@ def length(measured: Measured) -> Answer | None:
     ]
     head = ["tokens/s while decoding / TTFT, ms", *(f"{length} tokens" for length in lengths)]
     return Answer(text, [*lines.values()], "one request", head, rows)
+
+
+def _of_one_row(line: dict) -> list[dict]:
+    """Of a line of `profile` the decode steps of one row at the context that the line has, `paged` first."""
+    names = [asked["name"] for asked in line["params"]["entries"] if asked["rows"] == 1 and "prefill" not in asked]
+    return [entry for entry in line["result"]["entries"] if entry["name"] in names and "kernels" in entry]
 
 
 def _parts(entry: dict) -> str:

@@ -10,7 +10,7 @@ from bench.case import Bench, Case, is_random
 from bench.lines import Found
 from bench.markdown import by_system
 from bench.suites.default import speed_models
-from bench.systems import CHUNK, EVERY, PAGED_GENERATE, Capacity
+from bench.systems import CHUNK, EVERYTHING, Capacity
 from bench.workload import Target, Workload, register
 
 
@@ -55,7 +55,7 @@ def _heaviest(work: list[tuple[float, float, str]], begin: float, count: int = 8
 def cases(to: Target) -> Iterable[Case]:
     for model in filter(is_random, speed_models(to)):
         params = {"batch": 16, "context": 512, "new_tokens": 64}
-        yield from to.each(["baseline", "static", EVERY, PAGED_GENERATE], "bfloat16", params, model=model)
+        yield from to.each(EVERYTHING, "bfloat16", params, model=model)
 
 
 COLUMNS = {
