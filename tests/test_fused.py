@@ -325,14 +325,18 @@ def test_many_rows(device):
     assert torch.equal(triton_fused.rms_norm(x[:, ::1], norm), triton_fused.rms_norm(x.clone(), norm))
 
 
-@pytest.mark.parametrize(("is_native", "has_tiles"), [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    ("is_native", "has_tiles", "suits_mkl"),
+    [(True, True, False), (False, True, False), (False, False, False), (False, True, True)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_columns", [40, 3 * cpu.PIECES])
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 9, cpu.MAX_TURNED_ROWS, cpu.MAX_TURNED_ROWS + 1])
-def test_products_of_a_cpu(num_rows, num_columns, dtype, is_native, has_tiles, monkeypatch):
+def test_products_of_a_cpu(num_rows, num_columns, dtype, is_native, has_tiles, suits_mkl, monkeypatch):
     """Each form, with a tile that is no part of the matrix, against float64."""
     monkeypatch.setattr(cpu, "is_native", lambda dtype: is_native)
     monkeypatch.setattr(cpu, "has_tiles", lambda: has_tiles)
+    monkeypatch.setattr(cpu, "suits_mkl", lambda: suits_mkl)
     monkeypatch.setattr(cpu, "TILE", 17 * 50)
     x, weight, bias, norm, draw = arguments(num_rows, num_columns, 50, "cpu", dtype)
     given = [
