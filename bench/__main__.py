@@ -15,7 +15,7 @@ Every case appends one JSON line to <out>/<suite>-<device>.jsonl when it is done
 killed goes to <out>/failed/ instead, and the exit status is 1; `--keep-failures` makes it a row of the tables.
 A suite may be run in parts (`--only`): parts with the same --out come together in one table, and so do all `.jsonl`
 files of a folder, whatever their names and wherever they were made. Of a case that ran twice the later line counts.
-`--resume` skips the cases that the same commit has measured on this machine.
+`--resume` skips the cases that the same commit, with the same uncommitted changes, has measured on this machine.
 """
 
 from __future__ import annotations
