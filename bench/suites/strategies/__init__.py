@@ -1,8 +1,8 @@
 """What each strategy is for, measured beside what it replaces, and held against what it must reach.
 
 Everything that is compared within a workload ran in the same process (but for long generation, whose peaks are those of
-one system alone), on the same weights: the Llama-2-7B shape on a GPU, the embedded model on a CPU. Random prompts and a random seed a repeat: nothing is found computed that should not
-be.
+one system alone), on the same weights: the Llama-2-7B shape on a GPU, the embedded model on a CPU. Random prompts and a
+random seed a repeat: nothing is found computed that should not be.
 """
 
 from __future__ import annotations
