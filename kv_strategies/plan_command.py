@@ -211,16 +211,10 @@ def _row(plan: Plan, losses: Sequence[Loss] | None) -> list[str]:
         plan.step_bound or "",
         seconds(plan.ttft),
         plan.ttft_bound or "",
-        _longest(plan),
+        "no end" if plan.longest_context is None else str(plan.longest_context),
         "no end" if plan.largest_batch is None else str(plan.largest_batch),
         in_words(losses),
     ]
-
-
-def _longest(plan: Plan) -> str:
-    if plan.longest_context is None:
-        return "no end"
-    return f"{plan.longest_context}" + " (the model's)" * (plan.longest_context_bound == "model")
 
 
 def _beyond(plan: Plan) -> str:
@@ -235,6 +229,9 @@ def _notes(plans: Sequence[Plan], losses: Sequence[Sequence[Loss] | None]) -> li
         if plan.refused:
             refused.setdefault(plan.refused.replace(repr(plan.strategy), "it"), []).append(plan.label)
     notes += [f"refused, {', '.join(labels)}: {why}" for why, labels in refused.items()]
+    if ended := [plan.label for plan in plans if plan.longest_context_bound == "model"]:
+        whose = "" if len(ended) == len(plans) else f" of {', '.join(ended)}"
+        notes.append(f"longest context{whose}: the model's own; the card has room for more")
     if any(found is not None for found in losses):
         notes.append(
             "cost in quality: beside the exact cache, on the model and at the length of text that are named. What "

@@ -121,6 +121,18 @@ def test_what_the_results_say_of_the_planner():
         assert len(of[what]) >= 20 and within >= 0.75 * len(of[what]), predictions.render(of[what], only_missed=True)
 
 
+def test_a_model_whose_weights_a_card_reads_at_once_is_named_and_left_out():
+    head = {"suite": "default", "device": "cuda", "model": "llama-2-7b-random", "dtype": "bfloat16", "status": "ok"}
+    head |= {"time": "2026-01-01T00:00:00", "machine": {"gpu": "A card", "gpu_memory": 80 << 30}, "system": "paged"}
+    result = {"kv": {"bytes": 10**9}, "peak": 15 * 10**9}
+    ran = head | {"workload": "throughput", "params": {"lengths": [9], "new_tokens": 7}, "result": result}
+    for read, num_found in ((3e12, 2), (300e12, 0)):  # 13.5 GB in 4.5 ms, and in 0.045
+        limits = {"limits": {"read": read, "host_to_device": 50e9}}
+        both = [head | {"workload": "machine", "params": {}, "result": limits}, ran]
+        assert len(predictions.compare(both)) == num_found
+        assert bool(predictions.unmeasured(both)) == (not num_found)
+
+
 @pytest.mark.parametrize("system", ["baseline", "paged", "prefix+int8", "prefix+window"])
 def test_a_long_answer_is_compared_part_by_part(system):
     """Compositions as well; each step in the middle of its part."""
@@ -185,7 +197,11 @@ def test_a_narrow_terminal_gets_a_list(capsys, monkeypatch):
     assert "\npaged\n  fits: yes\n" in out and max(map(len, out.splitlines())) <= 40
     assert kv_plan("--context", "4k", "--gpu-memory", "999GB", "--strategy", "paged") == 0
     out = capsys.readouterr().out
-    assert "\n  longest context: 32768 (the model's)\n" in out and max(map(len, out.splitlines())) <= 40
+    assert (
+        "\n  longest context: 32768\n" in out
+        and "longest context: the model's own" in out
+        and max(map(len, out.splitlines())) <= 40
+    )
 
 
 def test_a_gguf_file_is_planned_without_its_weights(capsys):
@@ -368,13 +384,14 @@ def test_a_row_may_not_see_more_than_the_context_of_the_model(capsys):
 def test_a_longest_context_that_is_the_models_is_marked(capsys):
     """And not the card's memory, which ends it on a smaller card."""
     asked = ["--context", "1k", "--strategy", "paged", "--strategy", "window"]
-    for memory, bound, mark in [("999GB", "model", " 32768 (the model's) "), ("24GB", "memory", None)]:
+    for memory, bound in [("999GB", "model"), ("24GB", "memory")]:
         assert kv_plan(*asked, "--gpu-memory", memory, "--json") == 0
         paged, window = json.loads(capsys.readouterr().out)["plans"]
         assert (paged["longest_context_bound"], window["longest_context_bound"]) == (bound, None)
         assert kv_plan(*asked, "--gpu-memory", memory) == 0
         out = capsys.readouterr().out
-        assert (mark or f" {paged['longest_context']} ") in out and ("the model's" in out) == bool(mark)
+        assert f" {paged['longest_context']} " in out
+        assert ("longest context of paged: the model's own" in out) == (bound == "model")
 
 
 def test_the_end_of_a_prompt_is_no_decode_step(capsys):

@@ -23,6 +23,8 @@ from kv_strategies.models.load import DEFAULT_MODEL, RANDOM_MODELS, model_shape
 from kv_strategies.planner import Card, Model, Native, Ours, Work
 
 WITHIN = {"KV bytes": 0.0, "peak": 0.03, "step": 0.15, "TTFT": 0.15}
+#: Seconds in which a card reads the weights of a model whose steps the host bounds, though one launch is a whole step.
+TOO_SOON = 2e-4
 SHOWN = {"KV bytes": (1e-6, "MB", 1), "peak": (1e-9, "GB", 2), "step": (1e3, "ms", 2), "TTFT": (1e3, "ms", 1)}
 
 
@@ -69,19 +71,31 @@ def compare(lines: Sequence[dict]) -> list[Compared]:
     found = []
     for own in _gpus(lines):
         for line in own.lines:
-            is_planned = _is_known(line["model"]) and _is_planned(line["system"])
-            if line["status"] == "ok" and line["workload"] in _READ and is_planned:
+            if _is_compared(line) and not _waits_for_host(line, own):
                 found += _READ[line["workload"]](line, own)
     return found
 
 
+def _is_compared(line: dict) -> bool:
+    is_planned = _is_known(line["model"]) and _is_planned(line["system"])
+    return line["status"] == "ok" and line["workload"] in _READ and is_planned
+
+
 def unmeasured(lines: Sequence[dict]) -> list[str]:
-    """What to do about each GPU whose times are left out."""
-    return [
-        f"{machine_of(own.lines[0])}: no times, since its limits were not measured; `make bench ONLY=machine` does that"
-        for own in _gpus(lines)
-        if _card(own) is None
-    ]
+    """What is left out: the times of a GPU whose limits were not measured, and models too small for a GPU."""
+    found = []
+    for own in _gpus(lines):
+        machine = machine_of(own.lines[0])
+        if _card(own) is None:
+            found.append(
+                f"{machine}: no times, since its limits were not measured; `make bench ONLY=machine` does that"
+            )
+        found += [
+            f"{machine}, {model}: not compared, since this card reads its weights in less than {TOO_SOON * 1e3:g} ms: "
+            "steps wait for the host as much, and what nobody counts is a good part of its memory (docs/plan.md)"
+            for model in unique(one["model"] for one in own.lines if _is_compared(one) and _waits_for_host(one, own))
+        ]
+    return found
 
 
 def _gpus(lines: Sequence[dict]) -> Iterator[Found]:
@@ -122,13 +136,15 @@ def render(found: Sequence[Compared], only_missed: bool = False) -> str:
 
 
 def summary(found: Sequence[Compared]) -> str:
-    """Machine by machine: the planner's rates are those of the newest code, and not every machine has run that."""
+    """Machine by machine, as the planner's rates are those of the newest code, and not every machine has run that; and
+    model by model, as steps of a small one are the host's.
+    """
     parts = []
-    for machine in unique(c.machine for c in found):
-        days = sorted({c.day for c in found if c.machine == machine})
-        where = f"{machine}, {' to '.join(unique((days[0], days[-1])))}"
+    for machine, model in unique((c.machine, c.model) for c in found):
+        days = sorted({c.day for c in found if (c.machine, c.model) == (machine, model)})
+        where = f"{machine}, {model}, {' to '.join(unique((days[0], days[-1])))}"
         for what, within in WITHIN.items():
-            own = [c for c in found if (c.machine, c.what) == (machine, what)]
+            own = [c for c in found if (c.machine, c.model, c.what) == (machine, model, what)]
             if own:
                 errors = sorted(abs(c.error) for c in own)
                 limit = f"within {within:.0%}" if within else "to the byte"
@@ -153,6 +169,11 @@ def _card(found: Found) -> Card | None:
     if not {"read", "host_to_device"} <= set(limits):
         return None
     return Card(about["gpu_memory"], limits["read"], limits["host_to_device"], LINEAR_RATE)
+
+
+def _waits_for_host(line: dict, found: Found) -> bool:
+    card = _card(found)
+    return card is not None and _sizes(line["model"], line["dtype"]).weights < TOO_SOON * card.bandwidth
 
 
 def _compared(line: dict, system: str, at: str, what: str, predicted: float, measured: dict | float) -> Compared:

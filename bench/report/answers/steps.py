@@ -123,7 +123,8 @@ def length(measured: Measured) -> Answer | None:
 
 def _of_one_row(line: dict) -> list[dict]:
     """Of a line of `profile` the decode steps of one row at the context that the line has, `paged` first."""
-    names = [asked["name"] for asked in line["params"]["entries"] if asked["rows"] == 1 and "prefill" not in asked]
+    entries = line["params"].get("entries", [])
+    names = [asked["name"] for asked in entries if asked["rows"] == 1 and "prefill" not in asked]
     return [entry for entry in line["result"]["entries"] if entry["name"] in names and "kernels" in entry]
 
 
