@@ -90,9 +90,9 @@ def tables_of(workload: str, show: Callable[[Found, str, str, str], str]) -> Cal
 def context_table(found: Found, workload: str, model: str, dtype: str) -> str:
     def shown(line: dict, point: dict) -> str:
         first = f"{point['ttft']['median'] * 1e3:.1f} / "
-        return first + (f"{point['step']['median'] * 1e3:.2f}{_share(found, line, point)}" if point["step"] else NONE)
+        return first + (f"{point['step']['median'] * 1e3:.2f}{share(found, line, point)}" if point["step"] else NONE)
 
-    title = f"**One request against context length, {dtype}**\n\nTTFT ms / decode step ms{_what_a_share_is(found)}.\n\n"
+    title = f"**One request against context length, {dtype}**\n\nTTFT ms / decode step ms{what_a_share_is(found)}.\n\n"
     return title + _points(found.of(workload, model, dtype), lambda batch, context: f"{context}", shown)
 
 
@@ -101,10 +101,10 @@ def _batch_table(found: Found, workload: str, model: str, dtype: str) -> str:
         if point["step"] is None:
             return f"{point['ttft']['median'] * 1e3:.1f} / {NONE}"
         step = point["step"]["median"]
-        return f"{step * 1e3:.2f} / {point['batch'] / step:.1f}{_share(found, line, point)}"
+        return f"{step * 1e3:.2f} / {point['batch'] / step:.1f}{share(found, line, point)}"
 
     title = f"**Decode step against batch size (requests x context), {dtype}**\n\n"
-    title += f"decode step ms / tokens/s{_what_a_share_is(found)}.\n\n"
+    title += f"decode step ms / tokens/s{what_a_share_is(found)}.\n\n"
     return title + _points(found.of(workload, model, dtype), lambda batch, context: f"{batch} x {context}", shown)
 
 
@@ -121,12 +121,12 @@ def _points(lines: dict[str, dict], name: Callable[[int, int], str], shown: Call
     return table(["system", *(name(*point) for point in points)], rows)
 
 
-def _share(found: Found, line: dict, point: dict) -> str:
-    share = found.share(line, point["step_bytes"] / point["step"]["median"])
-    return "" if share is None else f" ({share:.2f})"
+def share(found: Found, line: dict, point: dict) -> str:
+    reached = found.share(line, point["step_bytes"] / point["step"]["median"])
+    return "" if reached is None else f" ({reached:.2f})"
 
 
-def _what_a_share_is(found: Found) -> str:
+def what_a_share_is(found: Found) -> str:
     text = " (share of the limit: bytes of weights and KV that had to move / read bandwidth / time)"
     return text if found.limits else ""
 

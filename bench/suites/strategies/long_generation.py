@@ -14,6 +14,7 @@ from bench import measure
 from bench.case import Bench, Case
 from bench.lines import Found
 from bench.markdown import NONE, cell, table
+from bench.suites.default.latency import share, what_a_share_is
 from bench.suites.strategies import shape_cases
 from bench.systems import Capacity, bytes_per_token, bytes_read
 from bench.workload import Target, Workload, register
@@ -77,8 +78,7 @@ def _tables(found: Found, model: str) -> str:
 
     def step(line: dict, part: int, result: dict) -> str:
         point = result["points"][part]
-        share = found.share(line, point["step_bytes"] / point["step"]["median"])
-        return f"{point['step']['median'] * 1e3:.2f}" + ("" if share is None else f" ({share:.2f})")
+        return f"{point['step']['median'] * 1e3:.2f}{share(found, line, point)}"
 
     rows = []
     for system, line in lines.items():
@@ -91,10 +91,8 @@ def _tables(found: Found, model: str) -> str:
         ]
         rows.append([system, *(cell(line, show) for show in shows)])
     title = f"**Long generation: one request of {params['prompt']} tokens, {params['new_tokens']} more as its answer**"
-    note = "Median step in a part of the answer, from one context to another"
-    if found.limits:
-        note += " (share of the limit: bytes of weights and KV that had to move / read bandwidth / time)"
-    note += "; KV: what was set aside, and the blocks of it that held tokens at the fullest moment."
+    note = f"Median step in a part of the answer, from one context to another{what_a_share_is(found)}; KV: what was "
+    note += "set aside, and the blocks of it that held tokens at the fullest moment."
     steps = [f"step, ms, {starts[part]} to {contexts[part]}" for part in shown]
     head = ["system", *steps, "tokens/s in all", "KV, MB", "in use, MB", "peak, GB"]
     return f"{title}\n\n{note}\n\n" + table(head, rows)
