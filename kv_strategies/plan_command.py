@@ -17,7 +17,7 @@ import torch
 from .losses import Loss, in_words, losses_of
 from .models.load import DEFAULT_MODEL, model_shape
 from .models.room import NoRoom
-from .planner import Card, Model, Plan, Work, plan_all, settings
+from .planner import Card, Model, Plan, Work, plan_all, settings, waits_for_host
 from .registry import STRATEGIES, check, options_of_each
 from .step.context import longest_row
 
@@ -128,7 +128,10 @@ def run(options: argparse.Namespace, parsed: dict[str, object]) -> int:
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         parts = [_head(options, model, work, rates, card), _table(list(map(_row, plans, losses)), width)]
-        print("\n\n".join([_wrapped(parts[0], width), parts[1], *(_wrapped(n, width) for n in _notes(plans, losses))]))
+        notes = _notes(plans, losses)
+        if waits_for_host(model, card):
+            notes.insert(0, "times: those of the card alone, and in steps of so small a model its host takes as long")
+        print("\n\n".join([_wrapped(parts[0], width), parts[1], *(_wrapped(note, width) for note in notes)]))
     if not any(plan.fits for plan in plans):
         raise ValueError(_too_large(plans, options, chosen, model, work, card))
     return 0

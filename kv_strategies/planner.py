@@ -46,6 +46,7 @@ PRODUCTS_READ = 0.95  # share of a card's read bandwidth that matrix products ov
 # Likewise, of its host.
 FIRST_TOKEN_GAP = 5e-3  # seconds before a prompt's first token: admission, and launches outside a graph
 STREAM_GAP = 0.7e-3  # seconds to launch a layer and the copies that bring it and take it away
+TOO_SOON = 2e-4  # seconds to read all weights, below which a host takes as long for a step as the card
 
 
 @dataclass(frozen=True)
@@ -356,6 +357,11 @@ def plan(name: str, options: dict[str, object], model: Model, work: Work, card: 
         return replace(found, unknown="how much a step fetches depends on the text")
     bound = max(step, key=step.__getitem__)
     return replace(found, step=step[bound], step_bound=bound)
+
+
+def waits_for_host(model: Model, card: Card) -> bool:
+    """Whether the model is so small for the card that times which know the card alone say little."""
+    return model.weights < TOO_SOON * card.bandwidth
 
 
 def largest(fits: Callable[[int], bool], limit: int = 1 << 28) -> int | None:

@@ -381,6 +381,13 @@ def test_a_row_may_not_see_more_than_the_context_of_the_model(capsys):
     assert "nothing fits: 32768 tokens beyond the model's context (of 32768 tokens), whatever the card" in shown.err
 
 
+@pytest.mark.parametrize(("bandwidth", "says_so"), [("900", False), ("4000", True)])
+def test_a_card_that_reads_a_small_model_at_once_is_no_guide_to_its_times(bandwidth, says_so, capsys):
+    """0.27 GB of weights, in 0.3 ms and in 0.07."""
+    assert main(["plan", "--context", "1k", "--gpu-memory", "24GB", "--bandwidth", bandwidth]) == 0
+    assert ("times: those of the card alone" in capsys.readouterr().out) == says_so
+
+
 def test_a_longest_context_that_is_the_models_is_marked(capsys):
     """And not the card's memory, which ends it on a smaller card."""
     asked = ["--context", "1k", "--strategy", "paged", "--strategy", "window"]

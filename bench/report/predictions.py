@@ -20,11 +20,9 @@ from bench.suites.limit.table import LINEAR_RATE
 from bench.systems import BLOCK_SIZE, CHUNK, Capacity
 from kv_strategies import STRATEGIES
 from kv_strategies.models.load import DEFAULT_MODEL, RANDOM_MODELS, model_shape
-from kv_strategies.planner import Card, Model, Native, Ours, Work
+from kv_strategies.planner import TOO_SOON, Card, Model, Native, Ours, Work, waits_for_host
 
 WITHIN = {"KV bytes": 0.0, "peak": 0.03, "step": 0.15, "TTFT": 0.15}
-#: Seconds in which a card reads the weights of a model whose steps the host bounds, though one launch is a whole step.
-TOO_SOON = 2e-4
 SHOWN = {"KV bytes": (1e-6, "MB", 1), "peak": (1e-9, "GB", 2), "step": (1e3, "ms", 2), "TTFT": (1e3, "ms", 1)}
 
 
@@ -173,7 +171,7 @@ def _card(found: Found) -> Card | None:
 
 def _waits_for_host(line: dict, found: Found) -> bool:
     card = _card(found)
-    return card is not None and _sizes(line["model"], line["dtype"]).weights < TOO_SOON * card.bandwidth
+    return card is not None and waits_for_host(_sizes(line["model"], line["dtype"]), card)
 
 
 def _compared(line: dict, system: str, at: str, what: str, predicted: float, measured: dict | float) -> Compared:
