@@ -64,7 +64,7 @@ def setting(label: str, strategy: str | None = None, forms: Sequence[str] = ("sh
     return {"label": label, "strategy": strategy or label, "options": options, "forms": list(forms)}
 
 
-#: Sums of what saves memory, as `plan` looks at them; offload alone is exact, and holds half.
+#: Sums of what saves memory, in two ways or three; beside them offload alone, which is exact and holds half.
 COMPOSITIONS = [
     setting("offload"),
     setting("prefix+offload"),

@@ -25,7 +25,8 @@ def step_time(measured: Measured) -> Answer | None:
     if entries and "kernels" in entries[0]:
         used += profiled
         text += f" Of the time of its kernels behind {profiled[0]['params']['context']} tokens {_parts(entries[0])}."
-        others = [f"{entry['name']}: {_parts(entry)}" for line in profiled for entry in _of_one_row(line)[1:]]
+        alone = [entry for line in profiled for entry in _of_one_row(line) if entry["name"] != "paged"]
+        others = [f"{entry['name']}: {_parts(entry)}" for entry in alone]
         text += f" Of others: {'; '.join(others)}." * bool(others)
     lengths = unique(point["context"] for line in lines.values() for point in steps_of(line))
     rows = [
@@ -122,7 +123,7 @@ def length(measured: Measured) -> Answer | None:
 
 
 def _of_one_row(line: dict) -> list[dict]:
-    """Of a line of `profile` the decode steps of one row at the context that the line has, `paged` first."""
+    """Of a line of `profile` the decode steps of one row at the context that the line has."""
     entries = line["params"].get("entries", [])
     names = [asked["name"] for asked in entries if asked["rows"] == 1 and "prefill" not in asked]
     return [entry for entry in line["result"]["entries"] if entry["name"] in names and "kernels" in entry]

@@ -26,7 +26,7 @@ def run_throughput(bench: Bench) -> dict:
     times, count = [], 0
     least, most = bench.params["repeats"], bench.params.get("until_steady", 0)
     while len(times) < least or (len(times) < most and not measure.is_steady(times)):
-        bench.say(f"repeat {len(times) + 1} of {max(least, most)} at most")
+        bench.say(f"repeat {len(times) + 1} of {max(least, most)}" + " at most" * (most > least))
         run = system(bench.prompts(lengths, seed=RAGGED_SEED + 1 + len(times)), new_tokens)
         times.append(run.seconds)
         count = run.num_tokens
