@@ -65,7 +65,7 @@ def commit() -> dict:
         return {"commit": named, "dirty": None}
     try:
         head = _git("rev-parse", "--short=12", "HEAD").decode().strip()
-        changed = _git("diff", "--binary", "HEAD", "--", ".", ":!bench/results")
+        changed = _git("diff", "--no-ext-diff", "--binary", "HEAD", "--", ".", ":!bench/results")
     except (OSError, subprocess.CalledProcessError):
         return {"commit": "unknown", "dirty": None}
     digest = {"changes": hashlib.sha256(changed).hexdigest()[:12]} if changed else {}
