@@ -209,10 +209,14 @@ def test_a_native_cache_runs_until_its_median_is_steady(monkeypatch, runs, expec
 def test_the_native_quantized_cache_holds_codes_scales_and_what_is_not_quantised_yet():
     from optimum.quanto import MaxOptimizer, qint4, quantize_weight
 
-    rows, columns = torch.randn(64, 32), 32
-    scale, shift = MaxOptimizer()(rows, qint4, 0, None)
-    codes = quantize_weight(rows, qtype=qint4, axis=0, scale=scale, shift=shift)
-    assert stored_bytes(codes) == 64 * columns // 2 + stored_bytes(scale) + stored_bytes(shift)
+    old = torch.randn(2, 3, 24, 32)  # [B, Hkv, n, D]
+    scale, shift = MaxOptimizer()(old, qint4, 0, None)
+    codes = quantize_weight(old, qtype=qint4, axis=0, scale=scale, shift=shift)
+    assert stored_bytes(codes) == old.numel() // 2 + stored_bytes(scale) + stored_bytes(shift)
+    new = torch.randn(2, 3, 5, 32)
+    layer = SimpleNamespace(keys=new, values=new, _quantized_keys=codes, _quantized_values=codes)
+    found = Native(None, "quantized")._fill(SimpleNamespace(layers=[layer] * 4), 50)
+    assert found == {"bytes": 8 * (stored_bytes(codes) + 4 * new.numel()), "tokens": 50, "places": 2 * (24 + 5)}
 
 
 def test_capacity_counts_blocks_of_the_fullest_batch():
