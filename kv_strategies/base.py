@@ -344,6 +344,10 @@ class Selection(Policy):
         """
         raise NotImplementedError
 
+    def choosing_bytes(self, num_layers: int, num_tokens: int, shape: KVShape) -> int:
+        """What `choose` takes beside what it is given, of so many tokens of as many layers at once; for who plans."""
+        return 0
+
     def num_blocks(self, num_prompt: int, num_tokens: int, block_size: int, is_shared: bool) -> int:
         """The most blocks that a row with a prompt of `num_prompt` tokens holds at once on its way to `num_tokens`.
 

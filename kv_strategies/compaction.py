@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Codec, KeepAllTokens, Policies, Unsound
+from .base import Codec, KeepAllTokens, Policies, Selection, Unsound
 from .paged import BlockPool, BlockTable
 from .step.plan import Plan
 from .step.rings import QueryRings
@@ -224,6 +224,16 @@ class Compaction:
 
     def reset(self) -> None:
         self.num_compacted = self.num_evicted = self.num_unsound = 0
+
+
+def choosing_bytes(selection: Selection, shape: KVShape, num_tokens: int) -> int:
+    """What looking at a row of so many tokens takes, until it is compacted: K of some layers, V where that is looked at
+    as well, and what is made of them.
+    """
+    of_a_layer = shape.num_kv_heads * shape.head_dim * num_tokens
+    numbers = min(len(shape.layer_devices) * of_a_layer, max(NUMBERS_AT_ONCE, of_a_layer))
+    given = (2 if selection.reads_values else 1) * numbers * shape.dtype.itemsize
+    return given + selection.choosing_bytes(numbers // of_a_layer, num_tokens, shape)
 
 
 class _Choice(NamedTuple):

@@ -34,6 +34,7 @@ from .base import Selection, Site, Unsound
 from .scores import SCORES, At
 from .step.graphs import is_out_of_memory
 from .step.plan import RING_SIZE
+from .step.store import KVShape
 
 
 class Evict(Selection):
@@ -105,6 +106,10 @@ class Evict(Selection):
         recent = torch.arange(first_recent, num_tokens, device=keys.device).expand(len(score), -1)
         index = torch.cat((best, recent), 1).unflatten(0, (num_layers, -1))
         return index, ~score.isnan().unflatten(0, (num_layers, -1)).flatten(1).any(1)
+
+    def choosing_bytes(self, num_layers: int, num_tokens: int, shape: KVShape) -> int:
+        num_heads = shape.num_kv_heads * (num_layers if self._score.takes_layers else 1)
+        return self._score.num_bytes(num_heads, shape.num_heads // shape.num_kv_heads, num_tokens, shape.head_dim)
 
     def _scored(self, keys: Tensor, values: Tensor | None, queries: Tensor | None, at: At) -> Tensor:
         try:

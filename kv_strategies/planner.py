@@ -10,7 +10,8 @@ kernel.
 
 The host bounds what it launches copy by copy: forwards that stream, which no CUDA graph holds.
 
-What no ledger holds is the workspace of a forward (`workspace`): it follows from the widths of the model.
+What no ledger holds is the workspace of a forward (`workspace`), which follows from the widths of the model, and what
+`evict` takes while it chooses (`choosing`), which its score says.
 
     kv-strategies plan --model llama-2-7b-random --context 32k --batch 8 --gpu-memory 24GB
 
@@ -26,6 +27,7 @@ from itertools import combinations
 from transformers import LlamaForCausalLM
 
 from .base import KeepAllTokens, NoSharing, Policies, Site
+from .compaction import choosing_bytes
 from .kernels.reference import HALF_BYTES
 from .registry import STRATEGIES, bytes_per_block, outline, parts_of
 from .step.context import longest_row
@@ -44,7 +46,7 @@ KERNELS_OF_SINKS = 4  # likewise, in a decode step that does not see all: the qu
 CHOOSING = 40e-6  # seconds in which a layer says which of V a decode step reads
 PRODUCTS_READ = 0.95  # share of a card's read bandwidth that matrix products over few rows reach
 # Likewise, of its host.
-FIRST_TOKEN_GAP = 5e-3  # seconds before a prompt's first token: admission, and launches outside a graph
+FIRST_TOKEN_GAP = 4e-3  # seconds before a prompt's first token: admission, and launches outside a graph
 STREAM_GAP = 0.7e-3  # seconds to launch a layer and the copies that bring it and take it away
 TOO_SOON = 2e-4  # seconds to read all weights, below which a host takes as long for a step as the card
 
@@ -231,11 +233,24 @@ class Ours:
         return {"host" if device.type == "cpu" else "gpu": num_blocks * size for device, size in needed}
 
     def memory(self, work: Work) -> tuple[dict[str, int], int]:
-        """Bytes a tier of K and V, and the workspace, with the last queries of each row where a score reads them."""
+        """Bytes a tier of K and V, and the workspace."""
         tokens = min(work.chunk, work.batch * work.prompt)
-        policies, site = self.outline(work.context)
-        queries = ring_bytes(site.shape, work.batch) if policies.selection.num_queries else 0
-        return self.tiers(self.num_blocks(work), work.context), self.model.workspace(tokens, work.batch) + queries
+        workspace = self.workspace(tokens, work.batch, work.context)
+        return self.tiers(self.num_blocks(work), work.context), workspace
+
+    def workspace(self, num_tokens: int, rows: int, context: int) -> int:
+        """Bytes of a forward of so many packed tokens, and the last queries of each row where a score reads them."""
+        policies, site = self.outline(context)
+        queries = ring_bytes(site.shape, rows) if policies.selection.num_queries else 0
+        return self.model.workspace(num_tokens, rows) + queries
+
+    def choosing(self, num_prompt: int, context: int) -> int:
+        """Bytes that are taken beside all that while a row is compacted, behind its prompt or when it has grown."""
+        policies, site = self.outline(context)
+        selection = policies.selection
+        cap = selection.cap(num_prompt)
+        longest = max(num_prompt, 0 if selection.every is None else min(context, cap + selection.every))
+        return choosing_bytes(selection, site.shape, longest) if longest > cap else 0
 
     def step(self, work: Work, card: Card) -> dict[str, float | None]:
         """Seconds that each limit gives a decode step in which every row has `context` tokens."""
@@ -310,6 +325,9 @@ class Native:
         decode = kept * work.context + model.workspace(work.batch, work.batch) + plane
         return {"gpu": kept * work.context}, max(prefill, decode) - kept * work.context
 
+    def choosing(self, num_prompt: int, context: int) -> int:
+        return 0
+
     def num_visible(self, context: int) -> int:
         return context
 
@@ -328,7 +346,10 @@ def plan(name: str, options: dict[str, object], model: Model, work: Work, card: 
     if name == "baseline" and options:
         raise ValueError(f"unknown option {', '.join(options)}: 'baseline' takes no options")
     system = Native(model) if name == "baseline" else Ours(name, options, model)
-    tiers, workspace = system.memory(work)
+
+    def memory(work: Work) -> tuple[dict[str, int], int]:
+        tiers, workspace = system.memory(work)
+        return tiers, workspace + system.choosing(work.prompt, work.context)
 
     def beyond(context: int) -> int:
         return max(0, system.num_visible(context) - longest_row(model.config))
@@ -336,9 +357,10 @@ def plan(name: str, options: dict[str, object], model: Model, work: Work, card: 
     def fits(work: Work) -> bool:
         if beyond(work.context):
             return False
-        tiers, workspace = system.memory(work)
+        tiers, workspace = memory(work)
         return model.weights + tiers["gpu"] + workspace <= card.usable
 
+    tiers, workspace = memory(work)
     longest = largest(lambda n: fits(replace(work, context=n)))
     found = Plan(
         system.name, options, tiers, model.weights, workspace,

@@ -292,7 +292,10 @@ def _put_together(
     for part in parts:
         _answer(policies, part, given[part])
     block_size = policies.layout.block_size(block_size, longest_row(model.config))
-    site = Site(KVShape.of(model), block_size, model.model.rotary_emb, ranks_of(model).size)
+    rotary_emb = model.model.rotary_emb
+    if rotary_emb.inv_freq.is_meta:  # of a model without memory: its policies read these numbers all the same
+        rotary_emb = type(rotary_emb)(model.config)
+    site = Site(KVShape.of(model), block_size, rotary_emb, ranks_of(model).size)
     for policy in vars(policies).values():
         policy.bind(site)
     for part in parts:

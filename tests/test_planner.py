@@ -6,11 +6,12 @@ import copy
 import json
 import re
 import sys
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 from common import VOCAB, tiny_llama
+from torch.profiler import ProfilerActivity, profile
 
 from bench import lines, report
 from bench.report import predictions
@@ -60,6 +61,35 @@ def test_what_is_evicted_is_planned_as_gone():
     assert runner.num_preemptions == 0
     card = Card(10**9, 1e9, 1e9, 1e12)
     assert ours.step(work, card) == paged.step(Work(context=80, batch=num_rows, new_tokens=20), card)
+
+
+@pytest.mark.parametrize("at_once", [1 << 25, 1 << 14])
+@pytest.mark.parametrize("score", ["knorm", "keydiff", "snapkv", "tova", "expected", "h2o"])
+def test_what_choosing_takes_is_planned(score, at_once, monkeypatch):
+    """Against what the allocator hands out meanwhile, in which indices count for more than in a model of some size."""
+    monkeypatch.setattr("kv_strategies.scores.base.WEIGHTS_AT_ONCE", at_once)
+    monkeypatch.setattr("kv_strategies.compaction.NUMBERS_AT_ONCE", at_once)
+    model, options = tiny_llama(num_heads=6, num_kv_heads=2, num_layers=3, head_dim=64), {"score": score, "keep": 0.25}
+    strategy, taken = build("evict", model, num_blocks=40, **options), []
+    choose = strategy.compaction._choose
+
+    def measured(tables):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            choice = choose(tables)
+        events = profiler.profiler.kineto_results.events()
+        taken.append(max(accumulate(event.nbytes() for event in events if event.name() == "[memory]")))
+        return choice
+
+    monkeypatch.setattr(strategy.compaction, "_choose", measured)
+    prompt = [7 * token % VOCAB for token in range(480)]
+    Runner(model, strategy, max_num_seqs=1).generate([Request(prompt, max_new_tokens=2, stop_token_ids=())])
+    ours, work = Ours("evict", options, Model(_meta(model))), Work(482, new_tokens=2)
+    planned = ours.choosing(480, 482)
+    assert len(taken) == 1 and 0.8 * taken[0] < planned < 2 * taken[0], (planned, taken)
+    assert not Ours("evict", options | {"keep": 1.0}, Model(_meta(model))).choosing(480, 482)
+    card = Card(10**9, 1e9, 1e9, 1e12)
+    found = plan("evict", options, Model(_meta(model)), work, card)
+    assert found.workspace == ours.memory(work)[1] + planned
 
 
 def _meta(model):

@@ -214,6 +214,15 @@ def _pool(line: dict, capacity: Capacity) -> dict[str, int]:
     return Ours(name, {}, sizes).tiers(capacity.blocks(BLOCK_SIZE), capacity.max_length)
 
 
+def _workspace(line: dict, lengths: Sequence[int], new: int) -> int:
+    """Bytes beside weights and pool for a batch of prompts of these lengths, of which the longest takes most to choose
+    from.
+    """
+    ours, longest = Ours(line["system"], {}, _sizes(line["model"], line["dtype"])), max(lengths)
+    forward = ours.workspace(min(CHUNK, sum(lengths)), len(lengths), longest + new)
+    return forward + ours.choosing(longest, longest + new)
+
+
 def _memory(line: dict, lengths: Sequence[int], new: int, at: str) -> Iterator[Compared]:
     """Bytes of K and V and the peak of one batch of prompts of these lengths, `new` tokens for each."""
     system, sizes, result = line["system"], _sizes(line["model"], line["dtype"]), line["result"]
@@ -221,7 +230,7 @@ def _memory(line: dict, lengths: Sequence[int], new: int, at: str) -> Iterator[C
         tiers, workspace = Native(sizes).memory(Work(max(lengths) + new - 1, len(lengths), new - 1))
     else:
         tiers = _pool(line, Capacity([[length + new for length in lengths]]))
-        workspace = sizes.workspace(min(CHUNK, sum(lengths)), len(lengths))
+        workspace = _workspace(line, lengths, new)
     yield _compared(line, system, at, "KV bytes", sum(tiers.values()), result["kv"]["bytes"])
     yield _compared(line, system, at, "peak", sizes.weights + tiers["gpu"] + workspace, result["peak"])
 
@@ -243,7 +252,7 @@ def _points(line: dict, found: Found) -> Iterator[Compared]:
     for (batch, context, new), point in zip(shapes, line["result"]["points"], strict=True):
         if "error" in point:
             continue
-        workspace = sizes.workspace(min(CHUNK, batch * context), batch)
+        workspace = _workspace(line, [context] * batch, new)
         at = f"{batch} x {context}"
         yield _compared(line, system, at, "peak", sizes.weights + tiers["gpu"] + workspace, point["peak"])
         if point["step"]:

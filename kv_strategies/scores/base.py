@@ -55,6 +55,17 @@ class Score:
         """
         raise NotImplementedError
 
+    def num_bytes(self, num_heads: int, group: int, num_tokens: int, head_dim: int) -> int:
+        """What `score` takes at most beside keys of so many heads and what else it is given, for who plans ahead. Here:
+        keys in float32 and, where queries are asked for, what these pay to them, of some heads at a time, and as much
+        again while a softmax is taken of it.
+        """
+        if not self.num_queries:
+            return 4 * num_heads * num_tokens * head_dim
+        pairs = group * self.num_queries * num_tokens  # of a head
+        weights = min(num_heads * pairs, max(WEIGHTS_AT_ONCE, pairs))
+        return 4 * (weights + max(weights, weights // pairs * num_tokens * head_dim))
+
 
 def attention_paid(keys: Tensor, queries: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """What the last m queries [Hq, m, D] pay to each key [Hkv, n, D]: causal softmax weights in float32, made one
