@@ -39,10 +39,10 @@ from .strategy import planes_of
 LIBRARY_BYTES = 32 << 20  # what torch sets aside for cuBLAS on a GPU of compute capability 9
 
 # Of this code, as measured (bench/results: limit, strategies, default; an H100, an H200), the same on every card.
-KERNEL_GAP = 2.5e-6  # seconds from one kernel to the next
+KERNEL_GAP = 3e-6  # seconds from one kernel to the next
 KERNELS_PER_LAYER = 7
-KERNELS_OF_4_BITS = 5  # beside those: queries and results are turned
-KERNELS_OF_SINKS = 4  # likewise, in a decode step that does not see all: the queries are turned for the sinks
+KERNELS_OF_4_BITS = 1  # beside those, in time: queries and results are turned, for the most part under other kernels
+KERNELS_OF_SINKS = 5  # likewise, in a decode step that does not see all: the queries are turned for the sinks
 CHOOSING = 40e-6  # seconds in which a layer says which of V a decode step reads
 PRODUCTS_READ = 0.95  # share of a card's read bandwidth that matrix products over few rows reach
 # Likewise, of its host.
