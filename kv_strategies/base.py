@@ -344,8 +344,10 @@ class Selection(Policy):
         """
         raise NotImplementedError
 
-    def choosing_bytes(self, num_layers: int, num_tokens: int, shape: KVShape) -> int:
-        """What `choose` takes beside what it is given, of so many tokens of as many layers at once; for who plans."""
+    def choosing_bytes(self, num_keys: int, num_tokens: int, shape: KVShape) -> int:
+        """Bytes that `choose` takes at most beside what it is given: so many keys of all heads of some layers, which
+        are `num_tokens` of each. For who plans ahead.
+        """
         return 0
 
     def num_blocks(self, num_prompt: int, num_tokens: int, block_size: int, is_shared: bool) -> int:

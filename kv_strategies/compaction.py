@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Codec, KeepAllTokens, Policies, Selection, Unsound
+from .base import Codec, KeepAllTokens, Policies, Site, Unsound
+from .kernels.reference import HALF_BYTES
 from .paged import BlockPool, BlockTable
 from .step.plan import Plan
 from .step.rings import QueryRings
@@ -226,18 +227,39 @@ class Compaction:
         self.num_compacted = self.num_evicted = self.num_unsound = 0
 
 
-def choosing_bytes(selection: Selection, shape: KVShape, num_tokens: int) -> int:
-    """What looking at a row of so many tokens takes, until it is compacted: K of some layers, V where that is looked at
-    as well, and what is made of them.
+def choosing_bytes(policies: Policies, site: Site, num_tokens: int, num_kept: int) -> int:
+    """What looking at a row of so many tokens takes at most, until it is compacted to `num_kept`: K of some layers, V
+    where that is looked at as well, what decodes them, what a score makes of them, and which tokens each head keeps.
     """
+    shape, selection = site.shape, policies.selection
     of_a_layer = shape.num_kv_heads * shape.head_dim * num_tokens
     numbers = min(len(shape.layer_devices) * of_a_layer, max(NUMBERS_AT_ONCE, of_a_layer))
-    given = (2 if selection.reads_values else 1) * numbers * shape.dtype.itemsize
-    return given + selection.choosing_bytes(numbers // of_a_layer, num_tokens, shape)
+    keys, decoding_keys = (numbers * size for size in _sizes(policies.codec, site, "k"))
+    values, decoding_values = (numbers * size for size in _sizes(policies.codec, site, "v"))
+    if not selection.reads_values:
+        values = decoding_values = 0
+    scoring = selection.choosing_bytes(numbers // shape.head_dim, num_tokens, shape)
+    kept = kept_bytes(shape, num_kept)
+    return kept + max(decoding_values, values + max(decoding_keys, keys + scoring), kept)  # of each layer, then of all
+
+
+def kept_bytes(shape: KVShape, num_kept: int) -> int:
+    """Of the indices that say which tokens of a row are kept."""
+    return torch.int64.itemsize * len(shape.layer_devices) * shape.num_kv_heads * num_kept
+
+
+def _sizes(codec: Codec, site: Site, name: str) -> tuple[int, int]:
+    """Bytes a number of K or V that `_Reader` gives, and while it does."""
+    planes = codec.planes(site.shape.num_kv_heads, site.block_size, site.shape.head_dim, site.shape.dtype)
+    dtype = planes[name][1]
+    if codec.in_kernels and f"{name}_scale" not in planes:
+        return dtype.itemsize, dtype.itemsize
+    # float32; of 4 bits turned on the way, a copy more on either side, and codes
+    return 4, dtype.itemsize + (4 if dtype == HALF_BYTES else 2) * 4
 
 
 class _Choice(NamedTuple):
-    """What tables that are alike keep. Of many rows that is little: an index for K and V of a token."""
+    """What tables that are alike keep: 8 bytes for K and V of a token, head and layer."""
 
     tables: list[BlockTable]
     cap: int

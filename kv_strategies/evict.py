@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .base import Selection, Site, Unsound
-from .scores import SCORES, At
+from .scores import SCORES, At, Score
 from .step.graphs import is_out_of_memory
 from .step.plan import RING_SIZE
 from .step.store import KVShape
@@ -61,6 +61,8 @@ class Evict(Selection):
             raise ValueError(f"every must be at least 1 token, got {every}; leave it out to compact prompts alone")
         self.every, self._keep = every, keep
         self.name, self._score = f"score {score!r}", SCORES[score]()
+        if not isinstance(self._score, Score):
+            raise ValueError(f"{self.name} is a {type(self._score).__name__}, and no `kv_strategies.scores.Score`")
         self.num_queries, self.reads_values = self._score.num_queries, self._score.reads_values
         if self.num_queries > RING_SIZE:
             raise ValueError(f"{self.name} asks for {self.num_queries} queries, and the last {RING_SIZE} are kept")
@@ -107,9 +109,10 @@ class Evict(Selection):
         index = torch.cat((best, recent), 1).unflatten(0, (num_layers, -1))
         return index, ~score.isnan().unflatten(0, (num_layers, -1)).flatten(1).any(1)
 
-    def choosing_bytes(self, num_layers: int, num_tokens: int, shape: KVShape) -> int:
-        num_heads = shape.num_kv_heads * (num_layers if self._score.takes_layers else 1)
-        return self._score.num_bytes(num_heads, shape.num_heads // shape.num_kv_heads, num_tokens, shape.head_dim)
+    def choosing_bytes(self, num_keys: int, num_tokens: int, shape: KVShape) -> int:
+        if not self._score.takes_layers:
+            num_keys = min(num_keys, shape.num_kv_heads * num_tokens)
+        return self._score.num_bytes(num_keys, num_tokens, shape.num_heads // shape.num_kv_heads, shape.head_dim)
 
     def _scored(self, keys: Tensor, values: Tensor | None, queries: Tensor | None, at: At) -> Tensor:
         try:

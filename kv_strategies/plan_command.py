@@ -262,7 +262,7 @@ def _wrapped(text: str, width: int | None) -> str:
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.2f} MB" if 0 < size < 10e6 else f"{size / 1e9:.2f} GB"
 
 
 def _as_json(plan: Plan, losses: Sequence[Loss] | None) -> dict:

@@ -27,7 +27,7 @@ from itertools import combinations
 from transformers import LlamaForCausalLM
 
 from .base import KeepAllTokens, NoSharing, Policies, Site
-from .compaction import choosing_bytes
+from .compaction import choosing_bytes, kept_bytes
 from .kernels.reference import HALF_BYTES
 from .registry import STRATEGIES, bytes_per_block, outline, parts_of
 from .step.context import longest_row
@@ -244,13 +244,19 @@ class Ours:
         queries = ring_bytes(site.shape, rows) if policies.selection.num_queries else 0
         return self.model.workspace(num_tokens, rows) + queries
 
-    def choosing(self, num_prompt: int, context: int) -> int:
-        """Bytes that are taken beside all that while a row is compacted, behind its prompt or when it has grown."""
-        policies, site = self.outline(context)
+    def choosing(self, work: Work) -> int:
+        """Bytes that are taken beside all that while rows are compacted: behind their prompts, which come one after the
+        other, or all of them at once when they have grown. At most, since a forward that is not captured as a graph has
+        given its own back by then.
+        """
+        policies, site = self.outline(work.context)
         selection = policies.selection
-        cap = selection.cap(num_prompt)
-        longest = max(num_prompt, 0 if selection.every is None else min(context, cap + selection.every))
-        return choosing_bytes(selection, site.shape, longest) if longest > cap else 0
+        cap, every = selection.cap(work.prompt), selection.every
+        most = choosing_bytes(policies, site, work.prompt, cap) if work.prompt > cap else 0
+        if every is not None and min(work.prompt, cap) + work.context - work.prompt >= cap + every:
+            others = (work.batch - 1) * kept_bytes(site.shape, cap)
+            most = max(most, others + choosing_bytes(policies, site, cap + every, cap))
+        return most
 
     def step(self, work: Work, card: Card) -> dict[str, float | None]:
         """Seconds that each limit gives a decode step in which every row has `context` tokens."""
@@ -325,7 +331,7 @@ class Native:
         decode = kept * work.context + model.workspace(work.batch, work.batch) + plane
         return {"gpu": kept * work.context}, max(prefill, decode) - kept * work.context
 
-    def choosing(self, num_prompt: int, context: int) -> int:
+    def choosing(self, work: Work) -> int:
         return 0
 
     def num_visible(self, context: int) -> int:
@@ -349,7 +355,7 @@ def plan(name: str, options: dict[str, object], model: Model, work: Work, card: 
 
     def memory(work: Work) -> tuple[dict[str, int], int]:
         tiers, workspace = system.memory(work)
-        return tiers, workspace + system.choosing(work.prompt, work.context)
+        return tiers, workspace + system.choosing(work)
 
     def beyond(context: int) -> int:
         return max(0, system.num_visible(context) - longest_row(model.config))

@@ -634,6 +634,10 @@ class Flat(Score):
         return keys.sum()
 
 
+class Duck:
+    num_queries, reads_values, takes_layers, score = 0, False, False, Flat.score
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -649,6 +653,7 @@ class Flat(Score):
         ({"score": "best"}, "unknown score 'best'; known are knorm, keydiff, snapkv, tova"),
         ({"score": 3}, "score takes text"),
         ({"score": "flat"}, r"score 'flat' must give \[Hkv, n\], floats"),
+        ({"score": "a duck"}, "score 'a duck' is a Duck, and no `kv_strategies.scores.Score`"),
         ({"score": "too many"}, "asks for 65 queries, and the last 64 are kept"),
         ({"name": "evict+offload", "top_n": 8}, "choose one"),
         ({"name": "evict+offload", "mass": 0.9}, "choose one"),
@@ -658,6 +663,7 @@ class Flat(Score):
 def test_refused(options, message, monkeypatch):
     monkeypatch.setitem(SCORES, "flat", Flat)
     monkeypatch.setitem(SCORES, "too many", TooMany)
+    monkeypatch.setitem(SCORES, "a duck", Duck)
     options = dict(options)
     with pytest.raises(ValueError, match=message):
         build(options.pop("name", "evict"), MODEL, num_blocks=20, **options)

@@ -17,8 +17,10 @@ from bench import lines, report
 from bench.report import predictions
 from kv_strategies import Request, Runner, build
 from kv_strategies.cli import main
+from kv_strategies.compaction import choosing_bytes
 from kv_strategies.models.load import model_shape
 from kv_strategies.planner import Card, Model, Ours, Work, largest, plan, settings
+from kv_strategies.scores import SCORES
 
 PLANNED = [setting for setting in settings() if setting[0] not in ("baseline", "contiguous")]
 
@@ -63,33 +65,71 @@ def test_what_is_evicted_is_planned_as_gone():
     assert ours.step(work, card) == paged.step(Work(context=80, batch=num_rows, new_tokens=20), card)
 
 
+@pytest.mark.parametrize("name, dtype", [("evict", "float32"), ("evict", "bfloat16"), ("evict+int8", "bfloat16"),
+                                         ("evict+int4", "bfloat16"), ("evict+offload", "float32")])  # fmt: skip
 @pytest.mark.parametrize("at_once", [1 << 25, 1 << 14])
-@pytest.mark.parametrize("score", ["knorm", "keydiff", "snapkv", "tova", "expected", "h2o"])
-def test_what_choosing_takes_is_planned(score, at_once, monkeypatch):
-    """Against what the allocator hands out meanwhile, in which indices count for more than in a model of some size."""
+@pytest.mark.parametrize("score", SCORES)
+def test_what_choosing_takes_is_planned(score, at_once, name, dtype, monkeypatch):
+    """Against what the allocator hands out meanwhile: nearly all of it at least, and not much more."""
     monkeypatch.setattr("kv_strategies.scores.base.WEIGHTS_AT_ONCE", at_once)
     monkeypatch.setattr("kv_strategies.compaction.NUMBERS_AT_ONCE", at_once)
-    model, options = tiny_llama(num_heads=6, num_kv_heads=2, num_layers=3, head_dim=64), {"score": score, "keep": 0.25}
-    strategy, taken = build("evict", model, num_blocks=40, **options), []
+    model = tiny_llama(num_heads=6, num_kv_heads=2, num_layers=3, head_dim=64).to(getattr(torch, dtype))
+    options = {"score": score, "keep": 0.25}
+    strategy, taken = build(name, model, num_blocks=40, **options), []
     choose = strategy.compaction._choose
-
-    def measured(tables):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            choice = choose(tables)
-        events = profiler.profiler.kineto_results.events()
-        taken.append(max(accumulate(event.nbytes() for event in events if event.name() == "[memory]")))
-        return choice
-
-    monkeypatch.setattr(strategy.compaction, "_choose", measured)
+    monkeypatch.setattr(strategy.compaction, "_choose", lambda tables: measured(taken, lambda: choose(tables)))
     prompt = [7 * token % VOCAB for token in range(480)]
     Runner(model, strategy, max_num_seqs=1).generate([Request(prompt, max_new_tokens=2, stop_token_ids=())])
-    ours, work = Ours("evict", options, Model(_meta(model))), Work(482, new_tokens=2)
-    planned = ours.choosing(480, 482)
-    assert len(taken) == 1 and 0.8 * taken[0] < planned < 2 * taken[0], (planned, taken)
-    assert not Ours("evict", options | {"keep": 1.0}, Model(_meta(model))).choosing(480, 482)
-    card = Card(10**9, 1e9, 1e9, 1e12)
-    found = plan("evict", options, Model(_meta(model)), work, card)
+    ours, work = Ours(name, options, Model(_meta(model))), Work(482, new_tokens=2)
+    planned = ours.choosing(work)
+    # A CPU takes the norm of 16 bits of copies in float32. Indices that come and go are not counted.
+    least = 0.3 if (score, dtype) == ("knorm", "bfloat16") and name == "evict" else 0.7
+    assert len(taken) == 1 and least * taken[0] < planned < 2.2 * taken[0], (planned, taken)
+    found = plan(name, options, Model(_meta(model)), work, Card(10**9, 1e9, 1e9, 1e12))
     assert found.workspace == ours.memory(work)[1] + planned
+
+
+def measured(taken, call):
+    """What it returns, and in `taken` the most bytes that the allocator had handed out for it at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        found = call()
+    events = profiler.profiler.kineto_results.events()
+    taken.append(max(accumulate(event.nbytes() for event in events if event.name() == "[memory]")))
+    return found
+
+
+@pytest.mark.parametrize("name", ["evict", "evict+int8", "evict+int4"])
+@pytest.mark.parametrize("score", SCORES)
+def test_choosing_from_more_takes_no_less(score, name):
+    """What looks for the longest context and the largest batch relies on it."""
+    model = Model(model_shape("llama-3.1-8b-random", torch.bfloat16))
+    for every in (None, 256):
+        ours = Ours(name, {"score": score, "keep": 0.25, "every": every}, model)
+        for works in ([Work(n, 2, 300) for n in range(301, 70000, 97)], [Work(4096, n, 300) for n in (1, 2, 3, 40)]):
+            needed = [ours.choosing(work) for work in works]
+            assert needed == sorted(needed)
+
+
+@pytest.mark.parametrize("keep, every, new_tokens, of", [
+    (1.0, None, 20, None), (100, None, 20, None), (0.5, None, 20, 80), (1.0, 32, 20, None), (1.0, 32, 32, 112),
+    (40, 100, 99, 80), (40, 100, 100, 140), (90, 20, 29, None), (90, 20, 30, 110),
+])  # fmt: skip
+def test_choosing_is_planned_where_it_happens(keep, every, new_tokens, of):
+    """Of a prompt of 80 tokens: rows of the length at which a run compacts, and nothing where it never does."""
+    model, work = tiny_llama(), Work(80 + new_tokens, new_tokens=new_tokens)
+    options = {"keep": keep, "every": every}
+    ours = Ours("evict", options, Model(_meta(model)))
+    strategy, lengths = build("evict", model, num_blocks=16, **options), []
+    choose = strategy.compaction._choose_there
+    monitor = lambda table, *rest: lengths.append(table.num_tokens) or choose(table, *rest)  # noqa: E731
+    strategy.compaction._choose_there = monitor
+    prompt = [7 * token % VOCAB for token in range(80)]
+    # Rows are compacted before a step: one that is through is not, and what it has said last is never stored.
+    Runner(model, strategy).generate([Request(prompt, max_new_tokens=new_tokens + 2, stop_token_ids=())])
+    assert max(lengths, default=None) == of
+    policies, site = ours.outline(work.context)
+    cap = policies.selection.cap(80)
+    assert ours.choosing(work) == (choosing_bytes(policies, site, of, cap) if of else 0)
 
 
 def _meta(model):
@@ -396,6 +436,15 @@ def test_what_does_not_fit_says_how_much_is_missing(capsys):
     assert "(the weights alone take 26.95 GB of 23.40 GB). In bfloat16 fits baseline, contiguous, paged" in error
     assert kv_plan("--context", "32k", "--batch", "18", "--gpu-memory", "24GB", "--strategy", "paged") == 1
     assert "nothing fits: paged lacks least, 299.62 GB; it holds 1008 tokens at batch 18" in capsys.readouterr().err
+
+
+def test_a_few_megabytes_are_said_as_such(capsys):
+    asked = ["--model", "llama-3.1-8b-random", "--context", "4k", "--strategy", "paged", "--reserve", "0"]
+    kv_plan(*asked, "--gpu-memory", "99GB", "--json")
+    peak = json.loads(capsys.readouterr().out)["plans"][0]["peak"]
+    assert kv_plan(*asked, "--gpu-memory", f"{peak // 10**6 - 2}MB") == 1
+    out, err = capsys.readouterr()
+    assert re.search(r"no, 2\.\d\d MB missing", out) and re.search(r"paged lacks least, 2\.\d\d MB", err)
 
 
 def test_a_row_may_not_see_more_than_the_context_of_the_model(capsys):

@@ -215,12 +215,10 @@ def _pool(line: dict, capacity: Capacity) -> dict[str, int]:
 
 
 def _workspace(line: dict, lengths: Sequence[int], new: int) -> int:
-    """Bytes beside weights and pool for a batch of prompts of these lengths, of which the longest takes most to choose
-    from.
-    """
+    """Bytes beside weights and pool for a batch of prompts of these lengths; the longest takes most to choose from."""
     ours, longest = Ours(line["system"], {}, _sizes(line["model"], line["dtype"])), max(lengths)
     forward = ours.workspace(min(CHUNK, sum(lengths)), len(lengths), longest + new)
-    return forward + ours.choosing(longest, longest + new)
+    return forward + ours.choosing(Work(longest + new, len(lengths), new))
 
 
 def _memory(line: dict, lengths: Sequence[int], new: int, at: str) -> Iterator[Compared]:

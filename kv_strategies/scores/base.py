@@ -55,34 +55,42 @@ class Score:
         """
         raise NotImplementedError
 
-    def num_bytes(self, num_heads: int, group: int, num_tokens: int, head_dim: int) -> int:
-        """What `score` takes at most beside keys of so many heads and what else it is given, for who plans ahead. Here:
-        keys in float32 and, where queries are asked for, what these pay to them, of some heads at a time, and as much
-        again while a softmax is taken of it.
+    def num_bytes(self, num_keys: int, num_tokens: int, group: int, head_dim: int) -> int:
+        """Bytes that `score` takes at most beside what it is given, for who plans ahead: more for more tokens.
+
+        Here: without queries a copy of the keys in float32. With queries what is taken of some heads at a time, which
+        is what they pay to the keys, and then either such a copy or, while a softmax is taken, as much again.
+
+        Args:
+            num_keys: of all heads that are given at once, `num_tokens` of each; group: query heads a KV head.
         """
         if not self.num_queries:
-            return 4 * num_heads * num_tokens * head_dim
-        pairs = group * self.num_queries * num_tokens  # of a head
-        weights = min(num_heads * pairs, max(WEIGHTS_AT_ONCE, pairs))
-        return 4 * (weights + max(weights, weights // pairs * num_tokens * head_dim))
+            return 4 * num_keys * head_dim
+        pairs = group * self.num_queries  # of a key
+        weights = min(num_keys, max(WEIGHTS_AT_ONCE // pairs, num_tokens)) * pairs
+        return 4 * (weights + max(weights, weights // pairs * head_dim))
 
 
 def attention_paid(keys: Tensor, queries: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """What the last m queries [Hq, m, D] pay to each key [Hkv, n, D]: causal softmax weights in float32, made one
     number a token by `reduce` [h, m, n] -> [h, n], which is called for some of the heads at a time. -> [Hq, n]
     """
+    group = len(queries) // len(keys)
+    num_heads = heads_at_once(group * queries.shape[1] * keys.shape[1])
+    heads = zip(keys.split(num_heads), queries.split(num_heads * group), strict=True)
+    return torch.cat([reduce(_weights(k, q)) for k, q in heads])
+
+
+def _weights(keys: Tensor, queries: Tensor) -> Tensor:
+    """Of some heads, [Hq, m, n] float32. What it takes on its way is given back before the next heads come."""
     group, num_queries, head_dim = len(queries) // len(keys), *queries.shape[1:]
     num_tokens = keys.shape[1]
     unseen = torch.ones(num_queries, num_queries, dtype=torch.bool, device=keys.device).triu_(1)  # of the last m
-    num_heads = heads_at_once(group * num_queries * num_tokens)
-    paid = []
-    for k, q in zip(keys.split(num_heads), queries.split(num_heads * group), strict=True):
-        q = q.float() * head_dim**-0.5
-        scores = q.unflatten(0, (len(k), group)).flatten(1, 2) @ k.float().mT  # [h, G * m, n]
-        scores = scores.view(len(q), num_queries, num_tokens)
-        scores[..., num_tokens - num_queries :].masked_fill_(unseen, float("-inf"))
-        paid.append(reduce(scores.softmax(-1)))
-    return torch.cat(paid)
+    queries = queries.float() * head_dim**-0.5
+    scores = queries.unflatten(0, (len(keys), group)).flatten(1, 2) @ keys.float().mT  # [h, G * m, n]
+    scores = scores.view(len(queries), num_queries, num_tokens)
+    scores[..., num_tokens - num_queries :].masked_fill_(unseen, float("-inf"))
+    return scores.softmax(-1)
 
 
 def heads_at_once(num_pairs: int) -> int:

@@ -12,14 +12,19 @@ from torch import Tensor
 from .base import At, Score
 
 
-class Random(Score):
+class _Control(Score):
+    def num_bytes(self, num_keys: int, num_tokens: int, group: int, head_dim: int) -> int:
+        return 4 * num_keys  # the score
+
+
+class Random(_Control):
     def score(self, keys: Tensor, values: None, queries: None, at: At) -> Tensor:
         """The same for the same token of the same layer, so that a row computed again keeps what it kept."""
         generator = torch.Generator(keys.device).manual_seed(at.position << 16 | at.layer_idx)
         return torch.rand(keys.shape[:2], generator=generator, device=keys.device)
 
 
-class Recent(Score):
+class Recent(_Control):
     takes_layers = True
 
     def __init__(self, sinks: int = 4):

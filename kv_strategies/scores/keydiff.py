@@ -22,5 +22,5 @@ class KeyDiff(Score):
         anchor = normalize(keys, dim=-1).mean(1, keepdim=True)  # [Hkv, 1, D]
         return -cosine_similarity(keys, anchor, dim=-1)
 
-    def num_bytes(self, num_heads: int, group: int, num_tokens: int, head_dim: int) -> int:
-        return 4 * super().num_bytes(num_heads, group, num_tokens, head_dim)  # and what a cosine makes of both sides
+    def num_bytes(self, num_keys: int, num_tokens: int, group: int, head_dim: int) -> int:
+        return 4 * super().num_bytes(num_keys, num_tokens, group, head_dim)  # and what a cosine makes of both sides

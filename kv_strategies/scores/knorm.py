@@ -20,5 +20,5 @@ class KNorm(Score):
     def score(self, keys: Tensor, values: None, queries: None, at: At) -> Tensor:
         return -torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
 
-    def num_bytes(self, num_heads: int, group: int, num_tokens: int, head_dim: int) -> int:
+    def num_bytes(self, num_keys: int, num_tokens: int, group: int, head_dim: int) -> int:
         return 0  # the norm is taken of keys as they are
