@@ -254,8 +254,8 @@ def _sizes(codec: Codec, site: Site, name: str) -> tuple[int, int]:
     dtype = planes[name][1]
     if codec.in_kernels and f"{name}_scale" not in planes:
         return dtype.itemsize, dtype.itemsize
-    # float32; of 4 bits turned on the way, a copy more on either side, and codes
-    return 4, dtype.itemsize + (4 if dtype == HALF_BYTES else 2) * 4
+    copies = 4 if dtype == HALF_BYTES else 2  # float32: unpacked and times the scale; then turned, in two more
+    return 4, dtype.itemsize + 4 * copies
 
 
 class _Choice(NamedTuple):
