@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -233,6 +233,7 @@ def choosing_bytes(policies: Policies, site: Site, num_tokens: int, num_kept: in
     """
     shape, selection = site.shape, policies.selection
     of_a_layer = shape.num_kv_heads * shape.head_dim * num_tokens
+    # Not rounded down to layers, as `_choose_there` does: what holds a row holds every shorter one.
     numbers = min(len(shape.layer_devices) * of_a_layer, max(NUMBERS_AT_ONCE, of_a_layer))
     keys, decoding_keys = (numbers * size for size in _sizes(policies.codec, site, "k"))
     values, decoding_values = (numbers * size for size in _sizes(policies.codec, site, "v"))
@@ -252,10 +253,15 @@ def _sizes(codec: Codec, site: Site, name: str) -> tuple[int, int]:
     """Bytes a number of K or V that `_Reader` gives, and while it does."""
     planes = codec.planes(site.shape.num_kv_heads, site.block_size, site.shape.head_dim, site.shape.dtype)
     dtype = planes[name][1]
-    if codec.in_kernels and f"{name}_scale" not in planes:
+    if not _is_decoded(codec, planes, name):
         return dtype.itemsize, dtype.itemsize
     copies = 4 if dtype == HALF_BYTES else 2  # float32: unpacked and times the scale; then turned, in two more
     return 4, dtype.itemsize + 4 * copies
+
+
+def _is_decoded(codec: Codec, planes: Collection[str], name: str) -> bool:
+    """Whether K or V are read as numbers that codes stand for, and not as they are stored."""
+    return f"{name}_scale" in planes or not codec.in_kernels
 
 
 class _Choice(NamedTuple):
@@ -277,7 +283,7 @@ class _Reader:
     def __call__(self, name: str, layers: slice) -> Tensor:
         """[l, Hkv, n, D] numbers as they are stored, or of codes what they mean."""
         codes, scale = self._gather(name, layers), f"{name}_scale"
-        if scale not in self._planes and self._codec.in_kernels:
+        if not _is_decoded(self._codec, self._planes, name):
             return codes
         return self._codec.decode(codes, self._gather(scale, layers) if scale in self._planes else None)
 

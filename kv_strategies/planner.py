@@ -43,7 +43,7 @@ KERNEL_GAP = 3e-6  # seconds from one kernel to the next
 KERNELS_PER_LAYER = 7
 KERNELS_OF_4_BITS = 1  # beside those, in time: queries and results are turned, for the most part under other kernels
 KERNELS_OF_SINKS = 5  # likewise, in a decode step that does not see all: the queries are turned for the sinks
-CHOOSING = 40e-6  # seconds in which a layer says which of V a decode step reads
+TOP_N_GAP = 40e-6  # seconds in which a layer says which of V a decode step reads
 PRODUCTS_READ = 0.95  # share of a card's read bandwidth that matrix products over few rows reach
 # Likewise, of its host.
 FIRST_TOKEN_GAP = 4e-3  # seconds before a prompt's first token: admission, and launches outside a graph
@@ -286,7 +286,7 @@ class Ours:
         if is_decode and is_masked and policies.retention.sinks:
             gap += KERNEL_GAP * KERNELS_OF_SINKS
         if is_decode and placement.reads_some:
-            gap += CHOOSING
+            gap += TOP_N_GAP
         gaps = gap * model.num_layers
         memory = (model.read / PRODUCTS_READ + rows * read / reached.read) / card.bandwidth + gaps
         by_library = not is_decode and not is_masked and before + num_tokens > SHORT_ROW

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,6 +190,21 @@ def test_what_the_results_say_of_the_planner():
     for what in ("step", "TTFT"):
         within = sum(compared.is_within for compared in of[what])
         assert len(of[what]) >= 20 and within >= 0.75 * len(of[what]), predictions.render(of[what], only_missed=True)
+
+
+def test_the_page_says_what_the_results_say():
+    """The counts of docs/plan.md, which are typed, are those of the lines that lie in `bench/results`."""
+    found = predictions.compare(lines.read(report.RESULTS))
+
+    def within(card, what):
+        own = [compared.is_within for compared in found if card in compared.machine and compared.what == what]
+        return sum(own), len(own)
+
+    page = " ".join((Path(__file__).parents[1] / "docs" / "plan.md").read_text().split())
+    (steps, of_steps), (first, of_first) = within("H200", "step"), within("H200", "TTFT")
+    assert f"{steps} of {of_steps} steps" in page and first == of_first and f"all {first} first tokens within" in page
+    first, of_first = within("H100", "TTFT")
+    assert f"Of the H100's {of_first} first tokens {of_first - first} miss" in page
 
 
 def test_a_model_whose_weights_a_card_reads_at_once_is_named_and_left_out():
